@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * convert.c - bf16 and f16 to and from fp32, by integer arithmetic.
+ *
+ * Widening is exact. Narrowing rounds to nearest, ties to even, overflows to
+ * infinity and keeps subnormals. A NaN keeps its sign and the leading bits of
+ * its payload and becomes quiet, in both directions: what the F16C
+ * instructions do (Intel SDM, VCVTPH2PS and VCVTPS2PH), for bf16 as well.
+ *
+ *   fp32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm   bias 127
+ *   bf16  s eeeeeeee mmmmmmm                   bias 127
+ *   f16   s eeeee    mmmmmmmmmm                bias 15
+ */
+#include "rows.h"
+
+#include <assert.h>
+#include <string.h>
+
+#define F32_INF   0x7f800000u
+#define F32_QUIET 0x00400000u
+
+static uint16_t load16(const void *src, size_t i)
+{
+    uint16_t v = 0;
+    memcpy(&v, (const unsigned char *)src + 2 * i, sizeof(v));
+    return v;
+}
+
+static void store16(void *dst, size_t i, uint32_t v)
+{
+    const uint16_t h = (uint16_t)v;
+    memcpy((unsigned char *)dst + 2 * i, &h, sizeof(h));
+}
+
+static uint32_t f32_bits_of_bf16(uint16_t h)
+{
+    const uint32_t u = (uint32_t)h << 16;
+    return (u & 0x7fffffffu) > F32_INF ? u | F32_QUIET : u;
+}
+
+static uint32_t bf16_of_f32_bits(uint32_t u)
+{
+    if ((u & 0x7fffffffu) > F32_INF)
+        return (u | F32_QUIET) >> 16;
+    return (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+}
+
+static uint32_t f32_bits_of_f16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
+    uint32_t exponent = h >> 10 & 0x1fu;
+    uint32_t mantissa = h & 0x3ffu;
+
+    if (exponent == 0x1f) {
+        const uint32_t quiet = mantissa != 0 ? F32_QUIET : 0;
+        return sign | F32_INF | quiet | mantissa << 13;
+    }
+    if (exponent == 0) {
+        if (mantissa == 0)
+            return sign;
+        /* Subnormal: fp32 has the range to hold it normalised. */
+        exponent = 1;
+        while (!(mantissa & 0x400u)) {
+            mantissa <<= 1;
+            exponent--;
+        }
+        mantissa &= 0x3ffu;
+    }
+    return sign | (exponent + 112) << 23 | mantissa << 13;
+}
+
+static uint32_t f16_of_f32_bits(uint32_t u)
+{
+    const uint32_t sign = u >> 16 & 0x8000u;
+    const uint32_t a = u & 0x7fffffffu;
+
+    if (a > F32_INF)
+        return sign | 0x7e00u | (a >> 13 & 0x3ffu);
+    /* 65520, half-way between the largest f16 and 2^16, rounds up. */
+    if (a >= 0x477ff000u)
+        return sign | 0x7c00u;
+    if (a >= 0x38800000u) /* 2^-14, the smallest normal */
+        return sign | (((a + 0xfffu + (a >> 13 & 1u)) >> 13) - (112u << 10));
+    if (a <= 0x33000000u) /* 2^-25, half the smallest, ties to zero */
+        return sign;
+
+    const uint32_t shift = 126u - (a >> 23); /* 14..24 */
+    const uint32_t m = (a & 0x7fffffu) | 0x800000u;
+    const uint32_t rest = m & ((1u << shift) - 1u);
+    const uint32_t half = 1u << (shift - 1);
+    uint32_t q = m >> shift;
+    if (rest > half || (rest == half && (q & 1u)))
+        q++;
+    return sign | q;
+}
+
+static void bf16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
+                        size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t u = f32_bits_of_bf16(load16(src, i));
+        memcpy(dst + i, &u, sizeof(u));
+    }
+}
+
+static void f16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
+                       size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t u = f32_bits_of_f16(load16(src, i));
+        memcpy(dst + i, &u, sizeof(u));
+    }
+}
+
+static void f32_to_bf16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
+                        size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = 0;
+        memcpy(&u, src + i, sizeof(u));
+        store16(dst, i, bf16_of_f32_bits(u));
+    }
+}
+
+static void f32_to_f16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
+                       size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = 0;
+        memcpy(&u, src + i, sizeof(u));
+        store16(dst, i, f16_of_f32_bits(u));
+    }
+}
+
+void tvk_ref_convert(struct tvk_table *t)
+{
+    t->bf16_to_f32 = bf16_to_f32;
+    t->f16_to_f32 = f16_to_f32;
+    t->f32_to_bf16 = f32_to_bf16;
+    t->f32_to_f16 = f32_to_f16;
+}
+
+void tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,
+                const void *src, size_t n)
+{
+    assert(t == TV_F32 || t == TV_F16 || t == TV_BF16);
+    if (t == TV_BF16)
+        k->bf16_to_f32(dst, src, n);
+    else if (t == TV_F16)
+        k->f16_to_f32(dst, src, n);
+    else if (n > 0)
+        memcpy(dst, src, n * sizeof(float));
+}
+
+void tvk_from_f32(const struct tvk_table *k, enum tv_dtype t, void *dst,
+                  const float *src, size_t n)
+{
+    assert(t == TV_F32 || t == TV_F16 || t == TV_BF16);
+    if (t == TV_BF16)
+        k->f32_to_bf16(dst, src, n);
+    else if (t == TV_F16)
+        k->f32_to_f16(dst, src, n);
+    else if (n > 0)
+        memcpy(dst, src, n * sizeof(float));
+}

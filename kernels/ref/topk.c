@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * topk.c - exact selection of the largest magnitudes in bounded memory.
+ *
+ * The bits of |x| order like the numbers, so two histograms (bits 30..15, then
+ * bits 14..0 of the one bucket that holds the k-th) name the exact threshold
+ * pattern; equal elements are then admitted by lowest index.
+ *
+ * All NaNs have one magnitude, the pattern right above infinity, so that no
+ * payload (which differs between processors) can decide what is kept.
+ */
+#include "rows.h"
+
+#include <string.h>
+
+#define INF_BITS 0x7f800000u
+
+static uint32_t magnitude(const float *x, const float *b, size_t i)
+{
+    const float f = b != NULL ? x[i] - b[i] : x[i];
+    uint32_t u = 0;
+    memcpy(&u, &f, sizeof(u));
+    u &= 0x7fffffffu;
+    return u > INF_BITS ? INF_BITS + 1u : u;
+}
+
+static void hist_hi(uint32_t *TVK_RESTRICT hist, const float *x, const float *b,
+                    size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        hist[magnitude(x, b, i) >> 15]++;
+}
+
+static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
+                    const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t m = magnitude(x, b, i);
+        if (m >> 15 == hi)
+            hist[m & 0x7fffu]++;
+    }
+}
+
+static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
+                         size_t n)
+{
+    uint64_t count = 0;
+    for (size_t i = 0; i < n; i++)
+        count += magnitude(x, b, i) == pattern;
+    return count;
+}
+
+static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
+                          const float *b, uint32_t pattern, uint64_t *eq_seen,
+                          uint64_t eq_limit, size_t n)
+{
+    uint64_t seen = *eq_seen;
+    uint64_t kept = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        if (i % 64 == 0)
+            mask[i >> 6] = 0;
+        const uint32_t m = magnitude(x, b, i);
+        int keep = m > pattern;
+        if (m == pattern) {
+            keep = seen < eq_limit;
+            seen++;
+        }
+        if (keep && m != 0) {
+            mask[i >> 6] |= UINT64_C(1) << (i & 63);
+            kept++;
+        }
+    }
+    *eq_seen = seen;
+    return kept;
+}
+
+void tvk_ref_topk(struct tvk_table *t)
+{
+    t->hist_hi = hist_hi;
+    t->hist_lo = hist_lo;
+    t->count_eq = count_eq;
+    t->topk_mask = topk_mask;
+}

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rows.h - how the rows of the kernel table are put together (private).
+ *
+ * Each operation file keeps its functions static and exports one function that
+ * writes its entries into a table. The reference row sets every entry; a row
+ * of a wider ISA starts as a copy of the row below it and overrides what it
+ * has, so an operation without a vector version falls back by itself.
+ */
+#ifndef TVK_ROWS_H
+#define TVK_ROWS_H
+
+#include "tv/kernels.h"
+
+/* kernels/ref */
+void tvk_ref_convert(struct tvk_table *t);
+void tvk_ref_linear(struct tvk_table *t);
+void tvk_ref_gta(struct tvk_table *t);
+void tvk_ref_topk(struct tvk_table *t);
+void tvk_ref_philox(struct tvk_table *t);
+void tvk_ref_dots(struct tvk_table *t);
+void tvk_ref_stats(struct tvk_table *t);
+void tvk_ref_lowrank(struct tvk_table *t);
+/* Fills the whole row. */
+void tvk_row_ref(struct tvk_table *t);
+
+/* cpu_<arch>.c: what this processor and its operating system can run. */
+int tvk_cpu_supports(enum tvk_isa isa);
+/* Overrides the entries of *t with those of a supported isa. */
+void tvk_cpu_override(enum tvk_isa isa, struct tvk_table *t);
+/* Name of the i-th feature that is present, NULL when i is past the last. */
+const char *tvk_cpu_feature(unsigned i);
+
+#endif

@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * topk_avx2.c - histograms and masks of magnitudes, 8 elements at a time.
+ *
+ * Without a compressing store, vectors that are all zero (frequent where a
+ * fine-tune left the base alone) are counted at once and all others go through
+ * the bucket buffer whole.
+ */
+#include "x86/x86_rows.h"
+#include "avx2_util.h"
+
+/* Elements per round of hist_hi; the buffer stays in the L1 cache. */
+#define ROUND 1024u
+
+static void count_buckets(uint32_t *TVK_RESTRICT hist, const uint16_t *bucket,
+                          size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 4 <= n; i += 4) {
+        uint64_t four = 0;
+        memcpy(&four, bucket + i, sizeof(four));
+        hist[four & 0xffff]++;
+        hist[four >> 16 & 0xffff]++;
+        hist[four >> 32 & 0xffff]++;
+        hist[four >> 48]++;
+    }
+    for (; i < n; i++)
+        hist[bucket[i]]++;
+}
+
+TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
+                            const float *b, size_t n)
+{
+    uint16_t bucket[ROUND + 8];
+
+    for (size_t at = 0; at < n; at += ROUND) {
+        const size_t end = n - at < ROUND ? n : at + ROUND;
+        size_t n_buckets = 0;
+        size_t n_zero = 0;
+        for (size_t i = at; i < end; i += 8) {
+            const size_t count = end - i < 8 ? end - i : 8;
+            const __m256i hi = _mm256_srli_epi32(
+                magnitude8(count, x + i, b != NULL ? b + i : NULL), 15);
+            if (_mm256_testz_si256(hi, hi)) {
+                n_zero += count;
+                continue;
+            }
+            _mm_storeu_si128((__m128i *)(void *)(bucket + n_buckets),
+                             _mm_packus_epi32(_mm256_castsi256_si128(hi),
+                                              _mm256_extracti128_si256(hi, 1)));
+            n_buckets += count;
+        }
+        count_buckets(hist, bucket, n_buckets);
+        hist[0] += (uint32_t)n_zero;
+    }
+}
+
+static void hist_hi(uint32_t *TVK_RESTRICT hist, const float *x, const float *b,
+                    size_t n)
+{
+    if (b != NULL)
+        hist_hi_any(hist, x, b, n);
+    else
+        hist_hi_any(hist, x, NULL, n);
+}
+
+TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
+                            const float *x, const float *b, size_t n)
+{
+    const __m256i wanted = _mm256_set1_epi32((int)hi);
+    uint32_t low[8];
+    uint32_t n_zero = 0;
+
+    for (size_t i = 0; i < n; i += 8) {
+        const size_t count = n - i < 8 ? n - i : 8;
+        const __m256i m = magnitude8(count, x + i, b != NULL ? b + i : NULL);
+        unsigned hit =
+            bits8(_mm256_cmpeq_epi32(_mm256_srli_epi32(m, 15), wanted)) &
+            (unsigned)tvk_low_bits(count);
+        if (hit == 0)
+            continue;
+        const unsigned zero =
+            hit & bits8(_mm256_cmpeq_epi32(m, _mm256_setzero_si256()));
+        n_zero += tvk_popcount(zero);
+        hit &= ~zero;
+        _mm256_storeu_si256((__m256i *)(void *)low, m);
+        for (; hit != 0; hit &= hit - 1)
+            hist[low[__builtin_ctz(hit)] & 0x7fffu]++;
+    }
+    hist[0] += n_zero;
+}
+
+static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
+                    const float *b, size_t n)
+{
+    if (b != NULL)
+        hist_lo_any(hist, hi, x, b, n);
+    else
+        hist_lo_any(hist, hi, x, NULL, n);
+}
+
+TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
+                                 uint32_t pattern, size_t n)
+{
+    const __m256i wanted = _mm256_set1_epi32((int)pattern);
+    uint64_t total = 0;
+
+    for (size_t i = 0; i < n; i += 8) {
+        const size_t count = n - i < 8 ? n - i : 8;
+        const __m256i m = magnitude8(count, x + i, b != NULL ? b + i : NULL);
+        total += tvk_popcount(bits8(_mm256_cmpeq_epi32(m, wanted)) &
+                              tvk_low_bits(count));
+    }
+    return total;
+}
+
+static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
+                         size_t n)
+{
+    return b != NULL ? count_eq_any(x, b, pattern, n)
+                     : count_eq_any(x, NULL, pattern, n);
+}
+
+TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
+                                  const float *b, uint32_t pattern,
+                                  uint64_t *eq_seen, uint64_t eq_limit,
+                                  size_t n)
+{
+    /* Compares are signed: a pattern above all magnitudes must not wrap. */
+    const __m256i limit =
+        _mm256_set1_epi32(pattern > 0x7fffffffu ? 0x7fffffff : (int)pattern);
+    uint64_t seen = *eq_seen;
+    uint64_t kept = 0;
+
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t above = 0;
+        uint64_t equal = 0;
+        for (unsigned q = 0; q < 64 && i + q < n; q += 8) {
+            const size_t at = i + q;
+            const size_t count = n - at < 8 ? n - at : 8;
+            const __m256i m =
+                magnitude8(count, x + at, b != NULL ? b + at : NULL);
+            above |= (uint64_t)bits8(_mm256_cmpgt_epi32(m, limit)) << q;
+            equal |= (bits8(_mm256_cmpeq_epi32(m, limit)) & tvk_low_bits(count))
+                     << q;
+        }
+        if (equal != 0) {
+            const unsigned n_equal = tvk_popcount(equal);
+            const uint64_t room = seen < eq_limit ? eq_limit - seen : 0;
+            seen += n_equal;
+            if (pattern == 0 || room == 0)
+                equal = 0;
+            else if (room < n_equal)
+                equal = tvk_lowest_set(equal, room);
+        }
+        mask[i >> 6] = above | equal;
+        kept += tvk_popcount(above | equal);
+    }
+    *eq_seen = seen;
+    return kept;
+}
+
+static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
+                          const float *b, uint32_t pattern, uint64_t *eq_seen,
+                          uint64_t eq_limit, size_t n)
+{
+    return b != NULL
+               ? topk_mask_any(mask, x, b, pattern, eq_seen, eq_limit, n)
+               : topk_mask_any(mask, x, NULL, pattern, eq_seen, eq_limit, n);
+}
+
+void tvk_avx2_topk(struct tvk_table *t)
+{
+    t->hist_hi = hist_hi;
+    t->hist_lo = hist_lo;
+    t->count_eq = count_eq;
+    t->topk_mask = topk_mask;
+}

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * convert_avx512.c - 16-bit conversions, 16 elements at a time.
+ *
+ * f16 uses the conversion instructions. bf16 is integer arithmetic as in
+ * ref/convert.c: VCVTNEPS2BF16 flushes subnormals and is no option.
+ */
+#include "x86/x86_rows.h"
+#include "avx512_util.h"
+
+TVK_INLINE __m256i load_half(__mmask16 lanes, const void *src, size_t i)
+{
+    return _mm256_maskz_loadu_epi16(lanes, (const unsigned char *)src + 2 * i);
+}
+
+TVK_INLINE void store_half(void *dst, size_t i, __mmask16 lanes, __m256i v)
+{
+    _mm256_mask_storeu_epi16((unsigned char *)dst + 2 * i, lanes, v);
+}
+
+TVK_INLINE __m512i quieten(__m512i u)
+{
+    const __m512 v = _mm512_castsi512_ps(u);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(u, nan, u, _mm512_set1_epi32(0x00400000));
+}
+
+static void bf16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
+                        size_t n)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i h = _mm512_cvtepu16_epi32(load_half(lanes, src, i));
+        const __m512i u = quieten(_mm512_slli_epi32(h, 16));
+        _mm512_mask_storeu_ps(dst + i, lanes, _mm512_castsi512_ps(u));
+    }
+}
+
+static void f16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
+                       size_t n)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512 v = _mm512_cvtph_ps(load_half(lanes, src, i));
+        _mm512_mask_storeu_ps(dst + i, lanes, v);
+    }
+}
+
+static void f32_to_bf16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
+                        size_t n)
+{
+    const __m512i one = _mm512_set1_epi32(1);
+    const __m512i bias = _mm512_set1_epi32(0x7fff);
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, src + i);
+        const __m512i u = _mm512_castps_si512(v);
+        const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
+        const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x00400000));
+        const __m512i r = _mm512_mask_add_epi32(quiet, number, u,
+                                                _mm512_add_epi32(odd, bias));
+        store_half(dst, i, lanes,
+                   _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    }
+}
+
+static void f32_to_f16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
+                       size_t n)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, src + i);
+        store_half(dst, i, lanes,
+                   _mm512_maskz_cvtps_ph(lanes, v,
+                                         _MM_FROUND_TO_NEAREST_INT |
+                                             _MM_FROUND_NO_EXC));
+    }
+}
+
+void tvk_avx512_convert(struct tvk_table *t)
+{
+    t->bf16_to_f32 = bf16_to_f32;
+    t->f16_to_f32 = f16_to_f32;
+    t->f32_to_bf16 = f32_to_bf16;
+    t->f32_to_f16 = f32_to_f16;
+}

@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * gta_avx512.c - generalised task arithmetic, 8 fp64 lanes at a time.
+ *
+ * The D_j of one vector stay in registers for up to four donors and in a small
+ * stack array above; consensus reads them twice. Sums may start from the first
+ * term instead of +0: that differs from the reference only in the sign of a
+ * zero, and a zero change returns the base.
+ */
+#include "x86/x86_rows.h"
+#include "avx512_util.h"
+
+#include <assert.h>
+
+#define BLOCK 2u /* vectors */
+
+struct job {
+    const float *b;
+    const float *const *x;
+    const uint64_t *const *masks;
+    const double *coef;
+    const double *weight;
+    struct tvk_divide total;
+    int normalize;
+    int has_lambda;
+    double lambda;
+};
+
+/* Election and disjoint merge: the sum of those that agree goes to m. */
+TVK_INLINE void elect(const struct job *g, __m512d (*d)[BLOCK], __m512d *m,
+                      size_t n_donors, size_t vectors)
+{
+    const __m512d zero = _mm512_setzero_pd();
+    __m512d turn[BLOCK], divisor[BLOCK];
+
+    for (size_t v = 0; v < vectors; v++) {
+        /* Turns agreement, above zero or below, into "above" everywhere. */
+        turn[v] = _mm512_mask_mov_pd(_mm512_set1_pd(-0.0),
+                                     _mm512_cmp_pd_mask(m[v], zero, _CMP_GE_OQ),
+                                     zero);
+        m[v] = zero;
+        divisor[v] = zero;
+    }
+    for (size_t j = 0; j < n_donors; j++) {
+        const __m512d weight = _mm512_set1_pd(g->weight[j]);
+        for (size_t v = 0; v < vectors; v++) {
+            const __mmask8 agree = _mm512_cmp_pd_mask(
+                _mm512_xor_pd(d[j][v], turn[v]), zero, _CMP_GT_OQ);
+            m[v] = _mm512_mask_add_pd(m[v], agree, m[v], d[j][v]);
+            divisor[v] =
+                _mm512_mask_add_pd(divisor[v], agree, divisor[v], weight);
+        }
+    }
+    if (!g->normalize)
+        return;
+    for (size_t v = 0; v < vectors; v++) {
+        const __mmask8 none = _mm512_cmp_pd_mask(divisor[v], zero, _CMP_EQ_OQ);
+        m[v] = _mm512_div_pd(
+            m[v], _mm512_mask_mov_pd(divisor[v], none, _mm512_set1_pd(1.0)));
+    }
+}
+
+TVK_INLINE __m512d divide(const struct tvk_divide *div, __m512d m)
+{
+    if (div->is_none)
+        return m;
+    if (div->is_reciprocal)
+        return _mm512_mul_pd(m, _mm512_set1_pd(div->by));
+    return _mm512_div_pd(m, _mm512_set1_pd(div->by));
+}
+
+/* `vectors` vectors of 8 elements, the last one cut to `lanes`. */
+TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
+                            size_t i, size_t vectors, __mmask8 lanes,
+                            size_t n_donors, int consensus, int masked)
+{
+    __m512d d[TVK_DONORS_MAX][BLOCK];
+    __m512d b[BLOCK], m[BLOCK];
+
+    for (size_t v = 0; v < vectors; v++) {
+        b[v] = load8(lanes, g->b + i + 8 * v);
+        m[v] = _mm512_setzero_pd();
+    }
+    for (size_t j = 0; j < n_donors; j++) {
+        const float *const x = g->x[j] + i;
+        const __m512d coef = _mm512_set1_pd(g->coef[j]);
+        unsigned keep = 0xffff;
+        if (masked && g->masks[j] != NULL)
+            keep = vectors > 1 ? tvk_mask_16(g->masks[j], i)
+                               : tvk_mask_8(g->masks[j], i);
+        for (size_t v = 0; v < vectors; v++) {
+            const __m512d diff = _mm512_sub_pd(load8(lanes, x + 8 * v), b[v]);
+            const __m512d next =
+                masked ? _mm512_maskz_mul_pd((__mmask8)(keep >> (8 * v)), diff,
+                                             coef)
+                       : _mm512_mul_pd(diff, coef);
+            if (consensus)
+                d[j][v] = next;
+            m[v] = j == 0 ? next : _mm512_add_pd(m[v], next);
+        }
+    }
+    if (consensus)
+        elect(g, d, m, n_donors, vectors);
+    for (size_t v = 0; v < vectors; v++) {
+        if (!consensus && g->normalize)
+            m[v] = divide(&g->total, m[v]);
+        if (g->has_lambda)
+            m[v] = _mm512_mul_pd(m[v], _mm512_set1_pd(g->lambda));
+        const __mmask8 same =
+            _mm512_cmp_pd_mask(m[v], _mm512_setzero_pd(), _CMP_EQ_OQ);
+        const __m256 r = _mm512_cvtpd_ps(_mm512_add_pd(b[v], m[v]));
+        const __m256 base = _mm256_maskz_loadu_ps(lanes, g->b + i + 8 * v);
+        _mm256_mask_storeu_ps(dst + i + 8 * v, lanes,
+                              _mm256_mask_mov_ps(r, same, base));
+    }
+}
+
+TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,
+                          size_t n_donors, int consensus, int masked, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 8 * BLOCK <= n; i += 8 * BLOCK)
+        merge_block(dst, g, i, BLOCK, 0xff, n_donors, consensus, masked);
+    for (; i < n; i += 8)
+        merge_block(dst, g, i, 1, lanes8(i, n), n_donors, consensus, masked);
+}
+
+TVK_INLINE void merge_donors(float *TVK_RESTRICT dst, const struct job *g,
+                             size_t n_donors, int consensus, size_t n)
+{
+    if (g->masks != NULL)
+        merge_all(dst, g, n_donors, consensus, 1, n);
+    else
+        merge_all(dst, g, n_donors, consensus, 0, n);
+}
+
+static void merge_sum(float *TVK_RESTRICT dst, const struct job *g,
+                      size_t n_donors, size_t n)
+{
+    switch (n_donors) {
+    case 1:
+        merge_donors(dst, g, 1, 0, n);
+        break;
+    case 2:
+        merge_donors(dst, g, 2, 0, n);
+        break;
+    case 3:
+        merge_donors(dst, g, 3, 0, n);
+        break;
+    case 4:
+        merge_donors(dst, g, 4, 0, n);
+        break;
+    default:
+        merge_donors(dst, g, n_donors, 0, n);
+    }
+}
+
+static void merge_consensus(float *TVK_RESTRICT dst, const struct job *g,
+                            size_t n_donors, size_t n)
+{
+    switch (n_donors) {
+    case 1:
+        merge_donors(dst, g, 1, 1, n);
+        break;
+    case 2:
+        merge_donors(dst, g, 2, 1, n);
+        break;
+    case 3:
+        merge_donors(dst, g, 3, 1, n);
+        break;
+    case 4:
+        merge_donors(dst, g, 4, 1, n);
+        break;
+    default:
+        merge_donors(dst, g, n_donors, 1, n);
+    }
+}
+
+static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                const float *const *x, const uint64_t *const *masks,
+                const struct tvk_gta *p, size_t n)
+{
+    double total = 0.0;
+
+    assert(p->n_donors <= TVK_DONORS_MAX);
+    if (p->n_donors == 0) {
+        if (n > 0)
+            memcpy(dst, b, n * sizeof(*dst));
+        return;
+    }
+    for (size_t j = 0; j < p->n_donors; j++)
+        total = total + p->weight[j];
+    if (total > -1e-8 && total < 1e-8)
+        total = 1.0;
+    const struct job g = {b,
+                          x,
+                          masks,
+                          p->coef,
+                          p->weight,
+                          tvk_divide_by(total),
+                          p->normalize,
+                          p->lambda != 1.0,
+                          p->lambda};
+    if (p->consensus)
+        merge_consensus(dst, &g, p->n_donors, n);
+    else
+        merge_sum(dst, &g, p->n_donors, n);
+}
+
+void tvk_avx512_gta(struct tvk_table *t)
+{
+    t->gta = gta;
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * topk_avx512.c - histograms and masks of magnitudes.
+ *
+ * Buckets are computed 16 at a time into a small buffer and counted by scalar
+ * increments; there is no room for several histograms in the contract. Zeros,
+ * which pile up in one bucket and would wait for each other's store, are
+ * counted aside; other neighbours rarely meet.
+ */
+#include "x86/x86_rows.h"
+#include "avx512_util.h"
+
+/* Elements per round of hist_hi; the buffer stays in the L1 cache. */
+#define ROUND 1024u
+
+static void count_buckets(uint32_t *TVK_RESTRICT hist, const uint16_t *bucket,
+                          size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 4 <= n; i += 4) {
+        uint64_t four = 0;
+        memcpy(&four, bucket + i, sizeof(four));
+        hist[four & 0xffff]++;
+        hist[four >> 16 & 0xffff]++;
+        hist[four >> 32 & 0xffff]++;
+        hist[four >> 48]++;
+    }
+    for (; i < n; i++)
+        hist[bucket[i]]++;
+}
+
+TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
+                            const float *b, size_t n)
+{
+    uint16_t bucket[ROUND + 16];
+
+    for (size_t at = 0; at < n; at += ROUND) {
+        const size_t end = n - at < ROUND ? n : at + ROUND;
+        size_t n_buckets = 0;
+        for (size_t i = at; i < end; i += 16) {
+            const __mmask16 lanes = lanes16(i, end);
+            const __m512i hi = _mm512_srli_epi32(
+                magnitude16(lanes, x + i, b != NULL ? b + i : NULL), 15);
+            const __mmask16 some = _mm512_test_epi32_mask(hi, hi);
+            _mm256_storeu_si256(
+                (__m256i *)(void *)(bucket + n_buckets),
+                _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(some, hi)));
+            n_buckets += tvk_popcount(some);
+        }
+        count_buckets(hist, bucket, n_buckets);
+        hist[0] += (uint32_t)(end - at - n_buckets);
+    }
+}
+
+static void hist_hi(uint32_t *TVK_RESTRICT hist, const float *x, const float *b,
+                    size_t n)
+{
+    if (b != NULL)
+        hist_hi_any(hist, x, b, n);
+    else
+        hist_hi_any(hist, x, NULL, n);
+}
+
+TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
+                            const float *x, const float *b, size_t n)
+{
+    const __m512i wanted = _mm512_set1_epi32((int)hi);
+    uint32_t low[16];
+    uint32_t n_zero = 0;
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i m = magnitude16(lanes, x + i, b != NULL ? b + i : NULL);
+        __mmask16 hit = _mm512_mask_cmpeq_epi32_mask(
+            lanes, _mm512_srli_epi32(m, 15), wanted);
+        const __mmask16 zero = _mm512_mask_testn_epi32_mask(hit, m, m);
+        n_zero += tvk_popcount(zero);
+        hit = (__mmask16)(hit & ~zero);
+        if (hit == 0)
+            continue;
+        _mm512_storeu_si512(
+            low, _mm512_maskz_compress_epi32(
+                     hit, _mm512_and_si512(m, _mm512_set1_epi32(0x7fff))));
+        const unsigned n_hits = tvk_popcount(hit);
+        for (unsigned k = 0; k < n_hits; k++)
+            hist[low[k]]++;
+    }
+    hist[0] += n_zero;
+}
+
+static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
+                    const float *b, size_t n)
+{
+    if (b != NULL)
+        hist_lo_any(hist, hi, x, b, n);
+    else
+        hist_lo_any(hist, hi, x, NULL, n);
+}
+
+TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
+                                 uint32_t pattern, size_t n)
+{
+    const __m512i wanted = _mm512_set1_epi32((int)pattern);
+    uint64_t count = 0;
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i m = magnitude16(lanes, x + i, b != NULL ? b + i : NULL);
+        count += tvk_popcount(_mm512_mask_cmpeq_epi32_mask(lanes, m, wanted));
+    }
+    return count;
+}
+
+static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
+                         size_t n)
+{
+    return b != NULL ? count_eq_any(x, b, pattern, n)
+                     : count_eq_any(x, NULL, pattern, n);
+}
+
+TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
+                                  const float *b, uint32_t pattern,
+                                  uint64_t *eq_seen, uint64_t eq_limit,
+                                  size_t n)
+{
+    const __m512i limit = _mm512_set1_epi32((int)pattern);
+    uint64_t seen = *eq_seen;
+    uint64_t kept = 0;
+
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t above = 0;
+        uint64_t equal = 0;
+        for (unsigned q = 0; q < 64 && i + q < n; q += 16) {
+            const size_t at = i + q;
+            const __mmask16 lanes = lanes16(at, n);
+            const __m512i m =
+                magnitude16(lanes, x + at, b != NULL ? b + at : NULL);
+            above |= (uint64_t)_mm512_mask_cmpgt_epu32_mask(lanes, m, limit)
+                     << q;
+            equal |= (uint64_t)_mm512_mask_cmpeq_epu32_mask(lanes, m, limit)
+                     << q;
+        }
+        if (equal != 0) {
+            const unsigned n_equal = tvk_popcount(equal);
+            const uint64_t room = seen < eq_limit ? eq_limit - seen : 0;
+            seen += n_equal;
+            if (pattern == 0 || room == 0)
+                equal = 0;
+            else if (room < n_equal)
+                equal = tvk_lowest_set(equal, room);
+        }
+        mask[i >> 6] = above | equal;
+        kept += tvk_popcount(above | equal);
+    }
+    *eq_seen = seen;
+    return kept;
+}
+
+static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
+                          const float *b, uint32_t pattern, uint64_t *eq_seen,
+                          uint64_t eq_limit, size_t n)
+{
+    return b != NULL
+               ? topk_mask_any(mask, x, b, pattern, eq_seen, eq_limit, n)
+               : topk_mask_any(mask, x, NULL, pattern, eq_seen, eq_limit, n);
+}
+
+void tvk_avx512_topk(struct tvk_table *t)
+{
+    t->hist_hi = hist_hi;
+    t->hist_lo = hist_lo;
+    t->count_eq = count_eq;
+    t->topk_mask = topk_mask;
+}

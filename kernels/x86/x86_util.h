@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * x86_util.h - small helpers of the x86-64 rows; no intrinsics here.
+ */
+#ifndef TVK_X86_UTIL_H
+#define TVK_X86_UTIL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* For bodies whose flags become constants in each caller. */
+#define TVK_INLINE static inline __attribute__((always_inline))
+
+/* How to divide by a number that is the same for all elements. */
+struct tvk_divide {
+    int is_none;       /* by one: leave the value alone */
+    int is_reciprocal; /* multiply by `by` instead */
+    double by;
+};
+
+/*
+ * A power of two has an exact reciprocal, so the product and the quotient are
+ * the same real number, rounded once: same bits, without the slow division.
+ */
+static inline struct tvk_divide tvk_divide_by(double divisor)
+{
+    struct tvk_divide r = {divisor == 1.0, 0, divisor};
+    uint64_t bits = 0;
+
+    memcpy(&bits, &divisor, sizeof(bits));
+    const uint64_t exponent = bits >> 52 & 0x7ffu;
+    if ((bits & 0xfffffffffffffu) == 0 && exponent >= 2 && exponent <= 2044) {
+        r.is_reciprocal = 1;
+        r.by = 1.0 / divisor;
+    }
+    return r;
+}
+
+/* Bits i .. i+7 of a mask; i is a multiple of 8. */
+static inline uint8_t tvk_mask_8(const uint64_t *mask, size_t i)
+{
+    uint8_t v = 0;
+    memcpy(&v, (const unsigned char *)mask + i / 8, sizeof(v));
+    return v;
+}
+
+/* Bits i .. i+15 of a mask; i is a multiple of 16. */
+static inline uint16_t tvk_mask_16(const uint64_t *mask, size_t i)
+{
+    uint16_t v = 0;
+    memcpy(&v, (const unsigned char *)mask + i / 8, sizeof(v));
+    return v;
+}
+
+/* The lowest n bits set, n from 0 to 64. */
+static inline uint64_t tvk_low_bits(size_t n)
+{
+    return n >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << n) - 1;
+}
+
+static inline unsigned tvk_popcount(uint64_t v)
+{
+    return (unsigned)__builtin_popcountll(v);
+}
+
+/* The lowest n bits that are set in v. */
+static inline uint64_t tvk_lowest_set(uint64_t v, uint64_t n)
+{
+    uint64_t kept = 0;
+    for (; n > 0 && v != 0; n--) {
+        kept |= v & (~v + 1);
+        v &= v - 1;
+    }
+    return kept;
+}
+
+#endif
