@@ -1,0 +1,935 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * evict.c - pins, ticks, and making room by dropping derived data.
+ *
+ * The file must not grow past the quota, and LMDB grows it whenever it finds no
+ * run of free pages that is long enough for a value. So before anything is put,
+ * the growth is computed from LMDB's own list of free pages: those that no
+ * reader can see any more, joined to runs, used up first fit like LMDB does.
+ * Pages freed by one commit can be used by the commit after the next; so
+ * eviction is followed by a commit that changes nothing but a counter.
+ *
+ * Pins of a handle are records '@' session 0 item id; they count as long as the
+ * session lives (session.c).
+ */
+#include "derived_priv.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tv/alloc.h"
+#include "tv/checked.h"
+
+#define PIN_HEAD       17u /* '@' and 16 hex digits */
+#define EVICT_CHUNKS   256u
+#define TREE_PAGES     24u               /* copied by any commit of ours */
+#define DISK_LEAST     ((uint64_t)64 << 20)
+#define IN_LEAF_BYTES  1900u             /* larger values get pages of their own */
+
+uint64_t value_pages(uint64_t bytes, size_t page_bytes)
+{
+    const uint64_t total = bytes + TV_CHUNK_HEADER;
+    if (total < IN_LEAF_BYTES)
+        return 1;
+    return (total + 16 + page_bytes - 1) / page_bytes;
+}
+
+/* ---- ticks ----------------------------------------------------------------
+ */
+
+enum tv_err next_tick(tv_batch *b, uint64_t *tick, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_key k;
+    struct rec_body body;
+    struct tv_buf buf;
+    bool found = false;
+    const char *why = NULL;
+    uint64_t v = 0;
+    key_str(&k, META_TICK);
+    TV_TRY(db_get_rec(&b->t, DB_META, REC_NUMBER, &k, &found, &body,
+                      "the tick counter", err));
+    if (found && !rec_number_get(body, &v, &why)) {
+        rc = rec_damaged(b->t.s, "the tick counter", why, err);
+        goto out;
+    }
+    rec_begin(&buf);
+    rec_number_put(&buf, v + 1);
+    TV_TRY(db_put_rec(b, DB_META, REC_NUMBER, &k, &buf, err));
+    *tick = v + 1;
+out:
+    return rc;
+}
+
+enum tv_err derived_touch(tv_batch *b, enum tv_derived_kind kind,
+                          const struct rec_key *k, struct rec_derived *r,
+                          struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_key use;
+    struct tv_buf buf;
+    const struct rec_use u = {.kind = (uint8_t)kind, .item = *k};
+    if (r->used != 0) {
+        key_id(&use, r->used);
+        TV_TRY(db_del(b, DB_USE, &use, NULL, err));
+    }
+    TV_TRY(next_tick(b, &r->used, err));
+    if (r->created == 0)
+        r->created = r->used;
+    key_id(&use, r->used);
+    rec_begin(&buf);
+    rec_use_put(&buf, &u);
+    TV_TRY(db_put_rec(b, DB_USE, REC_USE, &use, &buf, err));
+    rc = derived_put(b, kind, k, r, err);
+out:
+    return rc;
+}
+
+/* ---- groups ---------------------------------------------------------------
+ */
+
+enum tv_err derived_group_get(const struct txn *t, uint64_t id, bool *found,
+                              struct rec_group *g, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_key k;
+    struct rec_body body;
+    const char *why = NULL;
+    key_id(&k, id);
+    TV_TRY(db_get_rec(t, DB_GROUP, REC_GROUP, &k, found, &body,
+                      "the description of derived data", err));
+    if (*found && !rec_group_get(body, g, &why))
+        rc = rec_damaged(t->s, "the description of derived data", why, err);
+out:
+    return rc;
+}
+
+static enum tv_err group_put(tv_batch *b, uint64_t id, const char *about,
+                             size_t n, uint64_t n_items, struct tv_error *err)
+{
+    struct rec_key k;
+    struct tv_buf buf;
+    const struct rec_group g = {.n_items = n_items,
+                                .about = {.s = about, .n = n}};
+    key_id(&k, id);
+    rec_begin(&buf);
+    rec_group_put(&buf, &g);
+    return db_put_rec(b, DB_GROUP, REC_GROUP, &k, &buf, err);
+}
+
+enum tv_err derived_group_join(tv_batch *b, const char *about, uint64_t *id,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_group g = {.n_items = 0};
+    const size_t n = strlen(about);
+    bool found = true;
+    uint64_t at = tv_hash64(about, n);
+    /* Another document with this hash: the next number. */
+    for (;; at++) {
+        TV_TRY(derived_group_get(&b->t, at, &found, &g, err));
+        if (!found || (g.about.n == n && memcmp(g.about.s, about, n) == 0))
+            break;
+    }
+    TV_TRY(group_put(b, at, about, n, found ? g.n_items + 1 : 1, err));
+    *id = at;
+out:
+    return rc;
+}
+
+static enum tv_err group_leave(tv_batch *b, uint64_t id, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_group g;
+    struct rec_key k;
+    bool found = false;
+    char *about = NULL;
+    rc = derived_group_get(&b->t, id, &found, &g, err);
+    if (rc == TV_E_CORRUPT) { /* gc makes it right */
+        tv_error_clear(err);
+        return TV_OK;
+    }
+    TV_TRY(rc);
+    if (!found)
+        goto out;
+    if (g.n_items <= 1) {
+        key_id(&k, id);
+        rc = db_del(b, DB_GROUP, &k, NULL, err);
+        goto out;
+    }
+    about = tv_strndup(g.about.s, g.about.n);
+    if (about == NULL) {
+        rc = tv_error_set(err, TV_E_NOMEM, "no memory for a description");
+        goto out;
+    }
+    rc = group_put(b, id, about, strlen(about), g.n_items - 1, err);
+out:
+    tv_free(about);
+    return rc;
+}
+
+/* ---- dropping -------------------------------------------------------------
+ */
+
+static enum tv_err drop_one(tv_batch *b, enum tv_derived_kind kind,
+                            const struct rec_key *k,
+                            const struct rec_derived *r, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_key key;
+    const uint64_t n = derived_chunks(r);
+    for (uint64_t i = 0; i < n; i++) {
+        key_derived_chunk(&key, k, (uint32_t)i);
+        TV_TRY(db_del(b, derived_db(kind), &key, NULL, err));
+    }
+    key_id(&key, r->used);
+    TV_TRY(db_del(b, DB_USE, &key, NULL, err));
+    TV_TRY(group_leave(b, r->group, err));
+    rc = db_del(b, derived_db(kind), k, NULL, err);
+out:
+    return rc;
+}
+
+enum tv_err derived_drop(tv_batch *b, enum tv_derived_kind kind,
+                         const struct rec_key *k, const struct rec_derived *r,
+                         struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_derived delta;
+    bool found = false;
+    if (kind == TV_MASK) {
+        /* Without its mask a task vector is noise. */
+        rc = derived_get(&b->t, TV_DELTA, k, &found, &delta, err);
+        if (rc == TV_E_CORRUPT)
+            tv_error_clear(err);
+        else
+            TV_TRY(rc);
+        if (found)
+            TV_TRY(drop_one(b, TV_DELTA, k, &delta, err));
+    }
+    rc = drop_one(b, kind, k, r, err);
+out:
+    return rc;
+}
+
+/* ---- pins -----------------------------------------------------------------
+ */
+
+static void pin_name(uint64_t session, char name[PIN_HEAD + 1])
+{
+    (void)snprintf(name, PIN_HEAD + 1, "@%016" PRIx64, session);
+}
+
+bool derived_pin_session(const MDB_val *key, uint64_t *session)
+{
+    const char *s = (const char *)key->mv_data;
+    char digits[17];
+    if (key->mv_size != PIN_HEAD + 9 || s[0] != '@' || s[PIN_HEAD] != '\0')
+        return false;
+    memcpy(digits, s + 1, 16);
+    digits[16] = '\0';
+    char *end = NULL;
+    *session = strtoull(digits, &end, 16);
+    return *end == '\0';
+}
+
+static int id_compare(const void *x, const void *y)
+{
+    const uint64_t a = *(const uint64_t *)x, b = *(const uint64_t *)y;
+    return (a > b) - (a < b);
+}
+
+void derived_pins_free(struct derived_pins *p)
+{
+    tv_free(p->ids);
+    *p = (struct derived_pins){.ids = NULL};
+}
+
+enum tv_err derived_pins_read(const struct txn *t, struct derived_pins *out,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk w = {0};
+    struct rec_key prefix;
+    uint64_t last = 0;
+    bool more = false, alive = false, asked = false;
+    *out = (struct derived_pins){.ids = NULL};
+    key_str(&prefix, "@");
+    TV_TRY(walk_begin(&w, t, DB_PIN, &prefix, err));
+    for (;;) {
+        uint64_t session = 0;
+        TV_TRY(walk_next(&w, &more, err));
+        if (!more)
+            break;
+        if (!derived_pin_session(&w.key, &session))
+            continue;
+        if (!asked || session != last)
+            alive = session_alive(t->s, session);
+        asked = true;
+        last = session;
+        if (!alive)
+            continue;
+        if (out->n == out->cap) {
+            const size_t cap = out->cap == 0 ? 64 : out->cap * 2;
+            uint64_t *p =
+                (uint64_t *)tv_realloc(out->ids, cap * sizeof *p);
+            if (p == NULL) {
+                rc = tv_error_set(err, TV_E_NOMEM, "no memory for a list");
+                goto out;
+            }
+            out->ids = p;
+            out->cap = cap;
+        }
+        out->ids[out->n++] = key_get_id(&w.key, PIN_HEAD + 1);
+    }
+    if (out->n > 0)
+        qsort(out->ids, out->n, sizeof *out->ids, id_compare);
+out:
+    walk_end(&w);
+    if (rc != TV_OK)
+        derived_pins_free(out);
+    return rc;
+}
+
+bool derived_pinned(const struct derived_pins *p, uint64_t id)
+{
+    return p->n > 0 &&
+           bsearch(&id, p->ids, p->n, sizeof *p->ids, id_compare) != NULL;
+}
+
+enum tv_err tv_derived_pin(tv_store *s, const struct tv_derived_key *keys,
+                           size_t n, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    char name[PIN_HEAD + 1];
+    if (n == 0 || s->read_only || !session_hold(s))
+        return TV_OK;
+    pin_name(s->session, name);
+    TV_TRY(tv_batch_begin(s, true, err, &b));
+    for (size_t i = 0; i < n; i++) {
+        struct rec_key k;
+        struct rec_derived r;
+        struct tv_buf buf;
+        bool found = false;
+        key_derived(&k, keys[i].score, keys[i].tensor);
+        TV_TRY(derived_get(&b->t, keys[i].kind, &k, &found, &r, err));
+        if (!found || r.state != REC_COMPLETE)
+            continue;
+        key_pin(&k, name, r.id);
+        rec_begin(&buf);
+        TV_TRY(db_put_rec(b, DB_PIN, REC_PIN, &k, &buf, err));
+    }
+    rc = tv_batch_commit(b, err);
+    b = NULL;
+out:
+    tv_batch_abort(b);
+    return rc;
+}
+
+/* Pins of this session, or of sessions that are gone. */
+static enum tv_err drop_pins(tv_batch *b, bool own, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk w = {0};
+    struct rec_key prefix;
+    struct tv_buf keys;
+    bool more = false;
+    tv_buf_init(&keys, (size_t)1 << 30);
+    key_str(&prefix, "@");
+    TV_TRY(walk_begin(&w, &b->t, DB_PIN, &prefix, err));
+    for (;;) {
+        uint64_t session = 0;
+        TV_TRY(walk_next(&w, &more, err));
+        if (!more)
+            break;
+        if (w.key.mv_size == PIN_HEAD + 9 &&
+            derived_pin_session(&w.key, &session) &&
+            (own ? session == b->t.s->session
+                 : !session_alive(b->t.s, session)))
+            tv_buf_add(&keys, w.key.mv_data, w.key.mv_size);
+    }
+    walk_end(&w);
+    TV_TRY(tv_buf_ok(&keys, err));
+    for (size_t at = 0; at < keys.n_bytes; at += PIN_HEAD + 9) {
+        struct rec_key k = {.n = PIN_HEAD + 9};
+        memcpy(k.b, keys.data + at, k.n);
+        TV_TRY(db_del(b, DB_PIN, &k, NULL, err));
+    }
+out:
+    walk_end(&w);
+    tv_buf_free(&keys);
+    return rc;
+}
+
+enum tv_err tv_derived_release(tv_store *s, const struct tv_derived_key *keys,
+                               size_t n, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    if (s->read_only)
+        return TV_OK;
+    TV_TRY(tv_batch_begin(s, false, err, &b));
+    TV_TRY(drop_pins(b, true, err));
+    for (size_t i = 0; i < n; i++) {
+        struct rec_key k;
+        struct rec_derived r;
+        bool found = false;
+        key_derived(&k, keys[i].score, keys[i].tensor);
+        TV_TRY(derived_get(&b->t, keys[i].kind, &k, &found, &r, err));
+        if (found && r.state == REC_COMPLETE) {
+            char name[TV_NAME_MAX + 1];
+            /* The record is rewritten: its text must not lie in it. */
+            memcpy(name, r.name.s, r.name.n);
+            r.name.s = name;
+            TV_TRY(derived_touch(b, keys[i].kind, &k, &r, err));
+        }
+    }
+    rc = tv_batch_commit(b, err);
+    b = NULL;
+out:
+    tv_batch_abort(b);
+    return rc;
+}
+
+/* ---- eviction -------------------------------------------------------------
+ */
+
+struct evict {
+    uint64_t pages_wanted, pages_freed; /* roughly */
+    uint64_t chunks;                    /* dropped in this batch */
+    uint64_t n_items;
+    bool spare_own; /* what this handle has stored stays */
+    bool all;
+};
+
+static bool may_go(const tv_store *s, const struct evict *e,
+                   const struct derived_pins *pins, const struct rec_derived *r)
+{
+    if (derived_pinned(pins, r->id))
+        return false;
+    if (r->state != REC_COMPLETE)
+        return r->session != s->session && !session_alive(s, r->session);
+    return !e->spare_own || r->session != s->session;
+}
+
+/* The next item in the order of last use that may go; entries of `use` that
+ * point to nothing are dropped on the way. */
+static enum tv_err next_victim(tv_batch *b, const struct evict *e,
+                               const struct derived_pins *pins,
+                               uint64_t *after, struct rec_use *u,
+                               struct rec_derived *r, bool *found,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk w = {0};
+    bool more = false;
+    *found = false;
+    while (!*found) {
+        struct rec_body body;
+        const char *why = NULL;
+        bool there = false;
+        uint64_t tick = 0;
+        /* Begun again each time: the batch may have deleted in between. */
+        TV_TRY(walk_begin(&w, &b->t, DB_USE, NULL, err));
+        do {
+            TV_TRY(walk_next(&w, &more, err));
+            tick = more ? key_get_id(&w.key, 0) : 0;
+        } while (more && tick <= *after);
+        if (!more)
+            break;
+        *after = tick;
+        if (!rec_open(REC_USE, w.key.mv_data, w.key.mv_size, w.val.mv_data,
+                      w.val.mv_size, &body, &why) ||
+            !rec_use_get(body, u, &why)) {
+            walk_end(&w);
+            continue;
+        }
+        walk_end(&w);
+        const enum tv_derived_kind kind =
+            u->kind == TV_MASK ? TV_MASK : TV_DELTA;
+        rc = derived_get(&b->t, kind, &u->item, &there, r, err);
+        if (rc == TV_E_CORRUPT) {
+            tv_error_clear(err);
+            rc = TV_OK;
+            continue;
+        }
+        TV_TRY(rc);
+        if (!there || r->used != tick)
+            continue;
+        struct rec_derived delta;
+        if (kind == TV_MASK) { /* it takes its task vector along */
+            TV_TRY(derived_get(&b->t, TV_DELTA, &u->item, &there, &delta, err));
+            if (there && !may_go(b->t.s, e, pins, &delta))
+                continue;
+        }
+        *found = may_go(b->t.s, e, pins, r);
+    }
+out:
+    walk_end(&w);
+    return rc;
+}
+
+static enum tv_err evict_some(tv_batch *b, struct evict *e,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct derived_pins pins = {.ids = NULL};
+    uint64_t after = 0;
+    TV_TRY(derived_pins_read(&b->t, &pins, err));
+    e->chunks = 0;
+    while ((e->all || e->pages_freed < e->pages_wanted) &&
+           e->chunks < EVICT_CHUNKS) {
+        struct rec_use u;
+        struct rec_derived r;
+        bool found = false;
+        TV_TRY(next_victim(b, e, &pins, &after, &u, &r, &found, err));
+        if (!found)
+            break;
+        TV_TRY(derived_drop(b, u.kind == TV_MASK ? TV_MASK : TV_DELTA, &u.item,
+                            &r, err));
+        e->pages_freed += r.bytes / b->t.s->page_bytes + 1;
+        e->chunks += derived_chunks(&r) + 1;
+        e->n_items++;
+    }
+out:
+    derived_pins_free(&pins);
+    return batch_result(b, rc);
+}
+
+/* Room of a batch that has just begun, before it has changed anything. */
+static enum tv_err read_space(tv_batch *b, struct space *out,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    MDB_txn *reader = NULL;
+    TV_TRY(txn_begin(b->t.s, MDB_RDONLY, &reader, err));
+    rc = space_runs(b->t.s, reader, out, err);
+out:
+    if (reader != NULL) {
+        tv_lmdb()->txn_abort(reader);
+        atomic_fetch_sub(&b->t.s->n_txns, 1);
+    }
+    return rc;
+}
+
+struct want { /* what shall fit */
+    const uint64_t *pages;
+    size_t n;
+    uint64_t n_single, keep;
+};
+
+/* By how many pages it does not fit; when it does, takes it out of the space. */
+static uint64_t shortage(const tv_batch *b, struct space *sp,
+                         const struct want *w)
+{
+    const uint64_t limit = quota_pages(b->bound, b->t.s->page_bytes);
+    if (limit == UINT64_MAX)
+        return 0;
+    const uint64_t growth = space_growth(sp, w->pages, w->n,
+                                         w->n_single + TREE_PAGES);
+    const uint64_t singles = w->n_single + TREE_PAGES;
+    const uint64_t left = sp->n_free > singles ? sp->n_free - singles : 0;
+    const uint64_t keep = w->keep > left ? w->keep - left : 0;
+    const uint64_t may_grow = limit > sp->end ? limit - sp->end : 0;
+    sp->end += growth;
+    sp->n_free = left;
+    return growth + keep > may_grow ? growth + keep - may_grow : 0;
+}
+
+static bool disk_has(const tv_store *s, const struct want *w)
+{
+    uint64_t left = 0, pages = w->n_single + w->keep;
+    for (size_t i = 0; i < w->n; i++)
+        pages += w->pages[i];
+    return tv_disk_free(s->path, &left, NULL) == TV_OK &&
+           left > DISK_LEAST && (left - DISK_LEAST) / s->page_bytes > pages;
+}
+
+/* Commits a counter, so that pages freed before become usable. */
+static enum tv_err bump(tv_store *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    uint64_t tick = 0;
+    TV_TRY(tv_batch_begin(s, true, err, &b));
+    TV_TRY(next_tick(b, &tick, err));
+    rc = tv_batch_commit(b, err);
+    b = NULL;
+out:
+    tv_batch_abort(b);
+    return rc;
+}
+
+/* Begins a batch in which it fits; *missing pages when there is none. */
+static enum tv_err make_room(tv_store *s, const struct want *w, bool spare_own,
+                             tv_batch **out, struct space *space,
+                             uint64_t *missing, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    struct space sp = {.runs = NULL};
+    bool dry = false; /* nothing left to evict */
+    *out = NULL;
+    *missing = 0;
+    for (int bumps = 0;;) {
+        struct evict e = {.spare_own = spare_own};
+        TV_TRY(tv_batch_begin(s, true, err, &b));
+        TV_TRY(read_space(b, &sp, err));
+        const uint64_t later = sp.later;
+        e.pages_wanted = shortage(b, &sp, w);
+        if (e.pages_wanted == 0) {
+            *out = b;
+            b = NULL;
+            *space = sp;
+            sp.runs = NULL;
+            goto out;
+        }
+        space_free(&sp);
+        *missing = e.pages_wanted;
+        if (later >= e.pages_wanted && bumps < 3) {
+            /* Freed, but maybe by the last commit only. */
+            tv_batch_abort(b);
+            b = NULL;
+            TV_TRY(bump(s, err));
+            bumps++;
+            continue;
+        }
+        if (dry || later >= e.pages_wanted)
+            break; /* or: readers hold what is free already */
+        TV_TRY(evict_some(b, &e, err));
+        dry = e.n_items == 0;
+        if (dry)
+            break;
+        rc = tv_batch_commit(b, err);
+        b = NULL;
+        TV_TRY(rc);
+        bumps = 0;
+    }
+out:
+    space_free(&sp);
+    tv_batch_abort(b);
+    return rc;
+}
+
+enum tv_err derived_batch(tv_store *s, const uint64_t *pages, size_t n,
+                          uint64_t n_single, uint64_t keep_pages,
+                          tv_batch **out, struct space *space,
+                          struct tv_error *err)
+{
+    const struct want w = {
+        .pages = pages, .n = n, .n_single = n_single, .keep = keep_pages};
+    uint64_t missing = 0;
+    *out = NULL;
+    if (!disk_has(s, &w))
+        return TV_OK;
+    return make_room(s, &w, true, out, space, &missing, err);
+}
+
+/* ---- the public side ------------------------------------------------------
+ */
+
+struct adding {
+    const struct derived_pins *pins;
+    struct tv_derived_room *out;
+};
+
+static enum tv_err add_room(void *arg, enum tv_derived_kind kind,
+                            const struct rec_key *k,
+                            const struct rec_derived *r, const char *why,
+                            struct tv_error *err)
+{
+    struct adding *a = (struct adding *)arg;
+    (void)kind;
+    (void)k;
+    (void)why;
+    (void)err;
+    if (r == NULL)
+        return TV_OK;
+    if (derived_pinned(a->pins, r->id))
+        a->out->pinned += r->bytes;
+    else
+        a->out->evictable += r->bytes;
+    return TV_OK;
+}
+
+enum tv_err tv_derived_room(tv_read *r, struct tv_derived_room *out,
+                            struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct derived_pins pins = {.ids = NULL};
+    struct adding a = {.pins = &pins, .out = out};
+    memset(out, 0, sizeof *out);
+    TV_TRY(derived_pins_read(&r->t, &pins, err));
+    TV_TRY(derived_each(&r->t, TV_MASK, add_room, &a, err));
+    TV_TRY(derived_each(&r->t, TV_DELTA, add_room, &a, err));
+out:
+    derived_pins_free(&pins);
+    return rc;
+}
+
+static enum tv_err no_room(tv_store *s, uint64_t missing, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_read *r = NULL;
+    struct tv_derived_room room;
+    char a[32], b[32];
+    TV_TRY(tv_read_begin(s, err, &r));
+    TV_TRY(tv_derived_room(r, &room, err));
+    rc = tv_error_set(err, TV_E_NOSPACE,
+                      "store %s: %s are missing to stay within its quota",
+                      s->path, tv_format_bytes(missing, a, sizeof a));
+    if (room.pinned > 0)
+        tv_error_hint(err,
+                      "%s of derived data are in use by running merges and "
+                      "could go when these end; else remove an object "
+                      "('tvstore rm') or raise the quota ('tvstore quota')",
+                      tv_format_bytes(room.pinned, b, sizeof b));
+    else
+        tv_error_hint(err, "derived data are gone already: remove an object "
+                           "('tvstore rm') or raise the quota ('tvstore "
+                           "quota')");
+out:
+    tv_read_end(r);
+    return rc;
+}
+
+enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    struct space sp = {.runs = NULL};
+    uint64_t missing = 0;
+    struct want w = {.pages = NULL};
+    if (s->read_only)
+        return TV_OK;
+    /* Runs of a chunk are wished for but cannot be had at any price; what
+     * counts is the number of pages. */
+    w.keep = bytes / s->page_bytes + bytes / (64 * s->page_bytes) + 1;
+    TV_TRY(make_room(s, &w, false, &b, &sp, &missing, err));
+    if (b == NULL)
+        rc = no_room(s, missing * s->page_bytes, err);
+out:
+    space_free(&sp);
+    tv_batch_abort(b);
+    return rc;
+}
+
+enum tv_err tv_derived_evict_all(tv_store *s, uint64_t *n_items,
+                                 struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    *n_items = 0;
+    for (;;) {
+        struct evict e = {.all = true};
+        TV_TRY(tv_batch_begin(s, false, err, &b));
+        TV_TRY(evict_some(b, &e, err));
+        rc = tv_batch_commit(b, err);
+        b = NULL;
+        TV_TRY(rc);
+        *n_items += e.n_items;
+        if (e.n_items == 0)
+            break;
+    }
+out:
+    tv_batch_abort(b);
+    return rc;
+}
+
+/* ---- gc -------------------------------------------------------------------
+ */
+
+struct leftovers { /* keys of what nothing needs, one list per kind */
+    struct tv_buf keys; /* u32 length, key */
+    const tv_batch *b;
+    uint64_t n;
+};
+
+static enum tv_err find_leftover(void *arg, enum tv_derived_kind kind,
+                                 const struct rec_key *k,
+                                 const struct rec_derived *r, const char *why,
+                                 struct tv_error *err)
+{
+    struct leftovers *l = (struct leftovers *)arg;
+    const tv_store *s = l->b->t.s;
+    bool keep = r != NULL;
+    (void)why;
+    if (keep && r->state != REC_COMPLETE)
+        keep = session_alive(s, r->session);
+    else if (keep && kind == TV_DELTA) {
+        struct rec_derived mask;
+        const enum tv_err rc =
+            derived_get(&l->b->t, TV_MASK, k, &keep, &mask, err);
+        if (rc == TV_E_CORRUPT)
+            tv_error_clear(err);
+        else if (rc != TV_OK)
+            return rc;
+    }
+    if (keep)
+        return TV_OK;
+    tv_buf_le32(&l->keys, (uint32_t)k->n);
+    tv_buf_add(&l->keys, k->b, k->n);
+    l->n++;
+    return TV_OK;
+}
+
+static enum tv_err drop_leftovers(tv_batch *b, enum tv_derived_kind kind,
+                                  struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct leftovers l = {.b = b};
+    tv_buf_init(&l.keys, (size_t)1 << 30);
+    TV_TRY(derived_each(&b->t, kind, find_leftover, &l, err));
+    TV_TRY(tv_buf_ok(&l.keys, err));
+    for (size_t at = 0; at + 4 <= l.keys.n_bytes;) {
+        struct rec_key k;
+        struct rec_derived r;
+        bool found = false;
+        k.n = tv_get_le32(l.keys.data + at);
+        memcpy(k.b, l.keys.data + at + 4, k.n);
+        at += 4 + k.n;
+        const enum tv_err seen = derived_get(&b->t, kind, &k, &found, &r, err);
+        if (seen == TV_OK && found) {
+            TV_TRY(drop_one(b, kind, &k, &r, err));
+            continue;
+        }
+        if (seen != TV_E_CORRUPT)
+            TV_TRY(seen);
+        tv_error_clear(err);
+        /* A record that says nothing, or a chunk without one. */
+        TV_TRY(db_del(b, derived_db(kind), &k, NULL, err));
+    }
+out:
+    tv_buf_free(&l.keys);
+    return rc;
+}
+
+struct counts { /* items per group */
+    uint64_t id, n;
+};
+
+static enum tv_err count_item(void *arg, enum tv_derived_kind kind,
+                              const struct rec_key *k,
+                              const struct rec_derived *r, const char *why,
+                              struct tv_error *err)
+{
+    struct counts *c = (struct counts *)arg;
+    (void)kind;
+    (void)k;
+    (void)why;
+    (void)err;
+    c->n += r != NULL && r->group == c->id;
+    return TV_OK;
+}
+
+/* Documents without items go, the others get their count. */
+static enum tv_err mend_groups(tv_batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk w = {0};
+    uint64_t after = 0;
+    bool first = true;
+    for (;;) {
+        struct counts c = {.n = 0};
+        struct rec_group g = {.n_items = 0};
+        struct rec_key k;
+        bool more = false, found = false;
+        TV_TRY(walk_begin(&w, &b->t, DB_GROUP, NULL, err));
+        do {
+            TV_TRY(walk_next(&w, &more, err));
+            c.id = more ? key_get_id(&w.key, 0) : 0;
+        } while (more && !first && c.id <= after);
+        walk_end(&w);
+        if (!more)
+            break;
+        first = false;
+        after = c.id;
+        TV_TRY(derived_each(&b->t, TV_MASK, count_item, &c, err));
+        TV_TRY(derived_each(&b->t, TV_DELTA, count_item, &c, err));
+        rc = derived_group_get(&b->t, c.id, &found, &g, err);
+        if (rc == TV_E_CORRUPT)
+            tv_error_clear(err);
+        else
+            TV_TRY(rc);
+        if (c.n == 0 || rc == TV_E_CORRUPT) {
+            key_id(&k, c.id);
+            TV_TRY(db_del(b, DB_GROUP, &k, NULL, err));
+        } else if (g.n_items != c.n) {
+            char *about = tv_strndup(g.about.s, g.about.n);
+            if (about == NULL) {
+                rc = tv_error_set(err, TV_E_NOMEM, "no memory for a text");
+                goto out;
+            }
+            rc = group_put(b, c.id, about, strlen(about), c.n, err);
+            tv_free(about);
+            TV_TRY(rc);
+        }
+        rc = TV_OK;
+    }
+out:
+    walk_end(&w);
+    return rc;
+}
+
+/* Entries of `use` whose item says another tick. */
+static enum tv_err mend_uses(tv_batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk w = {0};
+    struct tv_buf keys;
+    bool more = false;
+    tv_buf_init(&keys, (size_t)1 << 30);
+    TV_TRY(walk_begin(&w, &b->t, DB_USE, NULL, err));
+    for (;;) {
+        struct rec_body body;
+        struct rec_use u;
+        struct rec_derived r;
+        const char *why = NULL;
+        bool found = false;
+        TV_TRY(walk_next(&w, &more, err));
+        if (!more)
+            break;
+        if (w.key.mv_size != 8)
+            continue;
+        if (rec_open(REC_USE, w.key.mv_data, w.key.mv_size, w.val.mv_data,
+                     w.val.mv_size, &body, &why) &&
+            rec_use_get(body, &u, &why)) {
+            rc = derived_get(&b->t, u.kind == TV_MASK ? TV_MASK : TV_DELTA,
+                             &u.item, &found, &r, err);
+            if (rc == TV_E_CORRUPT)
+                tv_error_clear(err);
+            else
+                TV_TRY(rc);
+            rc = TV_OK;
+            if (found && r.used == key_get_id(&w.key, 0))
+                continue;
+        }
+        tv_buf_add(&keys, w.key.mv_data, 8);
+    }
+    walk_end(&w);
+    TV_TRY(tv_buf_ok(&keys, err));
+    for (size_t at = 0; at < keys.n_bytes; at += 8) {
+        struct rec_key k = {.n = 8};
+        memcpy(k.b, keys.data + at, 8);
+        TV_TRY(db_del(b, DB_USE, &k, NULL, err));
+    }
+out:
+    walk_end(&w);
+    tv_buf_free(&keys);
+    return rc;
+}
+
+enum tv_err derived_gc(tv_batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    TV_TRY(drop_leftovers(b, TV_MASK, err));
+    TV_TRY(drop_leftovers(b, TV_DELTA, err));
+    TV_TRY(mend_uses(b, err));
+    TV_TRY(mend_groups(b, err));
+    TV_TRY(drop_pins(b, false, err));
+out:
+    return rc;
+}

@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* test_quota.c - the quota is never passed, and a full store can be emptied. */
+#include "store_fixture.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tv/alloc.h"
+#include "tv/sys.h"
+
+static void quota_is_kept_and_reported(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    uint64_t q = 1;
+    struct tv_store_stat st;
+    assert_ok(tv_store_quota_get(f->s, &q, &f->err), &f->err);
+    assert_int_equal(q, 0);
+    assert_code(tv_store_quota_set(f->s, 1000, &f->err), TV_E_USAGE, &f->err);
+    assert_ok(tv_store_quota_set(f->s, 5000000, &f->err), &f->err);
+    fx_close(f);
+    fx_open(f, NULL);
+    assert_ok(tv_store_quota_get(f->s, &q, &f->err), &f->err);
+    assert_int_equal(q, 5000000);
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.quota_bytes, 5000000);
+    assert_true(st.used_bytes > 0 && st.used_bytes < 1000000);
+    char *other = tv_path_join(f->dir, "other");
+    assert_code(tv_store_create(other, 10, &f->err), TV_E_USAGE, &f->err);
+    assert_ok(tv_store_create(other, 1u << 20, &f->err), &f->err);
+    tv_free(other);
+}
+
+static void check_used(struct fx *f, uint64_t quota)
+{
+    uint64_t used = 0;
+    assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
+    assert_true(used <= quota);
+}
+
+/* Fills the store until it refuses; returns how many objects fit. */
+static unsigned fill(struct fx *f, uint64_t quota, uint64_t rows)
+{
+    char name[32];
+    enum tv_err rc = TV_OK;
+    unsigned n = 0;
+    while (rc == TV_OK) {
+        (void)snprintf(name, sizeof name, "m%u", n);
+        rc = fx_object(f->s, name, 1000 * rows + n, rows, &f->err);
+        check_used(f, quota);
+        n += rc == TV_OK;
+    }
+    assert_int_equal(rc, TV_E_NOSPACE);
+    assert_message(&f->err, "quota");
+    return n;
+}
+
+static void never_passed(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    static const uint64_t quotas[] = {1u << 20, 3000000};
+    for (int k = 0; k < 2; k++) {
+        const uint64_t q = quotas[k];
+        assert_ok(tv_store_quota_set(f->s, q, &f->err), &f->err);
+        const unsigned n = fill(f, q, 1500); /* about 200 KB each */
+        assert_true(n >= 2);
+        for (unsigned i = 0; i < n; i++) {
+            char name[32];
+            (void)snprintf(name, sizeof name, "m%u", i);
+            assert_ok(fx_object_compare(f->s, name, 1500000 + i, &f->err),
+                      &f->err);
+        }
+        fx_verify(f);
+        /* A full store can be emptied, and is then as good as new. */
+        for (unsigned i = 0; i < n; i++) {
+            char name[32];
+            (void)snprintf(name, sizeof name, "m%u", i);
+            assert_ok(fx_remove(f->s, name, &f->err), &f->err);
+            check_used(f, q);
+        }
+        uint64_t freed = 0;
+        assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+        const unsigned again = fill(f, q, 1500);
+        assert_true(again >= n / 2); /* less some room between old pages */
+        for (unsigned i = 0; i <= n; i++) {
+            char name[32];
+            (void)snprintf(name, sizeof name, "m%u", i);
+            (void)fx_remove(f->s, name, NULL);
+        }
+        assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+        check_used(f, q);
+        fx_verify(f);
+    }
+}
+
+/* Filled to the brim with odd sizes and tiny records: only LMDB's own fence is
+ * left, and it must hold as well. */
+static void the_second_fence_holds(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t q = 2u << 20;
+    assert_ok(tv_store_quota_set(f->s, q, &f->err), &f->err);
+    enum tv_err rc = TV_OK;
+    unsigned n = 0;
+    char name[32];
+    static char doc[20000];
+    while (rc == TV_OK) {
+        tv_batch *b = NULL;
+        (void)snprintf(name, sizeof name, "run-%u", n++);
+        rc = tv_batch_begin(f->s, false, &f->err, &b);
+        if (rc == TV_OK)
+            rc = tv_run_put(b, name, doc, sizeof doc, &f->err);
+        if (rc == TV_OK) {
+            rc = tv_batch_commit(b, &f->err);
+            b = NULL;
+        }
+        tv_batch_abort(b);
+        check_used(f, q);
+    }
+    assert_int_equal(rc, TV_E_NOSPACE);
+    assert_true(n > 50);
+    fx_verify(f);
+}
+
+static void raising_it_makes_room(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    assert_ok(tv_store_quota_set(f->s, 1u << 20, &f->err), &f->err);
+    fill(f, 1u << 20, 1500);
+    assert_ok(tv_store_quota_set(f->s, 4u << 20, &f->err), &f->err);
+    assert_ok(fx_object(f->s, "more", 1, 1500, &f->err), &f->err);
+    assert_ok(tv_store_quota_set(f->s, 0, &f->err), &f->err);
+    assert_ok(fx_object(f->s, "much", 2, 100000, &f->err), &f->err);
+    /* Lowering it below what is there only stops growth. */
+    assert_ok(tv_store_quota_set(f->s, 1u << 20, &f->err), &f->err);
+    assert_ok(fx_object_compare(f->s, "much", 2, &f->err), &f->err);
+    assert_code(fx_object(f->s, "no", 3, 1500, &f->err), TV_E_NOSPACE, &f->err);
+    assert_ok(fx_remove(f->s, "much", &f->err), &f->err);
+    fx_verify(f);
+}
+
+/* A file system that takes no more, by a limit on the size of files. */
+static int write_under_limit(const char *path)
+{
+    tv_store *s = NULL;
+    struct tv_error err;
+    const struct rlimit lim = {1u << 20, 1u << 20};
+    enum tv_err rc = TV_OK;
+    uint64_t i = 0;
+    char name[32];
+    (void)signal(SIGXFSZ, SIG_IGN);
+    if (setrlimit(RLIMIT_FSIZE, &lim) != 0 ||
+        tv_store_open(path, NULL, &err, &s) != TV_OK)
+        return 1;
+    for (; rc == TV_OK && i < 20; i++) {
+        (void)snprintf(name, sizeof name, "m%d", (int)i);
+        rc = fx_object(s, name, i, 1500, &err);
+    }
+    tv_store_close(s);
+    return rc == TV_E_NOSPACE && i > 1 ? 0 : 2;
+}
+
+static void full_disk(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    fx_close(f);
+    const pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0)
+        _exit(write_under_limit(f->path));
+    int status = 0;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+    fx_open(f, NULL);
+    fx_verify(f);
+    assert_ok(fx_object_compare(f->s, "m0", 0, &f->err), &f->err);
+    assert_ok(fx_object(f->s, "after", 5, 1500, &f->err), &f->err);
+    fx_verify(f);
+}
+
+#define T(name) cmocka_unit_test_setup_teardown(name, fx_setup, fx_teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        T(quota_is_kept_and_reported),
+        T(never_passed),
+        T(the_second_fence_holds),
+        T(raising_it_makes_room),
+        T(full_disk),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
