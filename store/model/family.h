@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * family.h - what a family table is made of, and the seams between the files
+ * of this folder.
+ *
+ * A family lists the modules of its models, relative to a name prefix. In a
+ * module name '#' stands for the layer number and '*' for any other number
+ * (experts). A tensor matches a module when it is MODULE.weight or MODULE.bias;
+ * rows marked `exact` give the whole tensor name (buffers, fused parameters
+ * without a suffix). Where several rows match, the first one counts.
+ */
+#ifndef TV_FAMILY_H
+#define TV_FAMILY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tv/model.h"
+
+#define TV_LAYERS_MAX 100000             /* layers of a model */
+#define TV_DIM_MAX    (INT64_C(1) << 40) /* any other number of a config */
+
+struct tv_family_row {
+    const char *name;
+    enum tv_role role;
+    enum tv_part part;
+    bool exact;
+    bool optional; /* biases of optional modules and buffers */
+};
+
+struct tv_family_type {
+    const char *model_type;
+    const char *architecture; /* class of the causal language model */
+    bool tied;                /* default of tie_word_embeddings */
+};
+
+struct tv_family {
+    const char *name;
+    const struct tv_family_type *types; /* ends with a NULL model_type */
+    const char *const *prefixes;        /* longest first, "" last, then NULL */
+    const char *layers;                 /* "layers." in front of the number */
+    const struct tv_family_row *rows;   /* ends with a NULL name */
+    bool linear_transposed;
+    bool bias_optional;   /* linear layers may come with and without bias */
+    bool embed_is_hidden; /* embedding rows are `hidden` wide */
+    int64_t inner_factor; /* intermediate / hidden when not configured, or 0 */
+};
+
+extern const struct tv_family tv_family_llama;
+extern const struct tv_family tv_family_gpt2;
+extern const struct tv_family tv_family_gpt_neox;
+extern const struct tv_family tv_family_bloom;
+extern const struct tv_family tv_family_opt;
+
+/* By model_type, else by architecture class; NULL when no table knows it.
+ * *type is its row of `types`. */
+const struct tv_family *tv_family_find(const char *model_type,
+                                       const char *architecture,
+                                       const struct tv_family_type **type);
+
+/* What config.json says; numbers are 0 when absent. Owned strings. */
+struct tv_config {
+    bool present;
+    char *model_type, *architecture, *dtype; /* "" when absent */
+    bool dtype_key_new;
+    const char *layers_key; /* top-level key that holds the layer count */
+    int64_t n_layers, hidden, n_heads, n_kv_heads, head_dim, intermediate,
+        vocab, max_positions, embed_dim;
+    bool has_tied, tied;
+};
+TV_NODISCARD enum tv_err tv_config_read(const char *data, size_t n,
+                                        struct tv_config *out,
+                                        struct tv_error *err);
+void tv_config_free(struct tv_config *c);
+
+/* Fills role, part, layer... of every tensor from its name alone, and
+ * *n_layers with the largest layer index + 1 (0: no layers found). */
+TV_NODISCARD enum tv_err tv_infer(struct tv_arch_tensor *tensors,
+                                  const struct tv_arch_name *names, size_t n,
+                                  int64_t vocab, int64_t *n_layers,
+                                  struct tv_error *err);
+
+/* A run of digits at s that fits a layer index; its length, 0 when none. */
+size_t tv_layer_number(const char *s, int64_t *value);
+#endif

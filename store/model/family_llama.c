@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * family_llama.c - names of Llama and of the many models that took them over:
+ * Mistral, Mixtral, Qwen, Gemma, Phi-3, and others. They differ in arithmetic,
+ * not in what the tensors are called.
+ */
+#include "family.h"
+
+static const struct tv_family_type types[] = {
+    {"llama", "LlamaForCausalLM", false},
+    {"mistral", "MistralForCausalLM", false},
+    {"ministral", "MinistralForCausalLM", false},
+    {"mixtral", "MixtralForCausalLM", false},
+    {"qwen2", "Qwen2ForCausalLM", false},
+    {"qwen2_moe", "Qwen2MoeForCausalLM", false},
+    {"qwen3", "Qwen3ForCausalLM", false},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", false},
+    {"gemma", "GemmaForCausalLM", true},
+    {"gemma2", "Gemma2ForCausalLM", true},
+    {"gemma3_text", "Gemma3ForCausalLM", true},
+    {"gemma3", "Gemma3ForConditionalGeneration", true},
+    {"phi3", "Phi3ForCausalLM", false},
+    {"smollm3", "SmolLM3ForCausalLM", true},
+    {"olmo", "OlmoForCausalLM", false},
+    {"olmo2", "Olmo2ForCausalLM", false},
+    {"granite", "GraniteForCausalLM", false},
+    {"stablelm", "StableLmForCausalLM", false},
+    {"starcoder2", "Starcoder2ForCausalLM", true},
+    {"cohere", "CohereForCausalLM", true},
+    {"cohere2", "Cohere2ForCausalLM", true},
+    {"glm", "GlmForCausalLM", false},
+    {"glm4", "Glm4ForCausalLM", false},
+    {"seed_oss", "SeedOssForCausalLM", false},
+    {"arcee", "ArceeForCausalLM", false},
+    {"apertus", "ApertusForCausalLM", false},
+    {"helium", "HeliumForCausalLM", false},
+    {NULL, NULL, false},
+};
+
+static const char *const prefixes[] = {
+    "model.language_model.model.",
+    "language_model.model.",
+    "model.language_model.",
+    "language_model.",
+    "model.",
+    "",
+    NULL,
+};
+
+#define IN_LAYER(name, role)                                                   \
+    {                                                                          \
+        "layers.#." name, TV_ROLE_##role, TV_PART_LAYER, false, false          \
+    }
+#define BUFFER(name, part)                                                     \
+    {                                                                          \
+        name, TV_ROLE_BUFFER, TV_PART_##part, true, true                       \
+    }
+
+static const struct tv_family_row rows[] = {
+    {"embed_tokens", TV_ROLE_EMBED, TV_PART_PRE, false, false},
+    BUFFER("rotary_emb.inv_freq", PRE),
+    IN_LAYER("input_layernorm", INPUT_NORM),
+    IN_LAYER("self_attn.q_proj", ATTN_Q),
+    IN_LAYER("self_attn.k_proj", ATTN_K),
+    IN_LAYER("self_attn.v_proj", ATTN_V),
+    IN_LAYER("self_attn.qkv_proj", ATTN_QKV),
+    IN_LAYER("self_attn.o_proj", ATTN_O),
+    IN_LAYER("self_attn.q_norm", OTHER_NORM),
+    IN_LAYER("self_attn.k_norm", OTHER_NORM),
+    IN_LAYER("self_attn.q_layernorm", OTHER_NORM),
+    IN_LAYER("self_attn.k_layernorm", OTHER_NORM),
+    BUFFER("layers.#.self_attn.rotary_emb.inv_freq", LAYER),
+    IN_LAYER("post_attention_layernorm", POST_ATTN_NORM),
+    IN_LAYER("pre_feedforward_layernorm", OTHER_NORM),
+    IN_LAYER("post_feedforward_layernorm", OTHER_NORM),
+    IN_LAYER("post_self_attn_layernorm", OTHER_NORM),
+    IN_LAYER("post_mlp_layernorm", OTHER_NORM),
+    IN_LAYER("mlp.gate_proj", MLP_GATE),
+    IN_LAYER("mlp.up_proj", MLP_UP),
+    IN_LAYER("mlp.gate_up_proj", MLP_GATE_UP),
+    IN_LAYER("mlp.down_proj", MLP_DOWN),
+    /* Starcoder2 */
+    IN_LAYER("mlp.c_fc", MLP_UP),
+    IN_LAYER("mlp.c_proj", MLP_DOWN),
+    /* mixtures of experts */
+    IN_LAYER("block_sparse_moe.gate", ROUTER),
+    IN_LAYER("block_sparse_moe.experts.*.w1", MLP_GATE),
+    IN_LAYER("block_sparse_moe.experts.*.w2", MLP_DOWN),
+    IN_LAYER("block_sparse_moe.experts.*.w3", MLP_UP),
+    IN_LAYER("mlp.gate", ROUTER),
+    IN_LAYER("mlp.shared_expert_gate", ROUTER),
+    IN_LAYER("mlp.experts.*.gate_proj", MLP_GATE),
+    IN_LAYER("mlp.experts.*.up_proj", MLP_UP),
+    IN_LAYER("mlp.experts.*.down_proj", MLP_DOWN),
+    {"layers.#.mlp.experts.gate_up_proj", TV_ROLE_MLP_GATE_UP, TV_PART_LAYER,
+     true, false},
+    {"layers.#.mlp.experts.down_proj", TV_ROLE_MLP_DOWN, TV_PART_LAYER, true,
+     false},
+    IN_LAYER("mlp.shared_expert.gate_proj", MLP_GATE),
+    IN_LAYER("mlp.shared_expert.up_proj", MLP_UP),
+    IN_LAYER("mlp.shared_expert.down_proj", MLP_DOWN),
+    {"norm", TV_ROLE_FINAL_NORM, TV_PART_POST, false, false},
+    {"lm_head", TV_ROLE_LM_HEAD, TV_PART_POST, false, true},
+    {NULL, TV_ROLE_OTHER, TV_PART_PRE, false, false},
+};
+
+const struct tv_family tv_family_llama = {
+    .name = "llama",
+    .types = types,
+    .prefixes = prefixes,
+    .layers = "layers.",
+    .rows = rows,
+    .bias_optional = true,
+    .embed_is_hidden = true,
+};

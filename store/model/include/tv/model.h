@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tv/model.h - what a checkpoint is: config.json and tensor names turned into
+ * family, dimensions, and role and layer of every tensor. Tables, no
+ * arithmetic. Families live in family_<name>.c; anything else is inferred from
+ * the names, and nothing is ever dropped: a tensor that no table knows keeps
+ * role OTHER and its place.
+ *
+ * Thread rule: immutable after tv_arch_describe.
+ */
+#ifndef TV_MODEL_H
+#define TV_MODEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tv/dtype.h"
+#include "tv/error.h"
+
+enum tv_role {
+    TV_ROLE_OTHER = 0,
+    TV_ROLE_EMBED,          /* token embedding [vocab, hidden] */
+    TV_ROLE_POSITION,       /* learned positions */
+    TV_ROLE_EMBED_NORM,     /* BLOOM: norm behind the embedding */
+    TV_ROLE_LM_HEAD,        /* [vocab, hidden] */
+    TV_ROLE_FINAL_NORM,
+    TV_ROLE_INPUT_NORM,     /* before attention */
+    TV_ROLE_POST_ATTN_NORM, /* before the MLP */
+    TV_ROLE_OTHER_NORM,     /* q/k norms, Gemma's extra norms */
+    TV_ROLE_ATTN_Q,
+    TV_ROLE_ATTN_K,
+    TV_ROLE_ATTN_V,
+    TV_ROLE_ATTN_QKV,       /* fused */
+    TV_ROLE_ATTN_O,
+    TV_ROLE_MLP_GATE,
+    TV_ROLE_MLP_UP,
+    TV_ROLE_MLP_GATE_UP,    /* fused */
+    TV_ROLE_MLP_DOWN,
+    TV_ROLE_ROUTER,
+    TV_ROLE_BUFFER,         /* rotary caches, causal masks: not weights */
+    TV_ROLE_COUNT
+};
+const char *tv_role_name(enum tv_role role); /* "embed", "attn_q", ... */
+
+/* Where a tensor stands relative to the layers (mergekit's pre/post weights):
+ * decides which slice's parameters it follows. */
+enum tv_part { TV_PART_PRE = 0, TV_PART_LAYER = 1, TV_PART_POST = 2 };
+
+struct tv_arch_tensor {
+    const char *name;      /* borrowed from the description */
+    enum tv_role role;
+    enum tv_part part;
+    int64_t layer;         /* -1 outside layers */
+    size_t layer_at, layer_len; /* where the layer number stands in name */
+    bool is_bias;
+    int vocab_dim;         /* dimension that counts tokens, -1 when none */
+    bool optional;         /* may be absent (tied lm_head, biases) */
+    const char *tied_to;   /* tensor that supplies it when absent, or NULL */
+};
+
+struct tv_arch { /* owned: tv_arch_free */
+    char *family;          /* "llama", "gpt2", ..., "inferred" */
+    char *architecture;    /* class name of config.json, "" when none */
+    char *model_type;
+    bool inferred;         /* no table knew it: names only */
+    bool has_config;
+    int64_t n_layers;      /* from the config, checked against the tensors */
+    int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab,
+        max_positions;     /* 0 when unknown */
+    bool tied;             /* tie_word_embeddings in effect */
+    bool linear_transposed; /* GPT-2 Conv1D: weights stored [in, out] */
+    const char *layers_key; /* config key with the layer count, or NULL */
+    char *dtype;           /* config's dtype/torch_dtype, "" when none */
+    bool dtype_key_new;    /* the key is "dtype" (transformers 5) */
+    struct tv_arch_tensor *tensors; /* in the order of names[] */
+    size_t n_tensors;
+    void *storage;
+};
+
+struct tv_arch_name { /* input of tv_arch_describe */
+    const char *name;
+    unsigned rank;
+    const uint64_t *shape;
+};
+
+/* config may be NULL (a single file): then everything is inferred. CORRUPT for
+ * a config that is no JSON object or has impossible numbers; INPUT when the
+ * tensors contradict the config (layer index beyond the count, vocabulary of
+ * the embedding below vocab_size). */
+TV_NODISCARD enum tv_err tv_arch_describe(const char *config, size_t n_config,
+                                          const struct tv_arch_name *names,
+                                          size_t n_names, struct tv_error *err,
+                                          struct tv_arch **out);
+void tv_arch_free(struct tv_arch *a);
+/* Name of the same tensor in another layer, owned; t->layer >= 0. */
+char *tv_arch_rename(const struct tv_arch_tensor *t, int64_t layer);
+/* Names of the families with a table, for --help and messages. */
+size_t tv_arch_families(const char *const **names);
+#endif
