@@ -1,0 +1,466 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * import.c - copies or links a model into a store.
+ *
+ * The object is invisible until its last tensor is there, so readers see all of
+ * it or nothing. Batches are lazy; they become durable together, just before
+ * the object turns visible. A killed import leaves an unfinished object that
+ * carries the fingerprint of its source: the same import goes on with the
+ * tensors that are missing, and another source starts afresh (the store drops
+ * the leftover).
+ */
+#include <inttypes.h>
+#include <string.h>
+
+#include "hf_dir.h"
+#include "json_util.h"
+#include "tv/alloc.h"
+#include "tv/format.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+/* Entries per batch when no payload limits it. */
+#define LINKS_PER_BATCH 4096u
+
+struct import {
+    tv_store *store;
+    const char *name;
+    tv_input *from;
+    struct tv_transfer *t;
+    struct tv_error *err;
+    tv_batch *batch;
+    uint64_t object;
+    bool resumed;
+    char *architecture;
+    char *source_path;
+    uint64_t *sources; /* source id per file, 0 until put */
+    uint64_t done, total;
+    size_t pending; /* links in the batch */
+};
+
+static enum tv_err no_memory(struct tv_error *err)
+{
+    return tv_error_set(err, TV_E_NOMEM, "out of memory during import");
+}
+
+/* First name in config.json's "architectures", "" when there is none. */
+static enum tv_err read_architecture(tv_input *in, char **out,
+                                     struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *text = NULL;
+    size_t n = 0;
+    bool found = false;
+    json_t *root = NULL;
+    const char *name = NULL;
+    char *label = tv_asprintf("%s: config.json", tv_input_label(in));
+
+    if (label == NULL) {
+        rc = no_memory(err);
+        goto out;
+    }
+    TV_TRY(tv_input_side_read(in, "config.json", &found, &text, &n, err));
+    if (found) {
+        TV_TRY(
+            tv_json_load(text, n, label, 0, &tv_json_side_limits, err, &root));
+        name = json_string_value(
+            json_array_get(json_object_get(root, "architectures"), 0));
+    }
+    *out = tv_strdup(name == NULL || strlen(name) > 256 ? "" : name);
+    if (*out == NULL)
+        rc = no_memory(err);
+out:
+    json_decref(root);
+    tv_free(text);
+    tv_free(label);
+    return rc;
+}
+
+static enum tv_err read_source_path(tv_input *in, char **out,
+                                    struct tv_error *err)
+{
+    *out = tv_input_is_store(in) ? NULL : tv_absolute_path(tv_input_label(in));
+    if (*out == NULL)
+        *out = tv_strdup(tv_input_label(in));
+    return *out == NULL ? no_memory(err) : TV_OK;
+}
+
+static void describe(const struct tv_input_tensor *t, struct tv_tensor_desc *d)
+{
+    d->name = t->name;
+    d->dtype = t->dtype;
+    d->rank = t->rank;
+    d->shape = t->shape;
+}
+
+static enum tv_err check_linkable(const tv_input *in, struct tv_error *err)
+{
+    if (tv_input_is_store(in))
+        return tv_error_set(err, TV_E_UNSUPPORTED,
+                            "%s: only files can be linked, not objects of a "
+                            "store",
+                            tv_input_label(in));
+    for (size_t i = 0; i < tv_input_file_count(in); i++) {
+        const struct tv_input_file *f = tv_input_file(in, i);
+
+        if (f->header_bytes == 0) {
+            tv_error_set(err, TV_E_UNSUPPORTED,
+                         "%s: only safetensors files can be linked", f->path);
+            tv_error_hint(err, "import it without --link");
+            return TV_E_UNSUPPORTED;
+        }
+    }
+    return TV_OK;
+}
+
+/* A malformed adapter is refused now, not by the merge that needs it. One that
+ * is merely of an unknown kind may be kept. */
+static enum tv_err check_adapter(tv_input *in, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_adapter *a = NULL;
+    struct tv_error own;
+
+    if (tv_input_kind(in) != TV_KIND_ADAPTER || tv_input_is_store(in))
+        return TV_OK;
+    tv_error_clear(&own);
+    rc = tv_adapter_open(in, &own, &a);
+    tv_adapter_close(a);
+    if (rc == TV_OK || rc == TV_E_UNSUPPORTED)
+        return TV_OK;
+    if (err != NULL)
+        *err = own;
+    return rc;
+}
+
+/* A file that changed while it was read may have given a mixture. */
+static enum tv_err check_unchanged(const tv_input *in, struct tv_error *err)
+{
+    for (size_t i = 0; i < tv_input_file_count(in); i++) {
+        const struct tv_input_file *f = tv_input_file(in, i);
+        struct stat st;
+
+        if (tv_sys()->stat(f->path, &st) != 0)
+            return tv_error_set(err, TV_E_CHANGED,
+                                "%s went away while it was imported", f->path);
+        if ((uint64_t)st.st_size != f->bytes ||
+            (uint64_t)st.st_ino != f->inode ||
+            (uint64_t)st.st_mtim.tv_sec * UINT64_C(1000000000) +
+                    (uint64_t)st.st_mtim.tv_nsec !=
+                f->mtime_ns)
+            return tv_error_set(err, TV_E_CHANGED,
+                                "%s changed while it was imported", f->path);
+    }
+    return TV_OK;
+}
+
+/* Commits and begins a new batch. */
+static enum tv_err turn_batch(struct import *m)
+{
+    enum tv_err rc = tv_batch_commit(m->batch, m->err);
+
+    m->batch = NULL; /* commit consumes it either way */
+    m->pending = 0;
+    if (rc == TV_OK)
+        rc = tv_batch_begin(m->store, true, m->err, &m->batch);
+    return rc;
+}
+
+static enum tv_err link_tensor(struct import *m,
+                               const struct tv_input_tensor *t)
+{
+    enum tv_err rc = TV_OK;
+    const struct tv_input_file *f = tv_input_file(m->from, t->file);
+    struct tv_tensor_desc d;
+
+    if (m->sources[t->file] == 0) {
+        const struct tv_source_desc s = {.path = f->path,
+                                         .bytes = f->bytes,
+                                         .mtime_ns = f->mtime_ns,
+                                         .inode = f->inode,
+                                         .header_digest = f->header_digest,
+                                         .header_bytes = f->header_bytes};
+
+        TV_TRY(tv_source_put(m->batch, &s, &m->sources[t->file], m->err));
+    }
+    describe(t, &d);
+    TV_TRY(tv_tensor_link(m->batch, m->object, &d, m->sources[t->file],
+                          t->offset, m->err));
+    if (++m->pending >= LINKS_PER_BATCH)
+        TV_TRY(turn_batch(m));
+out:
+    return rc;
+}
+
+/* Stored sources are checked leaf by leaf before their bytes go on. */
+static enum tv_err check_leaves(const struct import *m,
+                                const struct tv_input_tensor *t,
+                                const struct tv_view *v)
+{
+    const uint64_t n = v->leaves == NULL ? 0 : tv_leaf_count(v->bytes);
+
+    for (uint64_t i = 0; i < n; i++) {
+        struct tv_shown shown;
+
+        if (!tv_hash_equal(tv_view_leaf(v, i), v->leaves[i]))
+            return tv_error_set(m->err, TV_E_CORRUPT,
+                                "%s: tensor '%s' is damaged (MiB %" PRIu64
+                                " does not match its checksum)",
+                                tv_input_label(m->from),
+                                tv_show(t->name, &shown), i);
+    }
+    return TV_OK;
+}
+
+static enum tv_err copy_tensor(struct import *m,
+                               const struct tv_input_tensor *t)
+{
+    enum tv_err rc = TV_OK;
+    struct tv_tensor_desc d;
+    struct tv_view v;
+
+    memset(&v, 0, sizeof v);
+    TV_TRY(tv_input_view(m->from, t, m->err, &v));
+    TV_TRY(check_leaves(m, t, &v));
+    describe(t, &d);
+    TV_TRY(tv_tensor_copy_in(&m->batch, m->object, &d, &v, m->err));
+out:
+    tv_input_release(m->from, &v);
+    return rc;
+}
+
+static enum tv_err put_sides(struct import *m)
+{
+    enum tv_err rc = TV_OK;
+    char *data = NULL;
+
+    for (size_t i = 0; i < tv_input_side_count(m->from); i++) {
+        const char *name = tv_input_side_name(m->from, i);
+        size_t n = 0;
+        bool found = false;
+
+        TV_TRY(tv_input_side_read(m->from, name, &found, &data, &n, m->err));
+        if (found)
+            TV_TRY(
+                tv_object_file_put(m->batch, m->object, name, data, n, m->err));
+        tv_free(data);
+        data = NULL;
+        if (tv_batch_dirty(m->batch) >= tv_store_dirty_max(m->store) / 2)
+            TV_TRY(turn_batch(m));
+    }
+out:
+    tv_free(data);
+    return rc;
+}
+
+/* Tensors of the unfinished object that are there already. */
+static enum tv_err list_present(const struct import *m, tv_read **read,
+                                struct tv_tensor_list **out)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(tv_read_begin(m->store, m->err, read));
+    TV_TRY(tv_tensor_list(*read, m->object, m->err, out));
+out:
+    return rc;
+}
+
+static bool is_present(const struct tv_tensor_list *list,
+                       const struct tv_input_tensor *t)
+{
+    size_t lo = 0;
+    size_t hi = list->n;
+
+    while (lo < hi) {
+        const size_t mid = lo + (hi - lo) / 2;
+        const struct tv_tensor *x = &list->items[mid];
+        const int c = tv_name_compare(x->name, t->name);
+
+        if (c == 0)
+            return x->dtype == t->dtype && x->rank == t->rank &&
+                   memcmp(x->shape, t->shape, t->rank * sizeof t->shape[0]) ==
+                       0;
+        if (c < 0)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return false;
+}
+
+static enum tv_err put_tensors(struct import *m)
+{
+    enum tv_err rc = TV_OK;
+    tv_read *read = NULL;
+    struct tv_tensor_list *present = NULL;
+
+    TV_TRY(list_present(m, &read, &present));
+    tv_read_end(read);
+    read = NULL;
+    for (size_t i = 0; i < tv_input_count(m->from); i++) {
+        const struct tv_input_tensor *t = tv_input_tensor(m->from, i);
+
+        if (m->t->cancel != NULL && *m->t->cancel != 0) {
+            TV_TRY(turn_batch(m));
+            TV_TRY(tv_store_sync(m->store, m->err));
+            rc = tv_error_set(m->err, TV_E_INTERRUPTED,
+                              "import of '%s' interrupted after %zu of %zu "
+                              "tensors",
+                              m->name, i, tv_input_count(m->from));
+            tv_error_hint(m->err, "the same command continues");
+            goto out;
+        }
+        if (is_present(present, t))
+            m->t->n_resumed++;
+        else if (m->t->link)
+            TV_TRY(link_tensor(m, t));
+        else
+            TV_TRY(copy_tensor(m, t));
+        m->t->n_tensors++;
+        m->t->bytes += t->bytes;
+        m->done += t->bytes;
+        if (m->t->progress != NULL)
+            m->t->progress(m->t->progress_arg, m->done, m->total);
+    }
+out:
+    tv_tensor_list_free(present);
+    tv_read_end(read);
+    return rc;
+}
+
+/* What was begun with links does not go on as a copy, nor the other way. */
+static struct tv_hash linked_fingerprint(struct tv_hash source)
+{
+    unsigned char text[22] = "linked";
+
+    tv_hash_put(text + 6, source);
+    return tv_hash128(text, sizeof text);
+}
+
+static enum tv_err create(struct import *m)
+{
+    enum tv_err rc = TV_OK;
+    struct tv_hash fingerprint = {0, 0};
+
+    TV_TRY(tv_input_fingerprint(m->from, &fingerprint, m->err));
+    if (m->t->link)
+        fingerprint = linked_fingerprint(fingerprint);
+    TV_TRY(tv_batch_begin(m->store, true, m->err, &m->batch));
+    rc = (m->t->force ? tv_object_create_over : tv_object_create)(
+        m->batch, m->name, tv_input_kind(m->from), m->architecture,
+        m->source_path, fingerprint, &m->object, &m->resumed, m->err);
+    if (rc == TV_OK)
+        rc = turn_batch(m);
+out:
+    return rc;
+}
+
+/* Says how much was asked for. What nothing has become durable of would only
+ * be in the way: it goes. */
+static void refused(struct import *m)
+{
+    struct tv_tensor_list *present = NULL;
+    tv_read *read = NULL;
+    tv_batch *b = NULL;
+    bool more = true;
+    char bytes[32];
+
+    tv_error_context(m->err, "'%s' takes up to %s", m->name,
+                     tv_format_bytes(m->total, bytes, sizeof bytes));
+    if (m->resumed || m->object == 0)
+        return;
+    if (tv_read_begin(m->store, NULL, &read) != TV_OK)
+        return;
+    const bool empty =
+        tv_tensor_list(read, m->object, NULL, &present) == TV_OK &&
+        present->n == 0;
+    tv_tensor_list_free(present);
+    tv_read_end(read);
+    while (empty && more) {
+        enum tv_err rc = tv_batch_begin(m->store, false, NULL, &b);
+        if (rc == TV_OK) {
+            rc = tv_object_drop_partial(b, m->name, &more, NULL);
+            if (rc == TV_OK)
+                rc = tv_batch_commit(b, NULL);
+            else
+                tv_batch_abort(b);
+        }
+        if (rc != TV_OK)
+            break;
+    }
+}
+
+static enum tv_err publish(struct import *m)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(check_unchanged(m->from, m->err));
+    rc = tv_batch_commit(m->batch, m->err);
+    m->batch = NULL;
+    if (rc != TV_OK)
+        goto out;
+    TV_TRY(tv_store_sync(m->store, m->err));
+    TV_TRY(tv_batch_begin(m->store, false, m->err, &m->batch));
+    TV_TRY(tv_object_complete(m->batch, m->object, m->t->force, m->err));
+    rc = tv_batch_commit(m->batch, m->err);
+    m->batch = NULL;
+out:
+    return rc;
+}
+
+enum tv_err tv_import(tv_store *s, const char *name, tv_input *from,
+                      struct tv_transfer *t, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct import m;
+    bool locked = false;
+    uint64_t shared_before = 0;
+    struct tv_store_stat stat;
+
+    memset(&m, 0, sizeof m);
+    m.store = s;
+    m.name = name;
+    m.from = from;
+    m.t = t;
+    m.err = err;
+    t->n_tensors = 0;
+    t->n_resumed = 0;
+    t->bytes = 0;
+    t->bytes_shared = 0;
+    if (t->link)
+        TV_TRY(check_linkable(from, err));
+    TV_TRY(check_adapter(from, err));
+    TV_TRY(read_architecture(from, &m.architecture, err));
+    TV_TRY(read_source_path(from, &m.source_path, err));
+    m.sources =
+        (uint64_t *)tv_calloc(tv_input_file_count(from) + 1, sizeof *m.sources);
+    if (m.sources == NULL) {
+        rc = no_memory(err);
+        goto out;
+    }
+    for (size_t i = 0; i < tv_input_count(from); i++)
+        m.total += tv_input_tensor(from, i)->bytes;
+
+    TV_TRY(tv_store_lock(s, "import", t->lock_timeout_ms, err));
+    locked = true;
+    TV_TRY(tv_store_stat(s, &stat, err));
+    shared_before = stat.dedup_saved_bytes;
+    TV_TRY(create(&m));
+    TV_TRY(put_sides(&m));
+    TV_TRY(put_tensors(&m));
+    TV_TRY(publish(&m));
+    /* It is done: a failure to count must not be one of the import. */
+    if (tv_store_stat(s, &stat, NULL) == TV_OK &&
+        stat.dedup_saved_bytes > shared_before)
+        t->bytes_shared = stat.dedup_saved_bytes - shared_before;
+out:
+    tv_batch_abort(m.batch);
+    if (rc == TV_E_NOSPACE && locked && !t->link)
+        refused(&m);
+    if (locked)
+        tv_store_unlock(s);
+    tv_free(m.sources);
+    tv_free(m.source_path);
+    tv_free(m.architecture);
+    return rc;
+}
