@@ -1,0 +1,261 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * decoder.h - a decoder described: numbers (struct tve_spec), weights by slot,
+ * and the seams between the files of the forward pass.
+ *
+ *   spec.c       config.json -> tve_spec, family by family
+ *   rope.c       rotary frequencies
+ *   model.c      tensors -> slots, shapes checked
+ *   linear_layer.c     tiles of weights, adapters, sgemm
+ *   attention.c  scores, softmax
+ *   blocks.c     norms, activations, exp
+ *   forward.c    the order of it all, over a batch of windows
+ */
+#ifndef TVE_MODEL_H
+#define TVE_MODEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#include "tv/error.h"
+#include "tv/eval.h"
+#include "tv/format.h"
+#include "tv/kernels.h"
+#include "tv/model.h"
+#include "tv/pool.h"
+#include "tv/view.h"
+
+enum tve_norm_type { TVE_RMS, TVE_RMS_PLUS_ONE, TVE_LAYER_NORM };
+enum tve_act { TVE_SILU, TVE_GELU, TVE_GELU_TANH, TVE_RELU, TVE_QUICK_GELU };
+enum tve_positions { TVE_ROPE, TVE_LEARNED, TVE_ALIBI };
+/* Where q, k and v of a head stand in a row of the fused projection. */
+enum tve_qkv { TVE_QKV_BLOCKS, TVE_QKV_HEADS };
+enum tve_residual {
+    TVE_PRE_NORM,     /* h += attn(n1(h)); h += mlp(n2(h)) */
+    TVE_PARALLEL,     /* h += attn(n1(h)) + mlp(n2(h)) */
+    TVE_SANDWICH,     /* h += n2(attn(n1(h))); h += n4(mlp(n3(h))) */
+    TVE_POST_NORM,    /* h = n1(h + attn(h)); h = n2(h + mlp(h)) */
+    TVE_NORM_RESIDUAL /* BLOOM's option: the norm's output is the residual */
+};
+
+enum tve_rope_type {
+    TVE_ROPE_DEFAULT,
+    TVE_ROPE_LINEAR,
+    TVE_ROPE_DYNAMIC,
+    TVE_ROPE_LLAMA3,
+    TVE_ROPE_YARN,
+    TVE_ROPE_LONG
+};
+struct tve_rope {
+    enum tve_rope_type type;
+    size_t dims; /* rotated dimensions of a head */
+    double base, factor;
+    double original; /* positions that the model was pretrained for */
+    double max_positions;
+    double low, high; /* llama3 */
+    double beta_fast, beta_slow;
+    bool truncate;                        /* yarn */
+    double scale;                         /* of cos and sin */
+    double *long_factors, *short_factors; /* [pairs], owned; TVE_ROPE_LONG */
+};
+/* Rotated pairs; an odd dimension takes its neighbour along. */
+static inline size_t tve_rope_half(const struct tve_rope *r)
+{
+    return (r->dims + 1) / 2;
+}
+/* inv_freq [pairs] for a window of n positions. */
+void tve_rope_frequencies(const struct tve_rope *r, size_t n, float *inv_freq);
+/* Reads rope settings in either spelling. `local`: Gemma 3's second rope. */
+TV_NODISCARD enum tv_err tve_rope_load(const json_t *config, bool local,
+                                       size_t head_dim, double max_positions,
+                                       struct tve_rope *out,
+                                       struct tv_error *err);
+void tve_rope_free(struct tve_rope *r);
+
+struct tve_layer_spec {
+    size_t window; /* keys that a query sees; 0: all before it */
+    unsigned rope; /* index of tve_spec.rope */
+    float attn_scale;
+};
+
+struct tve_spec {
+    size_t n_layers, hidden, n_heads, n_kv, head_dim, inner, vocab, embed_dim;
+    size_t max_positions; /* 0: no limit */
+    enum tve_norm_type norm;
+    float eps;
+    enum tve_positions positions;
+    size_t position_offset; /* rows of the position table before position 0 */
+    enum tve_qkv qkv;
+    enum tve_residual residual;
+    enum tve_act act;
+    bool gated, tied, qk_norm, transposed, norm_affine;
+    float embed_scale;         /* 1: none */
+    float attn_cap, logit_cap; /* 0: none */
+    struct tve_rope rope[2];
+    struct tve_layer_spec *layers; /* [n_layers], owned */
+};
+TV_NODISCARD enum tv_err tve_spec_load(const char *config, size_t n,
+                                       const struct tv_arch *arch,
+                                       struct tve_spec *out,
+                                       struct tv_error *err);
+void tve_spec_free(struct tve_spec *s);
+
+/* ---- weights ------------------------------------------------------------- */
+
+enum tve_slot {         /* of a layer */
+                TVE_N1, /* before attention (POST_NORM: behind it) */
+                TVE_N2, /* before the MLP; sandwich: behind attention */
+                TVE_N3, /* sandwich: before the MLP */
+                TVE_N4, /* sandwich: behind the MLP */
+                TVE_NQ,
+                TVE_NK,
+                TVE_Q,
+                TVE_K,
+                TVE_V,
+                TVE_QKV,
+                TVE_O,
+                TVE_GATE,
+                TVE_UP,
+                TVE_GATE_UP,
+                TVE_DOWN,
+                TVE_SLOTS
+};
+enum tve_slot_global {
+    TVE_EMBED,
+    TVE_POSITION,
+    TVE_EMBED_NORM,
+    TVE_PROJECT_IN,
+    TVE_PROJECT_OUT,
+    TVE_FINAL_NORM,
+    TVE_HEAD,
+    TVE_GLOBALS
+};
+
+struct tve_lora { /* one adapter module on a weight */
+    const struct tv_adapter_module *module;
+    tv_input *input;
+    double scale; /* scaling times the adapter's weight */
+};
+
+struct tve_weight {
+    const struct tv_input_tensor *t; /* NULL: the model has none */
+    size_t rows, cols;               /* as stored */
+    struct tve_lora *lora;           /* owned */
+    size_t n_lora;
+};
+struct tve_param { /* a module: weight and bias */
+    struct tve_weight w, b;
+};
+
+struct tve_model {
+    tv_input *in;
+    struct tv_arch *arch;
+    struct tve_spec spec;
+    struct tve_param *layers; /* [n_layers * TVE_SLOTS] */
+    struct tve_param globals[TVE_GLOBALS];
+    const struct tvk_table *kernels;
+    const struct tve_row_ops *rows;
+    tv_pool *pool;
+    uint64_t memory_bytes;
+    char *scratch_dir;
+    bool skip_verify;
+    unsigned char *verified; /* per tensor of in: leaves were checked */
+};
+
+static inline struct tve_param *tve_layer_param(const tve_model *m,
+                                                size_t layer, enum tve_slot s)
+{
+    return &m->layers[layer * TVE_SLOTS + (size_t)s];
+}
+
+/* A view of t whose stored checksums hold. */
+TV_NODISCARD enum tv_err tve_view(tve_model *m, const struct tv_input_tensor *t,
+                                  struct tv_view *out, struct tv_error *err);
+/* Converts n elements from element `at`. */
+void tve_convert(const struct tvk_table *k, const struct tv_view *v,
+                 uint64_t at, size_t n, float *dst);
+/* Whole small tensor as owned fp32 (tv_free); *out NULL when t is. */
+TV_NODISCARD enum tv_err tve_load(tve_model *m, const struct tv_input_tensor *t,
+                                  float **out, struct tv_error *err);
+
+/* ---- linear layers ------------------------------------------------------- */
+
+/* Rows of activations that one sgemm call takes: [start, start + n). */
+struct tve_group {
+    size_t start, n;
+};
+
+struct tve_linear { /* one projection in a call of tve_linear_run */
+    const struct tve_param *p;
+    const float *x; /* [rows, ldx] */
+    size_t ldx;
+    float *y; /* [rows, ldy]; written from its column 0 */
+    size_t ldy;
+};
+/* y = x W^T + b for all projections and groups. Every projection's in and out
+ * come from its weight. */
+TV_NODISCARD enum tv_err tve_linear_run(tve_model *m,
+                                        const struct tve_linear *items,
+                                        size_t n_items,
+                                        const struct tve_group *groups,
+                                        size_t n_groups, struct tv_error *err);
+size_t tve_linear_in(const tve_model *m, const struct tve_param *p);
+size_t tve_linear_out(const tve_model *m, const struct tve_param *p);
+/* Output features of one tile; depends on the shape only. */
+size_t tve_tile_rows(size_t in, size_t out);
+
+/* Output head over tiles: fn gets logits [n, n_out] of one tile and group. */
+struct tve_head_tile {
+    const float *logits; /* [n, n_out] */
+    size_t tile, out0, n_out, row0, n;
+};
+typedef void (*tve_head_fn)(void *arg, const struct tve_head_tile *tile);
+TV_NODISCARD enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
+                                      const float *x, size_t ldx,
+                                      const struct tve_group *groups,
+                                      size_t n_groups, tve_head_fn fn,
+                                      void *arg, struct tv_error *err);
+
+/* ---- arithmetic of rows -------------------------------------------------- */
+
+/* Same bits in every row of the table. */
+struct tve_row_ops {
+    /* exp(x - max) in place over [n]; returns the sum in fp64. */
+    double (*exp_row)(float *x, size_t n, float max);
+    float (*max_row)(const float *x, size_t n);
+    /* dst may be x. w, b [n] or NULL. */
+    void (*norm_row)(enum tve_norm_type type, float eps, const float *w,
+                     const float *b, const float *x, float *dst, size_t n);
+    /* x = act(x) in place; then, with gate_by, x *= gate_by. */
+    void (*act_row)(enum tve_act act, float *x, const float *gate_by, size_t n);
+    /* Rotates the first 2 * half dimensions of a head. */
+    void (*rotate)(float *x, const float *cos_row, const float *sin_row,
+                   size_t half);
+    /* x = cap * tanh(x / cap), with an absolute error of 1e-7 cap. */
+    void (*cap_row)(float *x, size_t n, float cap);
+};
+extern const struct tve_row_ops tve_rows_ref;
+#ifdef TVE_ROWS_X86
+extern const struct tve_row_ops tve_rows_avx2, tve_rows_avx512;
+#endif
+
+/* ---- attention ----------------------------------------------------------- */
+
+struct tve_attention {
+    size_t n_heads, n_kv, head_dim, window;
+    const float *qkv; /* rows of all windows */
+    size_t ld;
+    size_t q0, q_step, k0, k_step, v0, v_step; /* floats inside a row */
+    float scale, cap;
+    const float *slopes; /* [n_heads], NULL: no ALiBi */
+    float *out;          /* [rows, n_heads * head_dim] */
+    size_t ld_out;
+};
+/* All heads of all windows; starts [n_windows + 1] are row numbers. */
+TV_NODISCARD enum tv_err
+tve_attention_run(tve_model *m, const struct tve_attention *a,
+                  const size_t *starts, size_t n_windows, struct tv_error *err);
+#endif
