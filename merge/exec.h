@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * exec.h - runs the tensors of a plan over worker threads, tile by tile
+ * (private to merge/).
+ */
+#ifndef TVM_EXEC_H
+#define TVM_EXEC_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "sink.h"
+#include "tv/merge.h"
+
+/* Most bytes of heap that running the plan takes. *fits is false when even one
+ * worker with the smallest tiles needs more than options.memory_bytes; *needed
+ * is then (and otherwise too) the least that would do. */
+uint64_t tvm_exec_scratch(const struct tvm_plan *p, bool *fits,
+                          uint64_t *needed);
+
+struct tvm_exec_stats {
+    uint64_t bytes_read, bytes_written; /* by this run */
+    double t_read, t_compute, t_write, t_sync;
+    struct tvm_cache_use cache;
+};
+/* Does what the sink does not have yet. INTERRUPTED after hooks->cancel; on any
+ * error what was finished before is committed first. */
+TV_NODISCARD enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
+                                  const struct tvm_run_hooks *hooks,
+                                  struct tvm_exec_stats *stats,
+                                  struct tv_error *err);
+#endif

@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method.h - what a merge method is to the engine (private to merge/).
+ *
+ * A method is one static const struct tvm_method in its own method_<name>.c and
+ * one line in method_registry.c. It never reads files, threads or memory
+ * limits: the engine (exec.c) feeds it blocks of fp32 values.
+ *
+ *   plan time   check(): method-specific errors for one tensor (wrong number of
+ *               inputs, values out of range); fold(): which source may be
+ *               copied bit for bit instead of merged, or -1
+ *   run time    per tensor: state_bytes(), then for phase = 0, 1, ... while
+ *               next_phase() says MEASURE: every tile -> measure(); then
+ *               combine() for every tile. A tile is a run of whole leaves
+ *               (TVK_LEAF elements; only the last is shorter), fed in blocks of
+ *               at most TVM_BLOCK elements in order by one worker. Different
+ *               tiles run at the same time in different workers.
+ *   Results may depend on the element index and on sums over leaves in
+ *   tvk_*_tree order, never on tile borders, workers or timing.
+ */
+#ifndef TVM_METHOD_H
+#define TVM_METHOD_H
+
+#include "tv/kernels.h"
+#include "tv/merge.h"
+
+#define TVM_BLOCK                                                              \
+    2048u /* elements per block; a power of two below TVK_LEAF                 \
+           */
+
+/* What to do with a tensor that only some inputs have. */
+enum tvm_missing {
+    TVM_MISSING_MERGE = 0,     /* merge what is present (base must be there) */
+    TVM_MISSING_COPY_ONLY = 1, /* slerp: exactly one has it: copy it */
+};
+
+/* What is known of the trimming of one source before the first phase, or found
+ * by the last one. */
+struct tvm_trim {
+    bool known;      /* the mask is given with each tile: do not look for it */
+    bool has_sums;   /* of |x - base| over all and over kept elements */
+    double sum_all, sum_kept;
+};
+
+/* Per-tensor run state: the method's own bytes, zeroed before phase 0. */
+struct tvm_job {
+    const struct tvm_tensor *tensor;
+    const struct tvk_table *k;
+    uint64_t seed;
+    uint64_t n_leaves;   /* of TVK_LEAF elements */
+    uint64_t tile_elems; /* elements per tile of this tensor */
+    uint64_t n_tiles;
+    unsigned n_workers; /* highest worker index + 1 */
+    void *state; /* state_bytes(job) of zeroed memory */
+    unsigned phase;
+    struct tvm_trim *trim; /* [n_sources], or NULL: nothing is known */
+};
+
+/* A worker's place in one tile. */
+struct tvm_tile {
+    uint64_t tile;     /* number */
+    uint64_t start;    /* first element of the block being fed */
+    uint64_t first, n; /* first element and elements of the tile */
+    unsigned worker;
+    uint64_t *mask_words; /* [n_sources][TVM_BLOCK / 64] of scratch */
+    void *tile_state;       /* tile_bytes() of zeroed memory per tile */
+    /* Of the block at hand: masks of the sources whose trim is known, and where
+     * combine notes those that it has made (may be NULL). */
+    const uint64_t *const *known;
+    const uint64_t **made;
+};
+
+struct tvm_method {
+    const char *name, *summary, *paper;
+    enum tvm_base base;
+    bool needs_statistics;
+    size_t min_donors, max_donors; /* inputs that are not the base; for methods
+                                      without a base role: all inputs */
+    bool base_counts;              /* the base is one of the donors (linear,
+                                      slerp, passthrough) */
+    const struct tvm_param *params;
+    size_t n_params;
+    enum tvm_missing missing;
+    const void *detail; /* constants of a family of methods that share
+                           code (method_gta.h); NULL for the others */
+
+    void (*check)(const struct tvm_tensor *t, struct tvm_problems *problems);
+    int (*fold)(const struct tvm_tensor *t);
+
+    /* Bytes of job->state and of tile_state; may be NULL for 0. The worst case
+     * over phases; used by the plan's peak_scratch as well (n_workers given).
+     */
+    size_t (*state_bytes)(const struct tvm_job *job);
+    size_t (*tile_bytes)(const struct tvm_job *job);
+
+    /* NULL: no measuring. Called once, single-threaded, before each phase with
+     * job->phase = 0, 1, ...; returns true to run a measure pass, false to go
+     * on to combine. Reduces what the phase before gathered. */
+    bool (*next_phase)(struct tvm_job *job);
+    /* x[s] are n values of source s from element tile->start. */
+    void (*measure)(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, size_t n);
+    /* dst [n] is what the output tensor gets, before rounding to its dtype. */
+    void (*combine)(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, float *dst, size_t n);
+    /* Is a source reduced to the entries in which it differs most from the base,
+     * so that the result depends on which these are, and never on the others?
+     * *density of them; *needs_sums: rescaled. NULL: none ever is. */
+    bool (*trims)(const struct tvm_tensor *t, size_t source, double *density,
+                  bool *needs_sums);
+    /* Called at the start of each tile of each pass; may be NULL. */
+    void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
+};
+
+/* A problem for every parameter value that is not a finite number. */
+void tvm_check_finite(const struct tvm_tensor *t,
+                      struct tvm_problems *problems);
+
+extern const struct tvm_method tvm_method_linear;
+extern const struct tvm_method tvm_method_slerp;
+extern const struct tvm_method tvm_method_passthrough;
+extern const struct tvm_method tvm_method_task_arithmetic;
+extern const struct tvm_method tvm_method_ties;
+extern const struct tvm_method tvm_method_dare_linear;
+extern const struct tvm_method tvm_method_dare_ties;
+
+/* Value of parameter p (index into method->params). */
+static inline double tvm_shared(const struct tvm_tensor *t, size_t p)
+{
+    return t->shared[p];
+}
+
+static inline double tvm_of(const struct tvm_tensor *t, size_t source, size_t p,
+                            size_t n_params)
+{
+    return t->per_source[source * n_params + p];
+}
+
+#endif

@@ -1,0 +1,570 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_gta.c - generalised task arithmetic: base plus a combination of
+ * sparsified, weighted task vectors d_i = x_i - base, with or without sign
+ * election (the formula is tvk_table::gta).
+ *
+ * Rows of the family: task arithmetic, TIES, DARE; each file cites its paper.
+ * The names of the common parameters and their meaning are mergekit's (Goddard
+ * et al. 2024, arXiv 2403.13257).
+ *
+ * Trimming by magnitude keeps exactly k = max(1, trunc(density * n)) entries of
+ * a tensor without ever holding it. Up to four passes over the tiles:
+ *
+ *   HIGH    histogram of the upper 16 magnitude bits -> bucket of the k-th
+ *   LOW     histogram of the lower 15 bits inside it -> its exact pattern
+ *   COUNT   entries equal to the pattern, per tile   -> which of them to keep
+ *   KEPT    sum of kept magnitudes (only to rescale)
+ *
+ * HIGH and LOW go over at most GROUP_MAX donors at a time, as every worker has
+ * a histogram for each; more donors take more passes, not more memory.
+ * LOW and COUNT are left out for donors whose bucket or pattern is kept whole.
+ * Zeros are never kept. Random thinning needs no pass, nor does a donor whose
+ * mask is known from an earlier run.
+ */
+#include "method_gta.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "tv/checked.h"
+
+#define BLOCKS_PER_LEAF (TVK_LEAF / TVM_BLOCK)
+#define BLOCK_WORDS     (TVM_BLOCK / 64)
+#define GROUP_MAX       ((size_t)32) /* 8 MiB of histograms per worker */
+#define RESCALE_MIN     1e-7 /* mergekit: smaller sums are not rescaled */
+
+enum step { STEP_HIGH, STEP_LOW, STEP_COUNT, STEP_KEPT };
+enum keep { KEEP_ALL, KEEP_NONE, KEEP_TOP, KEEP_KNOWN, KEEP_RANDOM };
+
+struct donor {
+    size_t source; /* index into the tensor's sources */
+    enum keep keep;
+    size_t slot; /* KEEP_TOP: place in the arrays of struct gta_state */
+    bool needs_low, needs_count;
+    uint64_t key, threshold; /* KEEP_RANDOM */
+    uint64_t k; /* KEEP_TOP: entries still to be found at this step */
+    uint32_t hi, pattern;
+    uint64_t eq_limit; /* of the entries equal to pattern, the first so many */
+};
+
+struct gta_state {
+    enum step step;
+    size_t n_donors, n_top;
+    size_t n_measured; /* KEEP_TOP; the rest of n_top is KEEP_KNOWN */
+    bool match_l1;
+    struct tvk_gta call;
+    double *coef, *weight; /* [n_donors] */
+    struct donor *donor;   /* [n_donors] */
+    size_t first;          /* slot of the group being measured */
+    bool any_count;        /* some donor needs the COUNT pass */
+    uint32_t *hist;        /* [n_workers][group_size][TVK_HIST_HI] */
+    uint64_t *eq;          /* [n_tiles][n_top]: count, then prefix */
+    uint64_t *eq_seen;     /* [n_workers][n_top]: in the tile at hand */
+    double *sum_all;       /* [n_top][n_leaves] */
+    double *sum_kept;      /* [n_top][n_leaves] */
+    double *block;         /* [n_workers][n_top][BLOCKS_PER_LEAF] */
+};
+
+static const struct gta_detail *detail_of(const struct tvm_tensor *t)
+{
+    return t->method->detail;
+}
+
+static double weight_of(const struct tvm_tensor *t, size_t source)
+{
+    return tvm_of(t, source, GTA_WEIGHT, GTA_N_PARAMS);
+}
+
+static enum keep keep_of(const struct tvm_tensor *t, size_t source)
+{
+    const double density = tvm_of(t, source, GTA_DENSITY, GTA_N_PARAMS);
+
+    if (detail_of(t)->sparsify == GTA_NONE || density >= 1.0)
+        return KEEP_ALL;
+    if (!(density > 0.0))
+        return KEEP_NONE;
+    return detail_of(t)->sparsify == GTA_RANDOM ? KEEP_RANDOM : KEEP_TOP;
+}
+
+/* Sources but the base. */
+static size_t count_donors(const struct tvm_tensor *t, size_t *n_top)
+{
+    size_t n = 0;
+    *n_top = 0;
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base)
+            continue;
+        n++;
+        if (keep_of(t, s) == KEEP_TOP)
+            (*n_top)++;
+    }
+    return n;
+}
+
+void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
+{
+    size_t n_top = 0;
+
+    tvm_check_finite(t, problems);
+    (void)count_donors(t, &n_top);
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base || keep_of(t, s) != KEEP_RANDOM ||
+            tvm_shared(t, GTA_RESCALE) == 0.0)
+            continue;
+        tvm_problem_note(problems, t->name,
+                         "rescale divides by density, as in the DARE paper; "
+                         "mergekit since 0.1.5 matches L1 norms instead");
+        break;
+    }
+    /* The histograms count in 32 bits. */
+    if (n_top > 0 && t->n_elems > UINT32_MAX)
+        tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
+                        "%s of a tensor with more than 2^32 elements is not "
+                        "supported",
+                        t->method->name);
+}
+
+int gta_fold(const struct tvm_tensor *t)
+{
+    const double lambda = tvm_shared(t, GTA_LAMBDA);
+    const bool normalize = tvm_shared(t, GTA_NORMALIZE) != 0.0;
+    size_t n_donors = 0;
+    size_t donor = 0;
+    bool none = true;
+
+    if (t->base < 0)
+        return -1;
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base)
+            continue;
+        n_donors++;
+        donor = s;
+        none = none && (weight_of(t, s) == 0.0 || keep_of(t, s) == KEEP_NONE);
+    }
+    if (none || lambda == 0.0)
+        return t->base;
+    if (n_donors != 1 || keep_of(t, donor) != KEEP_ALL)
+        return -1;
+    const double w = weight_of(t, donor);
+    if (normalize)
+        return lambda == 1.0 && fabs(w) >= 1e-8 ? (int)donor : -1;
+    return w * lambda == 1.0 ? (int)donor : -1;
+}
+
+/* ---- state --------------------------------------------------------------- */
+
+/* Hands out the parts of the state's one block; with base NULL only counts. */
+struct carver {
+    unsigned char *base;
+    size_t used;
+};
+
+static void *carve(struct carver *c, uint64_t n, size_t each)
+{
+    void *at = c->base ? c->base + c->used : NULL;
+    c->used += ((size_t)n * each + 63u) & ~(size_t)63u;
+    return at;
+}
+
+static size_t group_size(const struct gta_state *st)
+{
+    return st->n_top < GROUP_MAX ? st->n_top : GROUP_MAX;
+}
+
+static bool in_group(const struct gta_state *st, const struct donor *d)
+{
+    return d->keep == KEEP_TOP && d->slot >= st->first &&
+           d->slot - st->first < GROUP_MAX;
+}
+
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct gta_state *st)
+{
+    struct carver c = {base, 0};
+    const size_t k = st->n_donors;
+    const size_t top = st->n_top;
+    const uint64_t w = job->n_workers;
+
+    (void)carve(&c, 1, sizeof *st);
+    st->coef = carve(&c, k, sizeof *st->coef);
+    st->weight = carve(&c, k, sizeof *st->weight);
+    st->donor = carve(&c, k, sizeof *st->donor);
+    st->hist = carve(&c, w * group_size(st) * TVK_HIST_HI, sizeof *st->hist);
+    st->eq = carve(&c, job->n_tiles * top, sizeof *st->eq);
+    st->eq_seen = carve(&c, w * top, sizeof *st->eq_seen);
+    if (st->match_l1) {
+        st->sum_all = carve(&c, top * job->n_leaves, sizeof *st->sum_all);
+        st->sum_kept = carve(&c, top * job->n_leaves, sizeof *st->sum_kept);
+        st->block = carve(&c, w * top * BLOCKS_PER_LEAF, sizeof *st->block);
+    }
+    return c.used;
+}
+
+static void count_parts(const struct tvm_tensor *t, struct gta_state *st)
+{
+    st->n_donors = count_donors(t, &st->n_top);
+    st->match_l1 = st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0;
+}
+
+size_t gta_state_bytes(const struct tvm_job *job)
+{
+    struct gta_state st = {.n_donors = 0};
+
+    count_parts(job->tensor, &st);
+    return lay_out(job, NULL, &st);
+}
+
+static void set_random(const struct tvm_job *job, struct donor *d,
+                       size_t position, double density)
+{
+    unsigned char bytes[12];
+
+    tv_put_le64(bytes, job->seed);
+    tv_put_le32(bytes + 8, (uint32_t)position);
+    d->key = tv_hash64(bytes, sizeof bytes);
+    d->threshold = (uint64_t)round(density * 4294967296.0);
+}
+
+static void set_top(const struct tvm_job *job, struct donor *d, size_t *slot,
+                    double density)
+{
+    d->slot = (*slot)++;
+    d->k = (uint64_t)(density * (double)job->tensor->n_elems);
+    if (d->k == 0)
+        d->k = 1;
+    d->eq_limit = UINT64_MAX;
+}
+
+/* The factor that gives what is kept the magnitude of the whole. */
+static double rescaled(double weight, double all, double kept)
+{
+    /* Not finite: an infinite entry must not turn the others into NaN. */
+    if (all >= RESCALE_MIN && kept >= RESCALE_MIN && isfinite(all))
+        return weight * (all / kept);
+    return weight;
+}
+
+bool gta_trims(const struct tvm_tensor *t, size_t source, double *density,
+               bool *needs_sums)
+{
+    if (t->base < 0 || (int)source == t->base || keep_of(t, source) != KEEP_TOP)
+        return false;
+    *density = tvm_of(t, source, GTA_DENSITY, GTA_N_PARAMS);
+    *needs_sums = tvm_shared(t, GTA_RESCALE) != 0.0;
+    return true;
+}
+
+static void set_up(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    size_t slot = 0;
+    size_t j = 0;
+
+    count_parts(t, st);
+    (void)lay_out(job, st, st);
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base)
+            continue;
+        struct donor *d = &st->donor[j];
+        const double density = tvm_of(t, s, GTA_DENSITY, GTA_N_PARAMS);
+        d->source = s;
+        d->keep = keep_of(t, s);
+        st->weight[j] = weight_of(t, s);
+        st->coef[j] = st->weight[j];
+        if (d->keep == KEEP_RANDOM) {
+            set_random(job, d, t->sources[s].position, density);
+            if (tvm_shared(t, GTA_RESCALE) != 0.0)
+                st->coef[j] = st->weight[j] / density;
+        }
+        if (d->keep == KEEP_TOP && job->trim && job->trim[s].known) {
+            d->keep = KEEP_KNOWN;
+            if (st->match_l1)
+                st->coef[j] = rescaled(st->weight[j], job->trim[s].sum_all,
+                                       job->trim[s].sum_kept);
+        }
+        if (d->keep == KEEP_TOP)
+            set_top(job, d, &slot, density);
+        j++;
+    }
+    st->n_measured = slot;
+    st->call = (struct tvk_gta){
+        .n_donors = st->n_donors,
+        .coef = st->coef,
+        .weight = st->weight,
+        .consensus = detail_of(t)->consensus,
+        .normalize = tvm_shared(t, GTA_NORMALIZE) != 0.0,
+        .lambda = tvm_shared(t, GTA_LAMBDA),
+    };
+}
+
+/* ---- selection ----------------------------------------------------------- */
+
+static uint32_t *hist_of(const struct gta_state *st, unsigned worker,
+                         size_t slot)
+{
+    return st->hist +
+           ((size_t)worker * group_size(st) + slot - st->first) * TVK_HIST_HI;
+}
+
+/* The bucket that holds the k-th largest entry; *k becomes its rank inside the
+ * bucket, *count the bucket's population. Joins the workers' counts. */
+static uint32_t find_bucket(const struct tvm_job *job, size_t slot,
+                            uint32_t n_buckets, uint64_t *k, uint64_t *count)
+{
+    const struct gta_state *st = job->state;
+    uint32_t *sum = hist_of(st, 0, slot);
+
+    for (unsigned w = 1; w < job->n_workers; w++) {
+        const uint32_t *more = hist_of(st, w, slot);
+        for (uint32_t i = 0; i < n_buckets; i++)
+            sum[i] += more[i];
+    }
+    for (uint32_t i = n_buckets; i-- > 1;) {
+        if (*k <= sum[i]) {
+            *count = sum[i];
+            return i;
+        }
+        *k -= sum[i];
+    }
+    *count = sum[0];
+    return 0;
+}
+
+/* Returns true when some donor needs the LOW pass. */
+static bool after_high(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    bool again = false;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        struct donor *d = &st->donor[j];
+        if (!in_group(st, d))
+            continue;
+        uint64_t count = 0;
+        d->hi = find_bucket(job, d->slot, TVK_HIST_HI, &d->k, &count);
+        d->pattern = d->hi << 15;
+        d->needs_low = d->k < count;
+        again = again || d->needs_low;
+        for (unsigned w = 0; w < job->n_workers; w++)
+            memset(hist_of(st, w, d->slot), 0, TVK_HIST_LO * sizeof(uint32_t));
+    }
+    return again;
+}
+
+/* Returns true when there is another group to measure. */
+static bool after_low(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        struct donor *d = &st->donor[j];
+        if (!d->needs_low)
+            continue;
+        uint64_t count = 0;
+        d->pattern |= find_bucket(job, d->slot, TVK_HIST_LO, &d->k, &count);
+        d->needs_low = false;
+        /* Zeros are dropped anyway: no need to know which. */
+        if (d->k < count && d->pattern != 0) {
+            d->eq_limit = d->k;
+            d->needs_count = true;
+            st->any_count = true;
+        }
+    }
+    st->first += GROUP_MAX;
+    if (st->first >= st->n_measured)
+        return false;
+    memset(st->hist, 0,
+           job->n_workers * group_size(st) * TVK_HIST_HI * sizeof *st->hist);
+    return true;
+}
+
+static void after_count(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+
+    for (size_t slot = 0; slot < st->n_top; slot++) {
+        uint64_t before = 0;
+        for (uint64_t i = 0; i < job->n_tiles; i++) {
+            uint64_t *at = &st->eq[(size_t)i * st->n_top + slot];
+            const uint64_t here = *at;
+            *at = before;
+            before += here;
+        }
+    }
+}
+
+static void after_kept(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    const size_t n = (size_t)job->n_leaves;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        const struct donor *d = &st->donor[j];
+        if (d->keep != KEEP_TOP)
+            continue;
+        const double all = tvk_sum_tree(st->sum_all + d->slot * n, n);
+        const double kept = tvk_sum_tree(st->sum_kept + d->slot * n, n);
+        st->coef[j] = rescaled(st->weight[j], all, kept);
+        if (job->trim)
+            job->trim[d->source] = (struct tvm_trim){
+                .has_sums = true, .sum_all = all, .sum_kept = kept};
+    }
+}
+
+bool gta_next_phase(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+
+    if (job->phase == 0) {
+        set_up(job);
+        st->step = STEP_HIGH;
+        return st->n_measured > 0;
+    }
+    if (st->step == STEP_HIGH) {
+        st->step = STEP_LOW;
+        if (after_high(job))
+            return true;
+    }
+    if (st->step == STEP_LOW) {
+        st->step = STEP_HIGH;
+        if (after_low(job))
+            return true;
+        st->step = STEP_COUNT;
+        if (st->any_count)
+            return true;
+    }
+    if (st->step == STEP_COUNT) {
+        st->step = STEP_KEPT;
+        after_count(job);
+        if (st->match_l1)
+            return true;
+    }
+    if (st->match_l1)
+        after_kept(job);
+    return false;
+}
+
+/* ---- tiles --------------------------------------------------------------- */
+
+void gta_tile_begin(struct tvm_job *job, struct tvm_tile *tile)
+{
+    const struct gta_state *st = job->state;
+
+    if (st->n_top > 0 && st->step == STEP_KEPT)
+        memcpy(st->eq_seen + (size_t)tile->worker * st->n_top,
+               st->eq + (size_t)tile->tile * st->n_top,
+               st->n_top * sizeof *st->eq_seen);
+}
+
+/* Joins |d| of the blocks of a leaf; a leaf is a power of two of blocks, so the
+ * shape of the tree is that of tvk_sum_tree over all blocks. */
+static void put_sum(const struct tvm_job *job, const struct tvm_tile *tile,
+                    size_t slot, double *leaves, double sum, size_t n)
+{
+    const struct gta_state *st = job->state;
+    double *block =
+        st->block + ((size_t)tile->worker * st->n_top + slot) * BLOCKS_PER_LEAF;
+    const size_t in_leaf = (size_t)(tile->start % TVK_LEAF / TVM_BLOCK);
+
+    block[in_leaf] = sum;
+    if (in_leaf + 1 == BLOCKS_PER_LEAF ||
+        tile->start + n == job->tensor->n_elems)
+        leaves[slot * (size_t)job->n_leaves +
+               (size_t)(tile->start / TVK_LEAF)] =
+            tvk_sum_tree(block, in_leaf + 1);
+}
+
+static void top_mask(const struct tvm_job *job, const struct tvm_tile *tile,
+                     const struct donor *d, uint64_t *mask, const float *x,
+                     const float *base, size_t n)
+{
+    const struct gta_state *st = job->state;
+
+    (void)job->k->topk_mask(
+        mask, x, base, d->pattern,
+        &st->eq_seen[(size_t)tile->worker * st->n_top + d->slot], d->eq_limit,
+        n);
+}
+
+void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
+                 const float *const *x, size_t n)
+{
+    const struct gta_state *st = job->state;
+    const struct tvk_table *k = job->k;
+    const float *base = x[job->tensor->base];
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        const struct donor *d = &st->donor[j];
+        const float *xj = x[d->source];
+        uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
+        if (d->keep != KEEP_TOP)
+            continue;
+        switch (st->step) {
+        case STEP_HIGH:
+            if (!in_group(st, d))
+                break;
+            k->hist_hi(hist_of(st, tile->worker, d->slot), xj, base, n);
+            if (st->match_l1)
+                put_sum(job, tile, d->slot, st->sum_all,
+                        k->abs_sum(xj, base, NULL, n), n);
+            break;
+        case STEP_LOW:
+            if (d->needs_low)
+                k->hist_lo(hist_of(st, tile->worker, d->slot), d->hi, xj, base,
+                           n);
+            break;
+        case STEP_COUNT:
+            if (d->needs_count)
+                st->eq[(size_t)tile->tile * st->n_top + d->slot] +=
+                    k->count_eq(xj, base, d->pattern, n);
+            break;
+        case STEP_KEPT:
+            top_mask(job, tile, d, mask, xj, base, n);
+            put_sum(job, tile, d->slot, st->sum_kept,
+                    k->abs_sum(xj, base, mask, n), n);
+            break;
+        }
+    }
+}
+
+void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
+                 const float *const *x, float *dst, size_t n)
+{
+    const struct gta_state *st = job->state;
+    const float *base = x[job->tensor->base];
+    const float *donors[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+    bool any = false;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        const struct donor *d = &st->donor[j];
+        uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
+        donors[j] = x[d->source];
+        masks[j] = mask;
+        any = any || d->keep != KEEP_ALL;
+        switch (d->keep) {
+        case KEEP_ALL:
+            masks[j] = NULL;
+            break;
+        case KEEP_NONE:
+            memset(mask, 0, BLOCK_WORDS * sizeof *mask);
+            break;
+        case KEEP_TOP:
+            top_mask(job, tile, d, mask, donors[j], base, n);
+            if (tile->made)
+                tile->made[d->source] = mask;
+            break;
+        case KEEP_KNOWN:
+            masks[j] = tile->known[d->source];
+            break;
+        case KEEP_RANDOM:
+            (void)job->k->philox_mask(mask, tile->start, d->key,
+                                      job->tensor->name_hash, d->threshold, n);
+            break;
+        }
+    }
+    job->k->gta(dst, base, donors, any ? masks : NULL, &st->call, n);
+}

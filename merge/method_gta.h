@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_gta.h - what the methods of generalised task arithmetic share
+ * (method_gta.c). A method of the family is a constant struct tvm_method whose
+ * `detail` is a struct gta_detail; parameters and functions are common.
+ */
+#ifndef TVM_METHOD_GTA_H
+#define TVM_METHOD_GTA_H
+
+#include "method.h"
+
+enum gta_sparsify { GTA_NONE = 0, GTA_MAGNITUDE = 1, GTA_RANDOM = 2 };
+
+struct gta_detail {
+    enum gta_sparsify sparsify;
+    bool consensus;
+};
+
+enum {
+    GTA_WEIGHT,
+    GTA_DENSITY,
+    GTA_NORMALIZE,
+    GTA_RESCALE,
+    GTA_LAMBDA,
+    GTA_INT8_MASK,
+    GTA_N_PARAMS
+};
+
+/* The parameters with a method's own defaults; int8_mask saves memory in
+ * mergekit and never changes a result, so it is accepted and ignored. */
+#define GTA_PARAMS(normalize_default, rescale_default)                         \
+    {                                                                          \
+        [GTA_WEIGHT] = {.name = "weight",                                      \
+                        .scope = TVM_NON_BASE,                                 \
+                        .type = TVM_FLOAT,                                     \
+                        .required = true,                                      \
+                        .help = "factor of this task vector"},                 \
+        [GTA_DENSITY] = {.name = "density",                                    \
+                         .scope = TVM_NON_BASE,                                \
+                         .type = TVM_FLOAT,                                    \
+                         .has_default = true,                                  \
+                         .fallback = 1.0,                                      \
+                         .help = "fraction of the task vector to keep"},       \
+        [GTA_NORMALIZE] = {.name = "normalize",                                \
+                           .scope = TVM_SHARED,                                \
+                           .type = TVM_BOOL,                                   \
+                           .has_default = true,                                \
+                           .fallback = (normalize_default),                    \
+                           .help = "divide by the weights that took part"},    \
+        [GTA_RESCALE] = {.name = "rescale",                                    \
+                         .scope = TVM_SHARED,                                  \
+                         .type = TVM_BOOL,                                     \
+                         .has_default = true,                                  \
+                         .fallback = (rescale_default),                        \
+                         .help = "make up for what was dropped"},              \
+        [GTA_LAMBDA] = {.name = "lambda",                                      \
+                        .scope = TVM_SHARED,                                   \
+                        .type = TVM_FLOAT,                                     \
+                        .has_default = true,                                   \
+                        .fallback = 1.0,                                       \
+                        .help = "factor of the merged task vector"},           \
+        [GTA_INT8_MASK] = {.name = "int8_mask",                                \
+                           .scope = TVM_SHARED,                                \
+                           .type = TVM_BOOL,                                   \
+                           .has_default = true,                                \
+                           .fallback = 0.0,                                    \
+                           .help = "accepted for mergekit; changes nothing"},  \
+    }
+
+void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems);
+int gta_fold(const struct tvm_tensor *t);
+size_t gta_state_bytes(const struct tvm_job *job);
+bool gta_next_phase(struct tvm_job *job);
+bool gta_trims(const struct tvm_tensor *t, size_t source, double *density,
+               bool *needs_sums);
+void gta_tile_begin(struct tvm_job *job, struct tvm_tile *tile);
+void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
+                 const float *const *x, size_t n);
+void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
+                 const float *const *x, float *dst, size_t n);
+
+#define GTA_FUNCTIONS                                                          \
+    .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
+    .n_params = GTA_N_PARAMS, .check = gta_check, .fold = gta_fold,            \
+    .state_bytes = gta_state_bytes, .next_phase = gta_next_phase,              \
+    .tile_begin = gta_tile_begin, .measure = gta_measure,                      \
+    .combine = gta_combine, .trims = gta_trims
+
+#endif

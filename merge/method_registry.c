@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_registry.c - the one list of merge methods.
+ *
+ * A new method is a file of its own and one line in `methods`. The order is
+ * that of `tvmerge methods`.
+ */
+#include "method.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tv/text.h"
+
+static const struct tvm_method *const methods[] = {
+    &tvm_method_linear,          &tvm_method_slerp, &tvm_method_passthrough,
+    &tvm_method_task_arithmetic, &tvm_method_ties,  &tvm_method_dare_linear,
+    &tvm_method_dare_ties,
+};
+#define N_METHODS (sizeof methods / sizeof *methods)
+
+size_t tvm_method_count(void)
+{
+    return N_METHODS;
+}
+
+const struct tvm_method *tvm_method_at(size_t i)
+{
+    return i < N_METHODS ? methods[i] : NULL;
+}
+
+const struct tvm_method *tvm_method_find(const char *name)
+{
+    for (size_t i = 0; i < N_METHODS; i++)
+        if (strcmp(methods[i]->name, name) == 0)
+            return methods[i];
+    return NULL;
+}
+
+const char *tvm_method_suggest(const char *name)
+{
+    const char *names[N_METHODS];
+    char folded[64];
+    size_t n = 0;
+
+    for (size_t i = 0; i < N_METHODS; i++)
+        names[i] = methods[i]->name;
+    /* Case and dashes are the usual mistakes and may cost many edits. */
+    for (; name[n] != '\0' && n + 1 < sizeof folded; n++) {
+        const char c = name[n];
+        folded[n] = c;
+        if (c >= 'A' && c <= 'Z')
+            folded[n] = (char)(c - 'A' + 'a');
+        if (c == '-' || c == ' ')
+            folded[n] = '_';
+    }
+    folded[n] = '\0';
+    return tv_suggest(folded, names, N_METHODS);
+}
+
+void tvm_method_info(const struct tvm_method *m, struct tvm_method_info *out)
+{
+    *out = (struct tvm_method_info){
+        .name = m->name,
+        .summary = m->summary,
+        .paper = m->paper,
+        .base = m->base,
+        .needs_statistics = m->needs_statistics,
+        .params = m->params,
+        .n_params = m->n_params,
+    };
+}
+
+void tvm_check_finite(const struct tvm_tensor *t, struct tvm_problems *problems)
+{
+    const struct tvm_method *m = t->method;
+
+    for (size_t p = 0; p < m->n_params; p++) {
+        const char *name = m->params[p].name;
+        if (m->params[p].scope == TVM_SHARED) {
+            if (t->shared_set[p] && !isfinite(t->shared[p]))
+                tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                                "parameter %s is not a finite number", name);
+            continue;
+        }
+        for (size_t s = 0; s < t->n_sources; s++) {
+            const size_t at = s * m->n_params + p;
+            if (t->per_source_set[at] && !isfinite(t->per_source[at]))
+                tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                                "parameter %s of input %zu is not a finite "
+                                "number",
+                                name, s + 1);
+        }
+    }
+}

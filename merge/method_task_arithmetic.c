@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_task_arithmetic.c - y = base + lambda * sum_i w_i (x_i - base).
+ *
+ * Ilharco et al., "Editing models with task arithmetic", ICLR 2023, arXiv
+ * 2212.04089. density and rescale are accepted, as in mergekit, and change
+ * nothing: nothing is dropped.
+ */
+#include "method_gta.h"
+
+static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(0.0, 0.0);
+static const struct gta_detail detail = {GTA_NONE, false};
+
+const struct tvm_method tvm_method_task_arithmetic = {
+    .name = "task_arithmetic",
+    .summary = "base plus a weighted sum of task vectors",
+    .paper = "Task arithmetic, Ilharco et al. 2023, arXiv 2212.04089",
+    .params = params,
+    .detail = &detail,
+    GTA_FUNCTIONS,
+};

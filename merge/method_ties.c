@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_ties.c - trim task vectors by magnitude, elect signs, merge what
+ * agrees.
+ *
+ * Yadav et al., "TIES-Merging: resolving interference when merging models",
+ * NeurIPS 2023, arXiv 2306.01708. Conventions are mergekit's where they differ
+ * from the paper: trimming per tensor, votes on weighted task vectors, a zero
+ * vote counts as positive, the divisor is the weight of those that agree.
+ * Elements of equal magnitude at the cut are kept by lowest index.
+ */
+#include "method_gta.h"
+
+static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(1.0, 0.0);
+static const struct gta_detail detail = {GTA_MAGNITUDE, true};
+
+const struct tvm_method tvm_method_ties = {
+    .name = "ties",
+    .summary = "trimmed task vectors, merged where their signs agree",
+    .paper = "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
+    .params = params,
+    .detail = &detail,
+    GTA_FUNCTIONS,
+};

@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * plan_files.c - what goes beside the weights.
+ *
+ * config.json comes from the base (or the first model) byte for byte; only what
+ * must change is edited: dtype, number of layers, tie_word_embeddings. It is
+ * the last file, since a directory without it loads nowhere.
+ */
+#include "plan_parts.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include <jansson.h>
+
+#include "tv/alloc.h"
+#include "tv/format.h"
+
+#define N_OF(a)   (sizeof(a) / sizeof((a)[0]))
+#define FILES_MAX 40u
+
+/* Any of the first N_TELLING files makes an input one "with a tokenizer". */
+#define N_TELLING 7u
+static const char *const tokenizer_files[] = {
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+};
+
+static enum tv_err add_file(struct planner *pl, const char *name,
+                            const char *data, size_t n, const char *from)
+{
+    struct tvm_plan *const plan = pl->plan;
+    if (plan->n_files == FILES_MAX)
+        return tv_error_set(pl->err, TV_E_INTERNAL, "too many side files");
+    struct tvm_side_file *const f = &plan->files[plan->n_files++];
+    f->name = name;
+    f->data = data;
+    f->n = n;
+    f->from = from;
+    return TV_OK;
+}
+
+/* Keeps bytes until the plan is freed; takes them over in any case. */
+static enum tv_err own(struct planner *pl, char *data)
+{
+    struct plan_storage *const st = pl->st;
+    if (st->owned == NULL)
+        st->owned = tv_calloc(FILES_MAX + 2, sizeof(*st->owned));
+    if (st->owned == NULL || st->n_owned == FILES_MAX + 2) {
+        tv_free(data);
+        return plan_oom(pl);
+    }
+    st->owned[st->n_owned++] = data;
+    return TV_OK;
+}
+
+static enum tv_err read_side(struct planner *pl, size_t input, const char *name,
+                             bool *found, char **data, size_t *n)
+{
+    const struct tvm_plan_input *const in = &pl->plan->inputs[input];
+    struct tv_error e;
+    enum tv_err rc = TV_OK;
+    tv_error_clear(&e);
+    *found = false;
+    *data = NULL;
+    rc = tv_input_side_read(in->input, name, found, data, n, &e);
+    if (rc == TV_OK && *found)
+        return own(pl, *data);
+    if (rc != TV_OK && plan_fatal(rc)) {
+        if (pl->err != NULL)
+            *pl->err = e;
+        return rc;
+    }
+    if (rc != TV_OK)
+        plan_report(pl, name, 1, true, rc, in->ref, "%s", e.msg);
+    *found = false;
+    return TV_OK;
+}
+
+/* Copies a side file of an input into the list when it has one. */
+static enum tv_err copy_side(struct planner *pl, size_t input, const char *name,
+                             bool *found)
+{
+    char *data = NULL;
+    size_t n = 0;
+    const enum tv_err rc = read_side(pl, input, name, found, &data, &n);
+    if (rc != TV_OK || !*found)
+        return rc;
+    return add_file(pl, name, data, n, pl->plan->inputs[input].ref);
+}
+
+/* ---- tokenizer ------------------------------------------------------------
+ */
+
+static bool has_side(const struct planner *pl, size_t input, const char *name)
+{
+    const tv_input *const in = pl->plan->inputs[input].input;
+    for (size_t i = 0; i < tv_input_side_count(in); i++) {
+        if (strcmp(tv_input_side_name(in, i), name) == 0)
+            return true;
+    }
+    return false;
+}
+
+static bool has_tokenizer(const struct planner *pl, size_t input)
+{
+    for (size_t i = 0; i < N_TELLING; i++) {
+        if (has_side(pl, input, tokenizer_files[i]))
+            return true;
+    }
+    return false;
+}
+
+static enum tv_err add_tokenizer(struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    size_t from = pl->st->donor;
+    bool found = false;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < plan->n_inputs && !has_tokenizer(pl, from); i++) {
+        if (has_tokenizer(pl, i))
+            from = i;
+    }
+    if (!has_tokenizer(pl, from)) {
+        plan_report(pl, "tokenizer", 1, false, TV_OK, "",
+                    "no tokenizer files found in any input; the output has "
+                    "none");
+        return TV_OK;
+    }
+    if (from != pl->st->donor)
+        plan_report(pl, "tokenizer", 1, false, TV_OK, "",
+                    "'%s' has no tokenizer files; those of '%s' are copied",
+                    plan->inputs[pl->st->donor].ref, plan->inputs[from].ref);
+    for (size_t i = 0; i < N_OF(tokenizer_files); i++) {
+        if (has_side(pl, from, tokenizer_files[i]))
+            TV_TRY(copy_side(pl, from, tokenizer_files[i], &found));
+    }
+out:
+    return rc;
+}
+
+/* ---- config.json ----------------------------------------------------------
+ */
+
+/* The dtype of most bytes among the tensors that are numbers to merge. */
+static enum tv_dtype output_dtype(const struct tvm_plan *plan)
+{
+    uint64_t bytes[TV_DTYPE_COUNT] = {0};
+    enum tv_dtype best = TV_DTYPE_NONE;
+    for (size_t i = 0; i < plan->n_tensors; i++) {
+        if (tv_dtype_is_math(plan->tensors[i].dtype))
+            bytes[plan->tensors[i].dtype] += plan->tensors[i].bytes;
+    }
+    for (int t = 0; t < TV_DTYPE_COUNT; t++) {
+        if (bytes[t] > bytes[best])
+            best = (enum tv_dtype)t;
+    }
+    return best;
+}
+
+/* Lists with one entry per layer (layer_types, ...) cannot be adapted without
+ * knowing what they mean. */
+static enum tv_err warn_layer_lists(struct planner *pl, const char *data,
+                                    size_t n, int64_t n_layers)
+{
+    enum tv_err rc = TV_OK;
+    json_t *root = NULL;
+    const char *key = NULL;
+    json_t *value = NULL;
+    TV_TRY(tv_json_parse(data, n, "config.json", pl->err, &root));
+    json_object_foreach(root, key, value)
+    {
+        if (json_is_array(value) && n_layers > 1 &&
+            json_array_size(value) == (size_t)n_layers)
+            plan_report(pl, "lists in config.json", 5, false, TV_OK,
+                        "config.json",
+                        "'%s' has one entry per layer; it is copied as it is "
+                        "and no longer fits the new number of layers",
+                        key);
+    }
+out:
+    json_decref(root);
+    return rc;
+}
+
+static enum tv_err add_config(struct planner *pl)
+{
+    struct tvm_plan *const plan = pl->plan;
+    const struct tv_arch *a = NULL;
+    struct tv_json_edit edits[4];
+    struct tv_error e;
+    size_t n_edits = 0;
+    size_t from = pl->st->donor;
+    char *data = NULL;
+    char *edited = NULL;
+    size_t n = 0;
+    size_t n_edited = 0;
+    bool found = false;
+    enum tv_err rc = TV_OK;
+
+    tv_error_clear(&e);
+    memset(edits, 0, sizeof(edits));
+    for (size_t i = 0;
+         i < plan->n_inputs && !plan->inputs[from].arch->has_config; i++) {
+        if (plan->inputs[i].arch->has_config)
+            from = i;
+    }
+    a = plan->inputs[from].arch;
+    TV_TRY(read_side(pl, from, "config.json", &found, &data, &n));
+    if (!found) {
+        plan_report(pl, "config", 1, false, TV_OK, "",
+                    "no input has a config.json; the output has none and does "
+                    "not load as a model directory");
+        goto out;
+    }
+    const enum tv_dtype dtype = output_dtype(plan);
+    if (dtype != TV_DTYPE_NONE && tv_dtype_from_torch(a->dtype) != dtype) {
+        const char *const names[] = {"dtype", "torch_dtype"};
+        for (size_t i = 0; i < N_OF(names); i++) {
+            edits[n_edits].key = names[i];
+            edits[n_edits].kind = TV_EDIT_STRING;
+            edits[n_edits].s = tv_dtype_torch_name(dtype);
+            edits[n_edits].only_if_present = true;
+            n_edits++;
+        }
+    }
+    if (pl->n_layers != a->n_layers && a->layers_key != NULL) {
+        edits[n_edits].key = a->layers_key;
+        edits[n_edits].kind = TV_EDIT_INT;
+        edits[n_edits].i = pl->n_layers;
+        n_edits++;
+        TV_TRY(warn_layer_lists(pl, data, n, a->n_layers));
+    } else if (pl->n_layers != a->n_layers) {
+        plan_report(pl, "layer count", 1, false, TV_OK, "config.json",
+                    "the output has %lld layers, but no key of config.json is "
+                    "known to hold their number (%lld); adapt it by hand",
+                    (long long)pl->n_layers, (long long)a->n_layers);
+    }
+    /* mergekit leaves the flag alone: a written head would then be ignored by
+     * whoever loads the model. */
+    if (pl->st->head_written ? a->tied && pl->st->head_untied : !a->tied) {
+        bool had_head = pl->st->head_written;
+        for (size_t i = 0; i < a->n_tensors && !had_head; i++)
+            had_head = a->tensors[i].role == TV_ROLE_LM_HEAD;
+        if (had_head) {
+            edits[n_edits].key = "tie_word_embeddings";
+            edits[n_edits].kind = TV_EDIT_BOOL;
+            edits[n_edits].i = pl->st->head_written ? 0 : 1;
+            n_edits++;
+            plan_report(pl, "tied", 1, false, TV_OK, "config.json",
+                        "tie_word_embeddings becomes %s, because the output "
+                        "has %s lm_head of its own",
+                        pl->st->head_written ? "false" : "true",
+                        pl->st->head_written ? "an" : "no");
+        }
+    }
+    if (n_edits > 0) {
+        rc = tv_json_edit(data, n, edits, n_edits, &e, &edited, &n_edited);
+        if (rc != TV_OK) {
+            if (!plan_fatal(rc)) {
+                plan_report(pl, "config", 1, true, rc, "config.json", "%s",
+                            e.msg);
+                rc = TV_OK;
+            } else if (pl->err != NULL) {
+                *pl->err = e;
+            }
+            goto out;
+        }
+        TV_TRY(own(pl, edited));
+        data = edited;
+        n = n_edited;
+    }
+    TV_TRY(add_file(pl, "config.json", data, n, plan->inputs[from].ref));
+out:
+    return rc;
+}
+
+enum tv_err plan_files_make(struct planner *pl)
+{
+    struct tvm_plan *const plan = pl->plan;
+    const char *card = NULL;
+    size_t n = 0;
+    bool found = false;
+    enum tv_err rc = TV_OK;
+
+    plan->files =
+        tvm_arena_get(plan_arena(pl), FILES_MAX, sizeof(*plan->files));
+    if (plan->files == NULL)
+        return plan_oom(pl);
+    TV_TRY(copy_side(pl, pl->st->donor, "generation_config.json", &found));
+    if (plan->options.copy_tokenizer)
+        TV_TRY(add_tokenizer(pl));
+    if (plan->options.write_model_card) {
+        TV_TRY(plan_card_make(pl, &card, &n));
+        TV_TRY(add_file(pl, "README.md", card, n, ""));
+    }
+    TV_TRY(add_file(pl, "tvmerge_config.yml", pl->r->text, pl->r->n_text, ""));
+    if (pl->r->mergekit_syntax)
+        TV_TRY(add_file(pl, "mergekit_config.yml", pl->r->text, pl->r->n_text,
+                        ""));
+    TV_TRY(add_config(pl));
+out:
+    return rc;
+}

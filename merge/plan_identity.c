@@ -1,0 +1,361 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * plan_identity.c - everything the output bytes depend on, as canonical JSON.
+ *
+ * A resumed run compares its hash with the journal's; when they differ, the two
+ * documents say what changed: method, seed, an input, a setting. Tensors are
+ * hashed one by one to keep the document small; the settings behind them stand
+ * beside in readable form, but are not hashed, since two spellings may mean the
+ * same. Not in it: places (only the
+ * last part of absolute references), threads, memory, and texts that only
+ * describe the run (model card, copy of the recipe).
+ */
+#include "plan_parts.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <jansson.h>
+
+#include "tv/alloc.h"
+#include "tv/text.h"
+
+#define IDENTITY_FORMAT 2
+
+/* The reference with absolute paths cut to their last part. */
+static char *portable_ref(const char *ref)
+{
+    struct tv_buf b;
+    char *s = NULL;
+    tv_buf_init(&b, 1u << 20);
+    while (*ref != '\0') {
+        size_t n = strcspn(ref, "+");
+        size_t from = 0;
+        if (ref[0] == '/') {
+            size_t end = n;
+            while (end > 1 && ref[end - 1] == '/')
+                end--;
+            from = end;
+            while (from > 0 && ref[from - 1] != '/')
+                from--;
+        }
+        tv_buf_add(&b, ref + from, n - from);
+        if (ref[n] == '+')
+            tv_buf_add(&b, &ref[n++], 1);
+        ref += n;
+    }
+    if (!b.failed)
+        s = tv_strdup(b.data == NULL ? "" : b.data);
+    tv_buf_free(&b);
+    return s;
+}
+
+static void add_double(struct tv_buf *b, double v)
+{
+    uint64_t bits = 0;
+    memcpy(&bits, &v, sizeof(bits));
+    tv_buf_le64(b, bits);
+}
+
+static void add_string(struct tv_buf *b, const char *s)
+{
+    const size_t n = strlen(s);
+    tv_buf_le32(b, (uint32_t)n);
+    tv_buf_add(b, s, n);
+}
+
+/* What one tensor's bytes depend on, apart from the contents of the inputs. */
+static void describe_tensor(struct tv_buf *b, const struct tvm_tensor *t)
+{
+    const size_t n = t->method->n_params;
+    add_string(b, t->name);
+    add_string(b, t->method->name);
+    tv_buf_le32(b, (uint32_t)t->action);
+    tv_buf_le32(b, t->action == TVM_COPY ? (uint32_t)t->copy_of : 0);
+    tv_buf_le32(b, (uint32_t)t->dtype);
+    tv_buf_le32(b, t->rank);
+    for (unsigned d = 0; d < t->rank; d++)
+        tv_buf_le64(b, t->shape[d]);
+    tv_buf_le32(b, (uint32_t)t->base);
+    for (size_t p = 0; p < n && p < TVM_PARAMS_MAX; p++) {
+        tv_buf_le32(b, t->shared_set[p]);
+        add_double(b, t->shared_set[p] ? t->shared[p] : 0);
+    }
+    tv_buf_le64(b, t->n_sources);
+    for (size_t s = 0; s < t->n_sources; s++) {
+        const struct tvm_source *const src = &t->sources[s];
+        tv_buf_le64(b, src->input);
+        tv_buf_le64(b, src->position);
+        add_string(b, src->tensor->name);
+        tv_buf_le64(b, src->n_adapters);
+        for (size_t p = 0; p < n; p++) {
+            const bool set = t->per_source_set[s * n + p];
+            tv_buf_le32(b, set);
+            add_double(b, set ? t->per_source[s * n + p] : 0);
+        }
+    }
+}
+
+static json_t *tensors_json(const struct tvm_plan *plan)
+{
+    json_t *const map = json_object();
+    for (size_t i = 0; map != NULL && i < plan->n_tensors; i++) {
+        struct tv_buf b;
+        char hex[33];
+        bool ok = false;
+        tv_buf_init(&b, 16u << 20);
+        describe_tensor(&b, &plan->tensors[i]);
+        if (!b.failed) {
+            tv_hash_hex(tv_hash128(b.data, b.n_bytes), hex);
+            ok = json_object_set_new(map, plan->tensors[i].name,
+                                     json_string(hex)) == 0;
+        }
+        tv_buf_free(&b);
+        if (!ok) {
+            json_decref(map);
+            return NULL;
+        }
+    }
+    return map;
+}
+
+static json_t *inputs_json(const struct tvm_plan *plan)
+{
+    json_t *const list = json_array();
+    for (size_t i = 0; list != NULL && i < plan->n_inputs; i++) {
+        char hex[33];
+        char *const ref = portable_ref(plan->inputs[i].ref);
+        json_t *one = NULL;
+        if (ref != NULL)
+            one = json_pack("{s:s, s:s}", "ref", ref, "fingerprint",
+                            tv_hash_hex(plan->inputs[i].fingerprint, hex));
+        tv_free(ref);
+        if (one == NULL || json_array_append_new(list, one) != 0) {
+            json_decref(list);
+            return NULL;
+        }
+    }
+    return list;
+}
+
+/* ---- the recipe, to be read -----------------------------------------------
+ */
+
+/* A setting without its spelling: numbers, booleans, lists, {filter, value}. */
+static json_t *setting_json(const struct tvm_node *node)
+{
+    json_t *j = NULL;
+    bool b = false;
+    double v = 0;
+
+    if (tvm_node_is_null(node))
+        return json_null();
+    if (node->kind == TVM_NODE_SCALAR) {
+        if (tvm_node_bool(node, &b))
+            return json_boolean(b);
+        if (!tvm_node_number(node, &v))
+            return json_stringn(node->text, node->n_text);
+        if (v == floor(v) && fabs(v) < 9007199254740992.0)
+            return json_integer((json_int_t)v);
+        return json_real(v);
+    }
+    j = node->kind == TVM_NODE_LIST ? json_array() : json_object();
+    for (const struct tvm_node *e = node->first; j != NULL && e != NULL;
+         e = e->next) {
+        const bool list = node->kind == TVM_NODE_LIST;
+        json_t *filter = NULL;
+        if (!list && strcmp(e->key, "filter") != 0 &&
+            strcmp(e->key, "value") != 0)
+            continue;
+        /* A filter is text, whatever it looks like. */
+        if (!list && e->key[0] == 'f' && !tvm_node_is_null(e))
+            filter = json_stringn(e->text, e->n_text);
+        json_t *const one = filter != NULL ? filter : setting_json(e);
+        if ((list ? json_array_append_new(j, one)
+                  : json_object_set_new(j, e->key, one)) != 0) {
+            json_decref(j);
+            j = NULL;
+        }
+    }
+    return j;
+}
+
+/* Sets "parameters" to what the method knows of a map, if there is any. */
+static bool put_parameters(json_t *to, const struct tvm_recipe *r,
+                           const struct tvm_node *map)
+{
+    json_t *const j = json_object();
+    bool ok = j != NULL;
+    for (size_t i = 0; ok && i < r->info.n_params; i++) {
+        const char *const name = r->info.params[i].name;
+        const struct tvm_node *const e = tvm_node_find(map, name);
+        if (!tvm_node_is_null(e))
+            ok = json_object_set_new(j, name, setting_json(e)) == 0;
+    }
+    if (ok && json_object_size(j) > 0)
+        return json_object_set_new(to, "parameters", j) == 0;
+    json_decref(j);
+    return ok;
+}
+
+static bool put_ref(json_t *to, const char *key, const char *ref)
+{
+    if (ref == NULL)
+        return true;
+    char *const portable = portable_ref(ref);
+    const bool ok = portable != NULL &&
+                    json_object_set_new(to, key, json_string(portable)) == 0;
+    tv_free(portable);
+    return ok;
+}
+
+static json_t *sources_json(const struct tvm_recipe *r,
+                            const struct tvm_recipe_slice *s)
+{
+    json_t *const list = json_array();
+    bool ok = list != NULL;
+    for (size_t i = 0; ok && i < s->n_sources; i++) {
+        const struct tvm_recipe_source *const src = &s->sources[i];
+        json_t *const one = json_object();
+        ok = one != NULL && put_ref(one, "model", src->model.text) &&
+             put_parameters(one, r, src->parameters) &&
+             (!src->has_range ||
+              json_object_set_new(one, "layer_range",
+                                  json_pack("[I, I]", (json_int_t)src->from,
+                                            (json_int_t)src->to)) == 0);
+        if (ok)
+            ok = json_array_append_new(list, one) == 0;
+        else
+            json_decref(one);
+    }
+    if (ok)
+        return list;
+    json_decref(list);
+    return NULL;
+}
+
+static bool put_slices(json_t *to, const struct tvm_recipe *r)
+{
+    if (r->whole_models)
+        return json_object_set_new(to, "models",
+                                   sources_json(r, &r->slices[0])) == 0;
+    json_t *const list = json_array();
+    bool ok = list != NULL;
+    for (size_t i = 0; ok && i < r->n_slices; i++) {
+        const struct tvm_recipe_slice *const s = &r->slices[i];
+        json_t *const one = json_object();
+        ok = one != NULL && put_ref(one, "base_model", s->base.text) &&
+             put_parameters(one, r, s->parameters) &&
+             json_object_set_new(one, "sources", sources_json(r, s)) == 0;
+        if (ok)
+            ok = json_array_append_new(list, one) == 0;
+        else
+            json_decref(one);
+    }
+    if (ok)
+        return json_object_set_new(to, "slices", list) == 0;
+    json_decref(list);
+    return false;
+}
+
+static json_t *recipe_json(const struct tvm_recipe *r)
+{
+    json_t *const j = json_object();
+    if (j != NULL && put_ref(j, "base_model", r->base.text) &&
+        put_parameters(j, r, r->parameters) && put_slices(j, r))
+        return j;
+    json_decref(j);
+    return NULL;
+}
+
+/* ---- the document ---------------------------------------------------------
+ */
+
+/* Copied and edited files; the others are made from what is here already. */
+static json_t *files_json(const struct tvm_plan *plan)
+{
+    json_t *const map = json_object();
+    for (size_t i = 0; map != NULL && i < plan->n_files; i++) {
+        const struct tvm_side_file *const f = &plan->files[i];
+        char hex[33];
+        if (f->from[0] == '\0')
+            continue;
+        if (json_object_set_new(map, f->name,
+                                json_string(tv_hash_hex(
+                                    tv_hash128(f->data, f->n), hex))) != 0) {
+            json_decref(map);
+            return NULL;
+        }
+    }
+    return map;
+}
+
+static const char *dtype_text(enum tv_dtype t)
+{
+    return t == TV_DTYPE_NONE ? "" : tv_dtype_torch_name(t);
+}
+
+/* Canonical text, owned; NULL: out of memory. */
+static char *dump(const json_t *j, size_t *n)
+{
+    char *text = NULL;
+    *n = json_dumpb(j, NULL, 0, JSON_COMPACT | JSON_SORT_KEYS);
+    text = *n == 0 ? NULL : tv_alloc(*n + 1);
+    if (text == NULL)
+        return NULL;
+    if (json_dumpb(j, text, *n, JSON_COMPACT | JSON_SORT_KEYS) != *n) {
+        tv_free(text);
+        return NULL;
+    }
+    text[*n] = '\0';
+    return text;
+}
+
+enum tv_err plan_identity_make(struct planner *pl)
+{
+    struct tvm_plan *const plan = pl->plan;
+    const struct tvm_options *const o = &plan->options;
+    json_t *root = NULL;
+    char *hashed = NULL;
+    char seed[24];
+    size_t n = 0;
+    enum tv_err rc = TV_OK;
+
+    (void)snprintf(seed, sizeof(seed), "%llu", (unsigned long long)o->seed);
+    /* The seed is text: JSON integers end at 2^63. */
+    root = json_pack("{s:i, s:s, s:s, s:s, s:s, s:I, s:b, s:b, s:o, s:o, s:o}",
+                     "format", IDENTITY_FORMAT, "method", plan->method_name,
+                     "seed", seed, "dtype", dtype_text(pl->r->dtype),
+                     "out_dtype", dtype_text(pl->r->out_dtype), "shard_bytes",
+                     (json_int_t)(o->into != NULL || o->shard_bytes > INT64_MAX
+                                      ? 0
+                                      : o->shard_bytes),
+                     "copy_tokenizer", o->copy_tokenizer, "model_card",
+                     o->write_model_card, "inputs", inputs_json(plan), "files",
+                     files_json(plan), "tensors", tensors_json(plan));
+    if (root == NULL)
+        return tv_error_set(pl->err, TV_E_NOMEM,
+                            "out of memory, or a name in the inputs is not "
+                            "UTF-8");
+    /* Fingerprints are other ones with it; a refusal must say so. */
+    if (o->verify_inputs &&
+        json_object_set_new(root, "verify_inputs", json_true()) != 0) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    hashed = dump(root, &n);
+    if (hashed == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    plan->hash = tv_hash128(hashed, n);
+    if (json_object_set_new(root, "recipe", recipe_json(pl->r)) == 0)
+        plan->identity = dump(root, &n);
+    if (plan->identity == NULL)
+        rc = plan_oom(pl);
+out:
+    tv_free(hashed);
+    json_decref(root);
+    return rc;
+}

@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * plan_parts.h - what the files of the planner share (private to plan*.c and
+ * card.c).
+ *
+ *   plan.c           order of work, slices, totals, space and memory checks
+ *   plan_report.c    problems with a limit per cause
+ *   plan_inputs.c    references -> opened models, adapters, fingerprints
+ *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
+ *   plan_files.c     side files, config.json edits
+ *   plan_identity.c  what the bytes depend on, as JSON and hash
+ *   card.c           README.md
+ */
+#ifndef TVM_PLAN_PARTS_H
+#define TVM_PLAN_PARTS_H
+
+#include "arena.h"
+#include "method.h"
+#include "recipe.h"
+#include "tv/merge.h"
+
+/* An opened model or adapter; several references may share it. */
+struct plan_open {
+    char *key; /* of the place: an inode or "store:NAME" */
+    tv_input *input;
+    struct tv_arch *arch; /* models */
+    tv_adapter *adapter;  /* adapters */
+    struct tv_hash fingerprint;
+    bool failed; /* a problem was reported */
+};
+
+struct plan_bound { /* an adapter module on tensor `target` of the model */
+    size_t target, order;
+    struct tvm_low_rank low_rank;
+};
+
+struct plan_ref { /* beside plan->inputs[i] */
+    const struct tvm_recipe_ref *where;
+    const struct plan_bound *bound; /* sorted by target, then order */
+    struct tvm_low_rank *low_rank;  /* the same order, what sources point at */
+    size_t n_bound;
+    bool usable;
+    const char *hub;      /* "ORG/NAME" when it came from the hub cache */
+    const char *revision; /* the commit when known, else as written, or NULL */
+};
+
+struct plan_slice {
+    const struct tvm_recipe_slice *recipe;
+    size_t n;      /* sources, the appended base included */
+    size_t *input; /* [n] index into plan->inputs */
+    int64_t *from; /* [n] first layer */
+    const struct tvm_node **parameters; /* [n] of the source, may be NULL */
+    bool *usable;                       /* [n] opened, and its layers exist */
+    int base; /* index of the base among the sources, or -1 */
+    int64_t n_layers, out_from;
+    bool broken; /* a source is unusable: no method checks */
+};
+
+struct plan_cause {
+    const char *key;
+    size_t n, limit;
+    bool is_error;
+    enum tv_err code;
+};
+
+struct plan_storage { /* plan->storage */
+    struct tvm_arena arena;
+    struct plan_open *opens;
+    size_t n_opens, cap_opens;
+    size_t donor;      /* input that gives config.json */
+    bool head_written; /* the output has an lm_head ... */
+    bool head_untied;  /* ... and an untied input supplies it */
+    char **owned;      /* side files read from inputs */
+    size_t n_owned;
+};
+
+struct planner {
+    const struct tvm_recipe *r;
+    struct tvm_plan *plan;
+    struct plan_storage *st;
+    struct tvm_problems *problems;
+    struct tv_error *err; /* of failures that end planning */
+    struct plan_ref *refs;
+    size_t cap_refs;
+    struct plan_slice *slices;
+    size_t n_slices;
+    int64_t n_layers; /* of the output */
+    bool agree;       /* the inputs are of one architecture */
+    struct plan_cause *causes;
+    size_t n_causes, cap_causes;
+    bool oom;
+};
+
+/* ---- plan_report.c --------------------------------------------------------
+ */
+
+/* Adds a problem; of one cause (a short key) at most `limit` are listed. */
+void plan_report(struct planner *pl, const char *cause, size_t limit,
+                 bool is_error, enum tv_err code, const char *where,
+                 const char *fmt, ...) TV_PRINTF(7, 8);
+/* "... and N more" for causes that went over their limit. */
+void plan_report_rest(struct planner *pl);
+/* True for codes that say something about this process, not about the inputs:
+ * planning ends with them. */
+bool plan_fatal(enum tv_err code);
+/* Place of a reference in the recipe, in the arena. */
+const char *plan_where(struct planner *pl, const struct tvm_recipe_ref *ref);
+
+/* ---- the steps ------------------------------------------------------------
+ */
+
+/* Index of the input for a reference, opened at its first use; problems are
+ * reported and leave it unusable. */
+TV_NODISCARD enum tv_err plan_input_add(struct planner *pl,
+                                        const struct tvm_recipe_ref *ref,
+                                        size_t *index);
+/* Do all usable inputs describe the same architecture? Sets pl->agree. */
+TV_NODISCARD enum tv_err plan_inputs_agree(struct planner *pl);
+TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
+TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
+TV_NODISCARD enum tv_err plan_identity_make(struct planner *pl);
+/* Owned by the arena; *out NULL-terminated. */
+TV_NODISCARD enum tv_err plan_card_make(struct planner *pl, const char **out,
+                                        size_t *n);
+void plan_opens_close(struct plan_storage *st);
+
+static inline struct tvm_arena *plan_arena(struct planner *pl)
+{
+    return &pl->st->arena;
+}
+
+TV_NODISCARD enum tv_err plan_oom(struct planner *pl);
+
+#endif

@@ -1,0 +1,709 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * plan_tensors.c - one entry per output tensor.
+ *
+ * Every tensor of every source of every slice gets an output name (its layer
+ * renumbered) and equal names are one output tensor: nothing that an input has
+ * is dropped. Then, per output tensor: who supplies it, do shapes and dtypes
+ * fit, the value of every parameter, and copy or merge.
+ */
+#include "plan_parts.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "params.h"
+#include "tv/alloc.h"
+#include "tv/checked.h"
+#include "tv/text.h"
+
+#define LISTED 20u /* problems of one cause */
+
+struct cand { /* a source's tensor under its output name */
+    const char *name;
+    size_t slice, source, index; /* index: tensor of the input */
+    int64_t k;                   /* layer within the slice, -1 outside */
+};
+
+struct cands {
+    struct cand *items;
+    size_t n, cap;
+};
+
+/* ---- candidates -----------------------------------------------------------
+ */
+
+static enum tv_err cand_add(struct planner *pl, struct cands *c,
+                            struct cand one)
+{
+    if (c->n == c->cap) {
+        const size_t cap = c->cap == 0 ? 256 : 2 * c->cap;
+        struct cand *const more = tv_realloc(c->items, cap * sizeof(*more));
+        if (more == NULL)
+            return plan_oom(pl);
+        c->items = more;
+        c->cap = cap;
+    }
+    c->items[c->n++] = one;
+    return TV_OK;
+}
+
+static const char *output_name(struct planner *pl,
+                               const struct tv_arch_tensor *t, int64_t layer)
+{
+    char *renamed = NULL;
+    const char *name = NULL;
+    if (layer < 0 || layer == t->layer)
+        return t->name;
+    renamed = tv_arch_rename(t, layer);
+    if (renamed != NULL)
+        name = tvm_arena_strdup(plan_arena(pl), renamed);
+    tv_free(renamed);
+    return name;
+}
+
+static enum tv_err collect_source(struct planner *pl, size_t slice,
+                                  size_t source, struct cands *out)
+{
+    const struct plan_slice *const s = &pl->slices[slice];
+    const struct tv_arch *const a = pl->plan->inputs[s->input[source]].arch;
+    enum tv_err rc = TV_OK;
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        const struct tv_arch_tensor *const t = &a->tensors[i];
+        struct cand c = {NULL, slice, source, i, -1};
+        if (t->part == TV_PART_LAYER && t->layer >= 0) {
+            if (t->layer < s->from[source] ||
+                t->layer >= s->from[source] + s->n_layers)
+                continue;
+            c.k = t->layer - s->from[source];
+        } else if (slice != (t->part == TV_PART_POST ? pl->n_slices - 1 : 0)) {
+            continue;
+        }
+        c.name = output_name(pl, t, c.k < 0 ? -1 : s->out_from + c.k);
+        if (c.name == NULL) {
+            rc = plan_oom(pl);
+            goto out;
+        }
+        TV_TRY(cand_add(pl, out, c));
+    }
+out:
+    return rc;
+}
+
+static int cand_compare(const void *a, const void *b)
+{
+    const struct cand *const x = a;
+    const struct cand *const y = b;
+    const int c = tv_name_compare(x->name, y->name);
+    if (c != 0)
+        return c;
+    if (x->slice != y->slice)
+        return x->slice < y->slice ? -1 : 1;
+    if (x->source != y->source)
+        return x->source < y->source ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* ---- sources of one tensor ------------------------------------------------
+ */
+
+struct build {
+    struct planner *pl;
+    const struct plan_slice *slice;
+    const struct cand *cands; /* of this name */
+    size_t n_cands;
+    const struct tv_arch_tensor *like; /* description of the first one */
+    struct tvm_tensor *t;
+    size_t *at; /* [t->n_sources] source of the slice */
+    bool ok;
+};
+
+static const char *ref_of(const struct build *b, size_t slice_source)
+{
+    return b->pl->plan->inputs[b->slice->input[slice_source]].ref;
+}
+
+static const char *source_ref(const struct build *b, size_t i)
+{
+    return ref_of(b, b->at[i]);
+}
+
+static bool find_index(const struct tv_arch *a, const char *name, size_t *out)
+{
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        if (strcmp(a->tensors[i].name, name) == 0) {
+            *out = i;
+            return true;
+        }
+    }
+    return false;
+}
+
+static void add_source(struct build *b, size_t slice_source, size_t index)
+{
+    struct tvm_tensor *const t = b->t;
+    struct planner *const pl = b->pl;
+    const size_t input = b->slice->input[slice_source];
+    const struct plan_ref *const ref = &pl->refs[input];
+    struct tvm_source *const s = &t->sources[t->n_sources];
+    size_t lo = 0;
+    size_t hi = ref->n_bound;
+
+    s->input = input;
+    s->tensor = tv_input_tensor(pl->plan->inputs[input].input, index);
+    s->is_base = (int)slice_source == b->slice->base;
+    if (s->is_base)
+        t->base = (int)t->n_sources;
+    s->position = slice_source;
+    if (b->slice->base >= 0 && slice_source > (size_t)b->slice->base)
+        s->position--;
+    while (lo < hi) {
+        const size_t mid = lo + (hi - lo) / 2;
+        if (ref->bound[mid].target < index)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    while (lo + s->n_adapters < ref->n_bound &&
+           ref->bound[lo + s->n_adapters].target == index)
+        s->n_adapters++;
+    s->adapters = s->n_adapters == 0 ? NULL : &ref->low_rank[lo];
+    b->at[t->n_sources] = slice_source;
+    t->n_sources++;
+}
+
+/* The sources in recipe order. A source that lacks the tensor supplies what it
+ * is tied to, is left out when the tensor is optional, else it is an error. */
+static void find_sources(struct build *b)
+{
+    struct planner *const pl = b->pl;
+    size_t c = 0;
+    for (size_t s = 0; s < b->slice->n; s++) {
+        const size_t input = b->slice->input[s];
+        size_t index = 0;
+        if (!b->slice->usable[s])
+            continue;
+        if (c < b->n_cands && b->cands[c].source == s) {
+            add_source(b, s, b->cands[c].index);
+            for (c++; c < b->n_cands && b->cands[c].source == s; c++) {
+                b->ok = false;
+                plan_report(pl, "names that become equal", LISTED, true,
+                            TV_E_INPUT, b->t->name,
+                            "two tensors of '%s' would get this name: '%s' "
+                            "and '%s'",
+                            ref_of(b, s),
+                            tv_input_tensor(pl->plan->inputs[input].input,
+                                            b->cands[c - 1].index)
+                                ->name,
+                            tv_input_tensor(pl->plan->inputs[input].input,
+                                            b->cands[c].index)
+                                ->name);
+            }
+            continue;
+        }
+        if (b->like->tied_to != NULL && find_index(pl->plan->inputs[input].arch,
+                                                   b->like->tied_to, &index)) {
+            add_source(b, s, index);
+            continue;
+        }
+        if (b->like->optional)
+            continue;
+        b->ok = false;
+        plan_report(pl, "missing tensors", LISTED, true, TV_E_INPUT, b->t->name,
+                    "'%s' has no such tensor, '%s' has it", ref_of(b, s),
+                    ref_of(b, b->cands[0].source));
+    }
+}
+
+/* How many of the present sources the method counts. */
+static size_t count_donors(const struct tvm_method *m, size_t n_sources,
+                           int base)
+{
+    return m->base_counts || base < 0 ? n_sources : n_sources - 1;
+}
+
+/* Only where an optional tensor is missing somewhere: counts of the whole slice
+ * are checked before. */
+static void check_present(struct build *b)
+{
+    const struct tvm_tensor *const t = b->t;
+    const struct tvm_method *const m = t->method;
+    if (b->slice->broken || t->n_sources == b->slice->n)
+        return;
+    if (m->missing == TVM_MISSING_COPY_ONLY && t->n_sources == 1)
+        return;
+    if (m->base == TVM_BASE_REQUIRED && t->base < 0) {
+        b->ok = false;
+        plan_report(b->pl, "tensors that the base lacks", LISTED, true,
+                    TV_E_INPUT, t->name,
+                    "the base model has no such tensor, and %s needs it there",
+                    m->name);
+    } else if (count_donors(m, t->n_sources, t->base) < m->min_donors) {
+        b->ok = false;
+        plan_report(b->pl, "tensors that too few inputs have", LISTED, true,
+                    TV_E_INPUT, t->name,
+                    "only %zu of %zu inputs have this tensor, too few for %s",
+                    t->n_sources, b->slice->n, m->name);
+    }
+}
+
+/* ---- shape and dtype ------------------------------------------------------
+ */
+
+static void check_shapes(struct build *b)
+{
+    const struct tv_input_tensor *const a = b->t->sources[0].tensor;
+    for (size_t i = 1; i < b->t->n_sources; i++) {
+        const struct tv_input_tensor *const o = b->t->sources[i].tensor;
+        char sa[24 * TV_RANK_MAX + 8];
+        char so[24 * TV_RANK_MAX + 8];
+        const bool ranks = a->rank == o->rank;
+        bool same = ranks;
+        bool only_vocab = ranks && b->like->vocab_dim >= 0;
+        for (unsigned d = 0; ranks && d < a->rank; d++) {
+            const bool equal = a->shape[d] == o->shape[d];
+            same = same && equal;
+            only_vocab = only_vocab && (equal || (int)d == b->like->vocab_dim);
+        }
+        if (same)
+            continue;
+        b->ok = false;
+        plan_report(b->pl, "shape mismatches", LISTED, true, TV_E_INPUT,
+                    b->t->name, "shapes differ: %s in '%s', %s in '%s'%s",
+                    tv_shape_format(a->shape, a->rank, sa, sizeof(sa)),
+                    source_ref(b, 0),
+                    tv_shape_format(o->shape, o->rank, so, sizeof(so)),
+                    source_ref(b, i),
+                    only_vocab
+                        ? " (different vocabularies; aligning them with a "
+                          "tokenizer block arrives in a later version)"
+                        : "");
+    }
+    b->t->rank = a->rank;
+    memcpy(b->t->shape, a->shape, sizeof(a->shape));
+    b->t->n_elems = a->n_elems;
+}
+
+static bool all_math(const struct tvm_tensor *t)
+{
+    for (size_t i = 0; i < t->n_sources; i++) {
+        if (!tv_dtype_is_math(t->sources[i].tensor->dtype))
+            return false;
+    }
+    return true;
+}
+
+static enum tv_dtype promoted(const struct tvm_tensor *t)
+{
+    const enum tv_dtype first = t->sources[0].tensor->dtype;
+    for (size_t i = 1; i < t->n_sources; i++) {
+        if (t->sources[i].tensor->dtype != first)
+            return TV_F32;
+    }
+    return first;
+}
+
+static enum tv_err views_equal(struct planner *pl, const struct tvm_source *a,
+                               const struct tvm_source *b, struct tv_error *err,
+                               bool *equal)
+{
+    tv_input *const ia = pl->plan->inputs[a->input].input;
+    tv_input *const ib = pl->plan->inputs[b->input].input;
+    struct tv_view va;
+    struct tv_view vb;
+    enum tv_err rc = TV_OK;
+
+    memset(&va, 0, sizeof(va));
+    memset(&vb, 0, sizeof(vb));
+    TV_TRY(tv_input_view(ia, a->tensor, err, &va));
+    TV_TRY(tv_input_view(ib, b->tensor, err, &vb));
+    *equal = va.bytes == vb.bytes;
+    for (uint64_t off = 0; *equal && off < va.bytes;) {
+        uint64_t na = 0;
+        uint64_t nb = 0;
+        const unsigned char *const pa = tv_view_at(&va, off, &na);
+        const unsigned char *const pb = tv_view_at(&vb, off, &nb);
+        const uint64_t n = na < nb ? na : nb;
+        *equal = memcmp(pa, pb, (size_t)n) == 0;
+        off += n;
+    }
+out:
+    tv_input_release(ib, &vb);
+    tv_input_release(ia, &va);
+    return rc;
+}
+
+static enum tv_err all_equal(struct build *b, bool *equal)
+{
+    struct tv_error e;
+    const struct tvm_tensor *const t = b->t;
+    enum tv_err rc = TV_OK;
+    tv_error_clear(&e);
+    *equal = true;
+    for (size_t i = 1; i < t->n_sources && *equal; i++) {
+        if (t->sources[i].tensor == t->sources[0].tensor)
+            continue;
+        if (t->sources[i].tensor->dtype != t->sources[0].tensor->dtype) {
+            *equal = false;
+            break;
+        }
+        rc = views_equal(b->pl, &t->sources[0], &t->sources[i], &e, equal);
+        if (rc == TV_OK)
+            continue;
+        if (plan_fatal(rc)) {
+            if (b->pl->err != NULL)
+                *b->pl->err = e;
+            return rc;
+        }
+        b->ok = false;
+        *equal = false;
+        plan_report(b->pl, "unreadable tensors", LISTED, true, rc, t->name,
+                    "%s", e.msg);
+    }
+    return TV_OK;
+}
+
+static void copy_from(struct tvm_tensor *t, size_t source)
+{
+    t->action = TVM_COPY;
+    t->copy_of = source;
+    t->dtype = t->sources[source].tensor->dtype;
+}
+
+/* Tensors that are no weights to merge: buffers, integers, narrow floats. */
+static enum tv_err plan_verbatim(struct build *b)
+{
+    struct tvm_tensor *const t = b->t;
+    const bool buffer = b->like->role == TV_ROLE_BUFFER;
+    bool equal = false;
+    int fold = -1;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < t->n_sources; i++) {
+        if (t->sources[i].n_adapters == 0)
+            continue;
+        b->ok = false;
+        plan_report(b->pl, "adapters on tensors of other dtypes", LISTED, true,
+                    TV_E_UNSUPPORTED, t->name,
+                    "'%s' adapts this tensor, but its dtype is %s",
+                    source_ref(b, i),
+                    tv_dtype_name(t->sources[i].tensor->dtype));
+        return TV_OK;
+    }
+    copy_from(t, t->base >= 0 ? (size_t)t->base : 0);
+    rc = all_equal(b, &equal);
+    if (rc != TV_OK || equal || !b->ok)
+        return rc;
+    if (buffer) {
+        plan_report(b->pl, "buffers that differ", 3, false, TV_OK, t->name,
+                    "this buffer differs between the inputs; the one of '%s' "
+                    "is kept",
+                    source_ref(b, t->copy_of));
+        return TV_OK;
+    }
+    if (!b->slice->broken && t->method->fold != NULL)
+        fold = t->method->fold(t);
+    if (fold >= 0) {
+        copy_from(t, (size_t)fold);
+        return TV_OK;
+    }
+    b->ok = false;
+    plan_report(b->pl, "dtypes that cannot be merged", LISTED, true,
+                TV_E_UNSUPPORTED, t->name,
+                "the inputs differ in this %s tensor; only F16, BF16 and F32 "
+                "can be merged",
+                tv_dtype_name(t->sources[0].tensor->dtype));
+    return TV_OK;
+}
+
+/* ---- parameters -----------------------------------------------------------
+ */
+
+static void missing_parameter(struct build *b, const struct tvm_param *p,
+                              size_t source)
+{
+    char cause[320];
+    struct planner *const pl = b->pl;
+    const size_t s = source == SIZE_MAX ? 0 : b->at[source];
+    const struct plan_ref *const ref = &pl->refs[b->slice->input[s]];
+    const bool appended =
+        source != SIZE_MAX && s >= b->slice->recipe->n_sources;
+
+    if (source == SIZE_MAX) {
+        const struct tvm_recipe_ref at = {"", pl->r->method_line,
+                                          pl->r->method_col};
+        (void)snprintf(cause, sizeof(cause), "missing parameter '%s'", p->name);
+        plan_report(pl, cause, 1, true, TV_E_USAGE, plan_where(pl, &at),
+                    "missing required parameter '%s' of %s (first needed for "
+                    "%s)",
+                    p->name, b->t->method->name, b->t->name);
+        return;
+    }
+    (void)snprintf(cause, sizeof(cause), "missing parameter '%s' for '%.200s'",
+                   p->name, source_ref(b, source));
+    plan_report(
+        pl, cause, 1, true, TV_E_USAGE,
+        plan_where(pl,
+                   appended ? ref->where : &b->slice->recipe->sources[s].model),
+        "missing required parameter '%s' for '%s' (first needed for %s)%s",
+        p->name, source_ref(b, source), b->t->name,
+        appended ? "; base_model is not among the models and counts as one "
+                   "more input"
+                 : "");
+}
+
+/* Leaves out the levels whose setting of p was refused with the recipe; true
+ * when there are any. */
+static bool drop_refused(const struct build *b, const struct tvm_param *p,
+                         size_t source, const struct tvm_node **levels)
+{
+    const struct tvm_recipe *const r = b->pl->r;
+    const struct tvm_recipe_slice *const rs = b->slice->recipe;
+    bool any = false;
+    if (!r->has_errors)
+        return false;
+    any = r->bad_parameters || rs->bad_parameters ||
+          (source < rs->n_sources && rs->sources[source].bad_parameters);
+    for (size_t i = 0; i < 3; i++) {
+        const struct tvm_node *const e = tvm_node_find(levels[i], p->name);
+        if (e == NULL || tvm_setting_ok(r, p, e))
+            continue;
+        levels[i] = NULL;
+        any = true;
+    }
+    return any;
+}
+
+static double take(struct build *b, const struct tvm_param *p,
+                   const struct tvm_value *v, size_t source, bool refused,
+                   bool *set)
+{
+    *set = v->set;
+    if (refused) {
+        b->ok = false;
+    } else if (!v->set && p->required) {
+        b->ok = false;
+        missing_parameter(b, p, source);
+    }
+    if (v->set && v->fraction) {
+        char cause[128];
+        const struct tvm_recipe_ref at = {"", v->from->line, v->from->col};
+        b->ok = false;
+        (void)snprintf(cause, sizeof(cause), "fractions for '%s'", p->name);
+        plan_report(b->pl, cause, 3, true, TV_E_USAGE, plan_where(b->pl, &at),
+                    "parameter '%s' takes integers, but between the values of "
+                    "this list it becomes %g for %s",
+                    p->name, v->value, b->t->name);
+    }
+    return v->value;
+}
+
+static enum tv_err resolve_parameters(struct build *b, int64_t k)
+{
+    struct tvm_tensor *const t = b->t;
+    struct planner *const pl = b->pl;
+    const size_t n = t->method == NULL ? 0 : t->method->n_params;
+    const double at = tvm_gradient_at(k, b->slice->n_layers);
+
+    t->per_source =
+        tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(double));
+    t->per_source_set =
+        tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(bool));
+    if (t->per_source == NULL || t->per_source_set == NULL)
+        return plan_oom(pl);
+    for (size_t i = 0; i < n && i < TVM_PARAMS_MAX; i++) {
+        const struct tvm_param *const p = &t->method->params[i];
+        const struct tvm_node *levels[3] = {NULL, b->slice->recipe->parameters,
+                                            pl->r->parameters};
+        if (p->scope == TVM_SHARED) {
+            const bool refused = drop_refused(b, p, SIZE_MAX, levels);
+            const struct tvm_value v =
+                tvm_param_resolve(p, levels, 3, t->name, at);
+            t->shared[i] = take(b, p, &v, SIZE_MAX, refused, &t->shared_set[i]);
+            continue;
+        }
+        for (size_t s = 0; s < t->n_sources; s++) {
+            const char *name = t->sources[s].tensor->name;
+            if (p->scope == TVM_NON_BASE && t->sources[s].is_base)
+                continue;
+            /* A tied input lends its embedding; filters still see the head. */
+            if (b->like->tied_to != NULL && strcmp(name, b->like->tied_to) == 0)
+                name = t->name;
+            levels[0] = b->slice->parameters[b->at[s]];
+            levels[1] = b->slice->recipe->parameters;
+            levels[2] = pl->r->parameters;
+            const bool refused = drop_refused(b, p, b->at[s], levels);
+            const struct tvm_value v =
+                tvm_param_resolve(p, levels, 3, name, at);
+            t->per_source[s * n + i] =
+                take(b, p, &v, s, refused, &t->per_source_set[s * n + i]);
+        }
+    }
+    return TV_OK;
+}
+
+/* What the method says about this tensor, one message per cause. */
+static void ask_method(struct build *b)
+{
+    struct tvm_problems found;
+    if (b->t->method->check == NULL)
+        return;
+    tvm_problems_init(&found);
+    b->t->method->check(b->t, &found);
+    for (size_t i = 0; i < found.n; i++) {
+        const struct tvm_problem *const p = &found.items[i];
+        const size_t before = b->pl->problems->n;
+        plan_report(b->pl, p->message, p->is_error ? 3 : 1, p->is_error,
+                    p->code, p->is_error ? p->where : "", "%s", p->message);
+        if (p->is_note && b->pl->problems->n > before)
+            b->pl->problems->items[before].is_note = true;
+    }
+    if (found.n_errors > 0)
+        b->ok = false;
+    if (found.n_errors > found.n)
+        b->pl->oom = true;
+    tvm_problems_free(&found);
+}
+
+/* ---- one tensor -----------------------------------------------------------
+ */
+
+static enum tv_err choose_dtype(struct build *b)
+{
+    struct tvm_tensor *const t = b->t;
+    const struct tvm_recipe *const r = b->pl->r;
+    int fold = -1;
+
+    if (b->like->role == TV_ROLE_BUFFER || !all_math(t))
+        return plan_verbatim(b);
+    t->action = TVM_MERGE;
+    t->dtype = r->out_dtype != TV_DTYPE_NONE ? r->out_dtype
+               : r->dtype != TV_DTYPE_NONE   ? r->dtype
+                                             : promoted(t);
+    if (b->slice->broken || !b->ok)
+        return TV_OK;
+    if (t->method->fold != NULL)
+        fold = t->method->fold(t);
+    if (fold >= 0 && t->sources[fold].n_adapters == 0 &&
+        t->sources[fold].tensor->dtype == t->dtype) {
+        t->action = TVM_COPY;
+        t->copy_of = (size_t)fold;
+    }
+    return TV_OK;
+}
+
+static enum tv_err count_bytes(struct build *b)
+{
+    struct tvm_tensor *const t = b->t;
+    struct tv_error e;
+    uint64_t read = 0;
+    tv_error_clear(&e);
+    const enum tv_err rc = tv_dtype_bytes(t->dtype, t->n_elems, &t->bytes, &e);
+    if (rc != TV_OK) {
+        b->ok = false;
+        plan_report(b->pl, "sizes", LISTED, true, rc, t->name, "%s", e.msg);
+        return TV_OK;
+    }
+    for (size_t i = 0; i < t->n_sources; i++) {
+        const struct tvm_source *const s = &t->sources[i];
+        /* As a run counts it: what each source feeds. */
+        if (t->action != TVM_COPY || i == t->copy_of)
+            read += s->tensor->bytes;
+    }
+    if (!tv_add_u64(b->pl->plan->bytes_read, read, &b->pl->plan->bytes_read) ||
+        !tv_add_u64(b->pl->plan->bytes_written, t->bytes,
+                    &b->pl->plan->bytes_written))
+        return tv_error_set(b->pl->err, TV_E_CORRUPT,
+                            "the models are too large");
+    return TV_OK;
+}
+
+static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
+                                size_t n, struct tvm_tensor *t)
+{
+    const struct plan_slice *const slice = &pl->slices[cands[0].slice];
+    struct build b;
+    enum tv_err rc = TV_OK;
+
+    memset(&b, 0, sizeof(b));
+    b.pl = pl;
+    b.slice = slice;
+    b.cands = cands;
+    b.n_cands = n;
+    b.like = &pl->plan->inputs[slice->input[cands[0].source]]
+                  .arch->tensors[cands[0].index];
+    b.t = t;
+    b.ok = true;
+    t->name = cands[0].name;
+    t->method = pl->r->method;
+    t->base = -1;
+    t->name_hash = tv_hash64(t->name, strlen(t->name));
+    t->sources = tvm_arena_get(plan_arena(pl), slice->n, sizeof(*t->sources));
+    b.at = tv_calloc(slice->n, sizeof(*b.at));
+    if (t->sources == NULL || b.at == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    find_sources(&b);
+    check_present(&b);
+    check_shapes(&b);
+    TV_TRY(resolve_parameters(&b, cands[0].k));
+    if (b.ok && !slice->broken && all_math(t) && b.like->role != TV_ROLE_BUFFER)
+        ask_method(&b);
+    TV_TRY(choose_dtype(&b));
+    TV_TRY(count_bytes(&b));
+    if (b.like->role == TV_ROLE_LM_HEAD && !b.like->is_bias) {
+        pl->st->head_written = true;
+        for (size_t i = 0; i < t->n_sources; i++)
+            pl->st->head_untied =
+                pl->st->head_untied ||
+                !pl->plan->inputs[t->sources[i].input].arch->tied;
+    }
+out:
+    tv_free(b.at);
+    return rc;
+}
+
+enum tv_err plan_tensors_make(struct planner *pl)
+{
+    struct tvm_plan *const plan = pl->plan;
+    struct cands all = {NULL, 0, 0};
+    size_t n = 0;
+    enum tv_err rc = TV_OK;
+
+    for (size_t s = 0; s < pl->n_slices; s++) {
+        for (size_t i = 0; i < pl->slices[s].n; i++) {
+            if (pl->slices[s].usable[i])
+                TV_TRY(collect_source(pl, s, i, &all));
+        }
+    }
+    if (all.n == 0)
+        goto out;
+    qsort(all.items, all.n, sizeof(*all.items), cand_compare);
+    for (size_t i = 0; i < all.n; i++)
+        n += i == 0 || strcmp(all.items[i].name, all.items[i - 1].name) != 0;
+    plan->tensors = tvm_arena_get(plan_arena(pl), n, sizeof(*plan->tensors));
+    if (plan->tensors == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    for (size_t i = 0; i < all.n;) {
+        size_t end = i + 1;
+        size_t same = i + 1;
+        while (end < all.n &&
+               strcmp(all.items[end].name, all.items[i].name) == 0)
+            end++;
+        /* Equal names from two slices: parts disagree between the models. The
+         * first slice that has the name supplies it. */
+        while (same < end && all.items[same].slice == all.items[i].slice)
+            same++;
+        TV_TRY(build_tensor(pl, &all.items[i], same - i,
+                            &plan->tensors[plan->n_tensors++]));
+        i = end;
+    }
+out:
+    tv_free(all.items);
+    return rc;
+}

@@ -1,0 +1,644 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * recipe.c - mergekit's recipe language: tree -> checked recipe.
+ *
+ * Everything that can be judged without opening a model is judged here, with
+ * line and column. What mergekit ignores silently (unknown keys) is a warning
+ * with a suggestion; what it reads and we do not yet (modules, tokenizer
+ * blocks) is refused, because the result would differ.
+ */
+#include "recipe.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "params.h"
+#include "tv/alloc.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+#define N_OF(a) (sizeof(a) / sizeof((a)[0]))
+
+struct reader {
+    struct tvm_recipe *r;
+    struct tvm_problems *problems;
+    bool oom;
+};
+
+/* ---- messages -------------------------------------------------------------
+ */
+
+static void error_at(struct reader *rd, enum tv_err code, unsigned line,
+                     unsigned col, const char *message)
+{
+    char where[TVM_WHERE_MAX];
+    tvm_problem_add(rd->problems, true, code,
+                    tvm_where(where, sizeof(where), rd->r->path, line, col),
+                    "%s", message);
+}
+
+static void error_node(struct reader *rd, const struct tvm_node *node,
+                       const char *message)
+{
+    error_at(rd, TV_E_USAGE, node->line, node->col, message);
+}
+
+static void error_key(struct reader *rd, enum tv_err code,
+                      const struct tvm_node *entry, const char *message)
+{
+    error_at(rd, code, entry->key_line, entry->key_col, message);
+}
+
+static void unknown_key(struct reader *rd, const struct tvm_node *e,
+                        const char *const *known, size_t n_known)
+{
+    char where[TVM_WHERE_MAX];
+    char name[80];
+    const char *like = NULL;
+    (void)tvm_where(where, sizeof(where), rd->r->path, e->key_line, e->key_col);
+    (void)tv_text_printable(e->key, name, sizeof(name));
+    if (tvm_dead_key(e->key)) {
+        tvm_problem_add(rd->problems, false, TV_OK, where,
+                        "'%s' has no effect (nor in mergekit)", name);
+        return;
+    }
+    for (size_t i = 0; i < rd->r->info.n_params; i++) {
+        if (strcmp(rd->r->info.params[i].name, e->key) == 0) {
+            tvm_problem_add(rd->problems, false, TV_OK, where,
+                            "'%s' is ignored here; parameters belong under "
+                            "'parameters:'",
+                            name);
+            return;
+        }
+    }
+    like = tv_suggest(e->key, known, n_known);
+    tvm_problem_add(rd->problems, false, TV_OK, where,
+                    "unknown key '%s' is ignored%s%s%s", name,
+                    like == NULL ? "" : "; did you mean '",
+                    like == NULL ? "" : like, like == NULL ? "" : "'?");
+}
+
+static void unknown_keys(struct reader *rd, const struct tvm_node *map,
+                         const char *const *known, size_t n_known)
+{
+    for (const struct tvm_node *e = map->first; e != NULL; e = e->next) {
+        bool found = false;
+        for (size_t i = 0; i < n_known && !found; i++)
+            found = strcmp(e->key, known[i]) == 0;
+        if (!found)
+            unknown_key(rd, e, known, n_known);
+    }
+}
+
+/* A present, non-null entry. */
+static const struct tvm_node *given(const struct tvm_node *map, const char *key)
+{
+    const struct tvm_node *const e = tvm_node_find(map, key);
+    return tvm_node_is_null(e) ? NULL : e;
+}
+
+/* ---- pieces ---------------------------------------------------------------
+ */
+
+static bool is_text(const struct tvm_node *node)
+{
+    return node->kind == TVM_NODE_SCALAR && node->n_text > 0 &&
+           memchr(node->text, '\0', node->n_text) == NULL;
+}
+
+/* "path" or {path, revision}; NULL after a problem. */
+static const char *read_ref_part(struct reader *rd, const struct tvm_node *node)
+{
+    static const char *const keys[] = {"path", "revision"};
+    const struct tvm_node *path = NULL;
+    const struct tvm_node *revision = NULL;
+    const char *s = NULL;
+    if (node->kind == TVM_NODE_SCALAR) {
+        if (is_text(node))
+            return node->text;
+        error_node(rd, node, "a model reference is empty");
+        return NULL;
+    }
+    if (node->kind != TVM_NODE_MAP) {
+        error_node(rd, node, "a model reference is a name or {path, revision}");
+        return NULL;
+    }
+    unknown_keys(rd, node, keys, N_OF(keys));
+    path = given(node, "path");
+    revision = given(node, "revision");
+    if (path == NULL || !is_text(path)) {
+        error_node(rd, path == NULL ? node : path,
+                   "a model reference needs 'path'");
+        return NULL;
+    }
+    if (revision == NULL)
+        return path->text;
+    if (!is_text(revision)) {
+        error_node(rd, revision, "'revision' must be a name");
+        return NULL;
+    }
+    s = tvm_arena_fmt(&rd->r->arena, "%s@%s", path->text, revision->text);
+    rd->oom = rd->oom || s == NULL;
+    return s;
+}
+
+/* mergekit takes one adapter, no factor and no store object. */
+static void note_syntax(struct reader *rd, const char *ref)
+{
+    const char *const plus = strchr(ref, '+');
+    if (strncmp(ref, "store:", 6) == 0 ||
+        (plus != NULL &&
+         (strchr(plus + 1, '+') != NULL || strchr(plus + 1, '*') != NULL ||
+          strncmp(plus + 1, "store:", 6) == 0)))
+        rd->r->mergekit_syntax = false;
+}
+
+static struct tvm_recipe_ref read_ref(struct reader *rd,
+                                      const struct tvm_node *node)
+{
+    static const char *const keys[] = {"model", "lora", "override_architecture",
+                                       "path", "revision"};
+    struct tvm_recipe_ref ref = {NULL, node->line, node->col};
+    const struct tvm_node *model = NULL;
+    const struct tvm_node *lora = NULL;
+    const struct tvm_node *arch = NULL;
+    const char *second = NULL;
+
+    if (node->kind != TVM_NODE_MAP || tvm_node_find(node, "path") != NULL) {
+        ref.text = read_ref_part(rd, node);
+    } else {
+        unknown_keys(rd, node, keys, 3);
+        model = given(node, "model");
+        lora = given(node, "lora");
+        arch = given(node, "override_architecture");
+        if (arch != NULL)
+            error_key(rd, TV_E_UNSUPPORTED, arch,
+                      "'override_architecture' is not supported");
+        if (model == NULL) {
+            error_node(rd, node, "a model reference needs 'model'");
+            return ref;
+        }
+        ref.text = read_ref_part(rd, model);
+        if (ref.text != NULL && lora != NULL) {
+            second = read_ref_part(rd, lora);
+            ref.text = second == NULL ? NULL
+                                      : tvm_arena_fmt(&rd->r->arena, "%s+%s",
+                                                      ref.text, second);
+            rd->oom = rd->oom || (second != NULL && ref.text == NULL);
+        }
+    }
+    if (ref.text != NULL)
+        note_syntax(rd, ref.text);
+    return ref;
+}
+
+static const struct tvm_node *
+read_parameters(struct reader *rd, const struct tvm_node *map, bool *bad)
+{
+    const struct tvm_node *const p = given(map, "parameters");
+    if (p == NULL)
+        return NULL;
+    if (p->kind != TVM_NODE_MAP) {
+        *bad = true;
+        error_node(rd, p, "'parameters' must be a map of names to settings");
+        return NULL;
+    }
+    tvm_params_check(rd->r, p, rd->problems);
+    return p;
+}
+
+static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
+{
+    static const char *const often[][2] = {
+        {"bf16", "bfloat16"}, {"fp16", "float16"}, {"half", "float16"},
+        {"f16", "float16"},   {"fp32", "float32"}, {"f32", "float32"},
+        {"float", "float32"}, {"auto", NULL}};
+    static const char *const names[] = {"float16", "bfloat16", "float32"};
+    char text[48];
+    char message[200];
+    const char *name = node->text;
+    const char *like = NULL;
+
+    if (node->kind != TVM_NODE_SCALAR) {
+        error_node(rd, node, "a dtype is float16, bfloat16 or float32");
+        return TV_DTYPE_NONE;
+    }
+    if (strncmp(name, "torch.", 6) == 0)
+        name += 6;
+    if (strcmp(name, "float16") == 0)
+        return TV_F16;
+    if (strcmp(name, "bfloat16") == 0)
+        return TV_BF16;
+    if (strcmp(name, "float32") == 0)
+        return TV_F32;
+    if (strcmp(name, "float64") == 0 || strcmp(name, "int64") == 0) {
+        (void)snprintf(message, sizeof(message),
+                       "dtype %s is not supported: use float16, bfloat16 or "
+                       "float32",
+                       name);
+        error_at(rd, TV_E_UNSUPPORTED, node->line, node->col, message);
+        return TV_DTYPE_NONE;
+    }
+    for (size_t i = 0; i < N_OF(often) && like == NULL; i++) {
+        if (strcmp(name, often[i][0]) == 0)
+            like = often[i][1];
+    }
+    if (like == NULL)
+        like = tv_suggest(name, names, N_OF(names));
+    (void)snprintf(message, sizeof(message),
+                   "unknown dtype '%s': use float16, bfloat16 or float32%s%s%s",
+                   tv_text_printable(node->text, text, sizeof(text)),
+                   like == NULL ? "" : "; did you mean '",
+                   like == NULL ? "" : like, like == NULL ? "" : "'?");
+    error_node(rd, node, message);
+    return TV_DTYPE_NONE;
+}
+
+static bool read_layer(const struct tvm_node *node, int64_t *out)
+{
+    double v = 0;
+    if (!tvm_node_number(node, &v) || v != floor(v) || fabs(v) > 1e9)
+        return false;
+    *out = (int64_t)v;
+    return true;
+}
+
+static void read_range(struct reader *rd, const struct tvm_node *map,
+                       struct tvm_recipe_source *s)
+{
+    const struct tvm_node *const range = given(map, "layer_range");
+    if (range == NULL) {
+        error_node(rd, map,
+                   "a source of a slice needs layer_range: [from, to]");
+        return;
+    }
+    s->range_line = range->line;
+    s->range_col = range->col;
+    if (range->kind != TVM_NODE_LIST || range->n != 2 ||
+        !read_layer(range->first, &s->from) ||
+        !read_layer(range->first->next, &s->to)) {
+        error_node(rd, range,
+                   "layer_range takes two whole numbers, [from, to]; the "
+                   "second is not included");
+        return;
+    }
+    if (s->from < 0 || s->to < s->from) {
+        error_node(rd, range,
+                   "layer_range must not be negative or run backwards");
+        return;
+    }
+    s->has_range = true;
+}
+
+/* ---- models and slices ----------------------------------------------------
+ */
+
+static void read_source(struct reader *rd, const struct tvm_node *node,
+                        bool whole, struct tvm_recipe_source *out)
+{
+    static const char *const keys[] = {"model", "parameters", "layer_range"};
+    const struct tvm_node *model = NULL;
+    if (node->kind != TVM_NODE_MAP) {
+        error_node(rd, node, "an entry is a map: '- model: NAME'");
+        return;
+    }
+    for (const struct tvm_node *e = node->first; e != NULL; e = e->next) {
+        if (strcmp(e->key, "model") == 0 || strcmp(e->key, "parameters") == 0)
+            continue;
+        if (strcmp(e->key, "layer_range") != 0) {
+            unknown_key(rd, e, keys, whole ? 2 : 3);
+        } else if (whole) {
+            char where[TVM_WHERE_MAX];
+            tvm_problem_add(rd->problems, false, TV_OK,
+                            tvm_where(where, sizeof(where), rd->r->path,
+                                      e->key_line, e->key_col),
+                            "layer_range is ignored here; it belongs to the "
+                            "sources of 'slices:'");
+        }
+    }
+    model = given(node, "model");
+    if (model == NULL)
+        error_node(rd, node, "an entry needs 'model'");
+    else
+        out->model = read_ref(rd, model);
+    if (!whole)
+        read_range(rd, node, out);
+    out->parameters = read_parameters(rd, node, &out->bad_parameters);
+}
+
+/* The list of one slice; duplicates are found here since references compare as
+ * strings. */
+static void read_sources(struct reader *rd, const struct tvm_node *list,
+                         bool whole, struct tvm_recipe_slice *slice)
+{
+    size_t n = 0;
+    if (list->kind != TVM_NODE_LIST || list->n == 0) {
+        error_node(rd, list,
+                   whole ? "'models' must be a list of {model, parameters}"
+                         : "'sources' must be a list of {model, layer_range}");
+        return;
+    }
+    slice->sources =
+        tvm_arena_get(&rd->r->arena, list->n, sizeof(*slice->sources));
+    if (slice->sources == NULL) {
+        rd->oom = true;
+        return;
+    }
+    for (const struct tvm_node *e = list->first; e != NULL; e = e->next, n++) {
+        struct tvm_recipe_source *const s = &slice->sources[n];
+        read_source(rd, e, whole, s);
+        if (n >= TVK_DONORS_MAX)
+            continue;
+        for (size_t i = 0; i < n && s->model.text != NULL; i++) {
+            char name[200];
+            char message[320];
+            if (slice->sources[i].model.text == NULL ||
+                strcmp(slice->sources[i].model.text, s->model.text) != 0)
+                continue;
+            (void)snprintf(message, sizeof(message),
+                           "model '%s' is listed twice%s (first in line %u)",
+                           tv_text_printable(s->model.text, name, sizeof(name)),
+                           whole ? "" : " in this slice",
+                           slice->sources[i].model.line);
+            error_at(rd, TV_E_USAGE, s->model.line, s->model.col, message);
+            break;
+        }
+    }
+    slice->n_sources = n;
+    if (n > TVK_DONORS_MAX)
+        error_node(rd, list, "too many models: at most 128 can be merged");
+}
+
+static void read_models(struct reader *rd, const struct tvm_node *models)
+{
+    struct tvm_recipe *const r = rd->r;
+    r->whole_models = true;
+    r->slices = tvm_arena_get(&r->arena, 1, sizeof(*r->slices));
+    if (r->slices == NULL) {
+        rd->oom = true;
+        return;
+    }
+    r->n_slices = 1;
+    r->slices[0].line = models->line;
+    r->slices[0].col = models->col;
+    read_sources(rd, models, true, &r->slices[0]);
+}
+
+static void read_slice(struct reader *rd, const struct tvm_node *node,
+                       struct tvm_recipe_slice *slice)
+{
+    static const char *const keys[] = {"sources", "base_model", "parameters",
+                                       "residual_weight"};
+    const struct tvm_node *sources = NULL;
+    const struct tvm_node *base = NULL;
+    slice->line = node->line;
+    slice->col = node->col;
+    if (node->kind != TVM_NODE_MAP) {
+        error_node(rd, node, "a slice is a map: '- sources: [...]'");
+        return;
+    }
+    unknown_keys(rd, node, keys, N_OF(keys));
+    sources = given(node, "sources");
+    base = given(node, "base_model");
+    if (sources == NULL)
+        error_node(rd, node, "a slice needs 'sources'");
+    else
+        read_sources(rd, sources, false, slice);
+    if (base != NULL)
+        slice->base = read_ref(rd, base);
+    slice->parameters = read_parameters(rd, node, &slice->bad_parameters);
+    for (size_t i = 1; i < slice->n_sources; i++) {
+        const struct tvm_recipe_source *const a = &slice->sources[0];
+        const struct tvm_recipe_source *const b = &slice->sources[i];
+        char message[200];
+        if (!a->has_range || !b->has_range ||
+            a->to - a->from == b->to - b->from)
+            continue;
+        (void)snprintf(message, sizeof(message),
+                       "sources of one slice need ranges of equal length: "
+                       "this one has %lld layers, the first has %lld",
+                       (long long)(b->to - b->from),
+                       (long long)(a->to - a->from));
+        error_at(rd, TV_E_USAGE, b->range_line, b->range_col, message);
+    }
+}
+
+static void read_slices(struct reader *rd, const struct tvm_node *slices)
+{
+    struct tvm_recipe *const r = rd->r;
+    size_t n = 0;
+    if (slices->kind != TVM_NODE_LIST || slices->n == 0) {
+        error_node(rd, slices, "'slices' must be a list of {sources: [...]}");
+        return;
+    }
+    r->slices = tvm_arena_get(&r->arena, slices->n, sizeof(*r->slices));
+    if (r->slices == NULL) {
+        rd->oom = true;
+        return;
+    }
+    r->n_slices = slices->n;
+    for (const struct tvm_node *e = slices->first; e != NULL; e = e->next, n++)
+        read_slice(rd, e, &r->slices[n]);
+}
+
+/* ---- the document ---------------------------------------------------------
+ */
+
+static void read_method(struct reader *rd, const struct tvm_node *root)
+{
+    const struct tvm_node *const m = given(root, "merge_method");
+    struct tv_buf list;
+    char name[64];
+    char where[TVM_WHERE_MAX];
+    const char *like = NULL;
+    if (m == NULL) {
+        error_node(rd, root, "'merge_method' is missing");
+        return;
+    }
+    rd->r->method_line = m->line;
+    rd->r->method_col = m->col;
+    if (m->kind != TVM_NODE_SCALAR) {
+        error_node(rd, m, "'merge_method' must be a name");
+        return;
+    }
+    rd->r->method = tvm_method_find(m->text);
+    if (rd->r->method != NULL) {
+        tvm_method_info(rd->r->method, &rd->r->info);
+        return;
+    }
+    tv_buf_init(&list, 8192);
+    for (size_t i = 0; i < tvm_method_count(); i++) {
+        struct tvm_method_info info;
+        tvm_method_info(tvm_method_at(i), &info);
+        tv_buf_fmt(&list, "%s%s", i == 0 ? "" : ", ", info.name);
+    }
+    like = tvm_method_suggest(m->text);
+    /* The rest is checked as if the likely method had been meant. */
+    if (like != NULL)
+        rd->r->method = tvm_method_find(like);
+    if (rd->r->method != NULL)
+        tvm_method_info(rd->r->method, &rd->r->info);
+    tvm_problem_add(
+        rd->problems, true, TV_E_USAGE,
+        tvm_where(where, sizeof(where), rd->r->path, m->line, m->col),
+        "unknown merge_method '%s'%s%s%s (known: %s)",
+        tv_text_printable(m->text, name, sizeof(name)),
+        like == NULL ? "" : "; did you mean '", like == NULL ? "" : like,
+        like == NULL ? "" : "'?", list.failed ? "" : list.data);
+    tv_buf_free(&list);
+}
+
+static void refuse_later(struct reader *rd, const struct tvm_node *root,
+                         const char *key, const char *message)
+{
+    const struct tvm_node *const e = given(root, key);
+    if (e != NULL)
+        error_key(rd, TV_E_UNSUPPORTED, e, message);
+}
+
+/* Methods that mergekit has under these names, for mergekit_config.yml. */
+static bool mergekit_knows(const char *method)
+{
+    static const char *const names[] = {
+        "linear",           "slerp",       "nuslerp",      "multislerp",
+        "karcher",          "ties",        "dare_ties",    "dare_linear",
+        "breadcrumbs",      "della",       "della_linear", "model_stock",
+        "breadcrumbs_ties", "sce",         "ram",          "ramplus_tl",
+        "task_arithmetic",  "passthrough", "nearswap",     "arcee_fusion"};
+    for (size_t i = 0; i < N_OF(names); i++) {
+        if (strcmp(names[i], method) == 0)
+            return true;
+    }
+    return false;
+}
+
+static void read_document(struct reader *rd, const struct tvm_node *root)
+{
+    static const char *const keys[] = {
+        "merge_method", "models",        "slices",          "modules",
+        "base_model",   "dtype",         "out_dtype",       "parameters",
+        "tokenizer",    "chat_template", "tokenizer_source"};
+    struct tvm_recipe *const r = rd->r;
+    const struct tvm_node *models = NULL;
+    const struct tvm_node *slices = NULL;
+    const struct tvm_node *e = NULL;
+
+    if (root->kind != TVM_NODE_MAP) {
+        error_node(rd, root, "a recipe is a map: merge_method, models, ...");
+        return;
+    }
+    /* First: the method decides which parameters are known. */
+    read_method(rd, root);
+    unknown_keys(rd, root, keys, N_OF(keys));
+    r->mergekit_syntax = r->method != NULL && mergekit_knows(r->info.name);
+
+    models = given(root, "models");
+    slices = given(root, "slices");
+    refuse_later(rd, root, "modules",
+                 "'modules' is not supported yet: it arrives in a later "
+                 "version");
+    refuse_later(rd, root, "tokenizer",
+                 "tokenizer blocks are not supported yet: they arrive in a "
+                 "later version");
+    refuse_later(rd, root, "tokenizer_source",
+                 "'tokenizer_source' is not supported yet: it arrives in a "
+                 "later version");
+    refuse_later(rd, root, "chat_template",
+                 "'chat_template' is not supported yet: it arrives in a later "
+                 "version");
+    if (models != NULL && slices != NULL)
+        error_key(rd, TV_E_USAGE, slices,
+                  "a recipe has either 'models' or 'slices', not both");
+    if (models != NULL)
+        read_models(rd, models);
+    else if (slices != NULL)
+        read_slices(rd, slices);
+    else if (given(root, "modules") == NULL)
+        error_node(rd, root, "'models' or 'slices' is missing");
+
+    e = given(root, "base_model");
+    if (e != NULL)
+        r->base = read_ref(rd, e);
+    e = given(root, "dtype");
+    if (e != NULL) {
+        r->dtype = read_dtype(rd, e);
+        r->bad_dtype = r->dtype == TV_DTYPE_NONE;
+    }
+    e = given(root, "out_dtype");
+    if (e != NULL) {
+        r->out_dtype = read_dtype(rd, e);
+        r->bad_dtype = r->bad_dtype || r->out_dtype == TV_DTYPE_NONE;
+    }
+    r->parameters = read_parameters(rd, root, &r->bad_parameters);
+}
+
+enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
+                            struct tv_error *err, tvm_recipe **out)
+{
+    struct tvm_recipe *r = NULL;
+    const struct tvm_node *root = NULL;
+    struct reader rd = {NULL, problems, false};
+    const size_t errors_before = problems->n_errors;
+    enum tv_err rc = TV_OK;
+
+    *out = NULL;
+    r = tv_calloc(1, sizeof(*r));
+    if (r == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    r->path = tv_strdup(path);
+    if (r->path == NULL) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    rc = tv_file_read(path, TVM_YAML_BYTES_MAX, err, &r->text, &r->n_text);
+    if (rc == TV_E_CORRUPT)
+        rc = tv_error_set(err, TV_E_USAGE, "%s is no recipe: larger than 1 MiB",
+                          path);
+    if (rc != TV_OK)
+        goto out;
+    TV_TRY(tvm_yaml_parse(path, r->text, r->n_text, &r->arena, problems, err,
+                          &root));
+    rd.r = r;
+    if (root != NULL)
+        read_document(&rd, root);
+    if (rd.oom)
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory while reading %s",
+                          path);
+    else if (problems->n_errors > errors_before)
+        rc = tvm_problems_code(problems);
+    if (rc != TV_OK) {
+        for (size_t i = 0; i < problems->n; i++) {
+            if (!rd.oom && problems->items[i].is_error &&
+                problems->items[i].code == rc) {
+                rc = tv_error_set(err, rc, "%s: %s", problems->items[i].where,
+                                  problems->items[i].message);
+                break;
+            }
+        }
+        r->has_errors = true;
+        if (rd.oom || root == NULL || root->kind != TVM_NODE_MAP)
+            goto out;
+    }
+    *out = r;
+    r = NULL;
+out:
+    tvm_recipe_free(r);
+    return rc;
+}
+
+void tvm_recipe_free(tvm_recipe *r)
+{
+    if (r == NULL)
+        return;
+    tvm_arena_free(&r->arena);
+    tv_free(r->text);
+    tv_free(r->path);
+    tv_free(r);
+}
+
+const char *tvm_recipe_text(const tvm_recipe *r, size_t *n)
+{
+    *n = r->n_text;
+    return r->text;
+}

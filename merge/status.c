@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * status.c - how far a merge into a directory is, from its journal or its
+ * record. Only reads; a run in another process is not disturbed.
+ */
+#include <fcntl.h>
+#include <string.h>
+#include <sys/file.h>
+
+#include "state.h"
+#include "tv/alloc.h"
+#include "tv/merge.h"
+#include "tv/sys.h"
+
+#define RECORD_MAX (64u << 20)
+
+static bool is_locked(const char *dir)
+{
+    char *path = tv_path_join(dir, "lock");
+    const int fd = path ? tv_sys()->open(path, O_RDONLY, 0) : -1;
+    const bool yes = fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) != 0;
+
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(path);
+    return yes;
+}
+
+static enum tv_err read_journal(const char *path, struct tvm_status *out,
+                                struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tv_store_options opt = {.read_only = true};
+    struct tvm_state state = {.n_tensors = 0};
+    struct tv_done_list *list = NULL;
+    tv_store *store = NULL;
+    tv_read *r = NULL;
+    char *text = NULL;
+    size_t n = 0;
+    bool found = false;
+
+    TV_TRY(tv_store_open(path, &opt, err, &store));
+    TV_TRY(tv_read_begin(store, err, &r));
+    TV_TRY(tv_run_get(r, "run", &found, &text, &n, err));
+    if (!found)
+        goto out;
+    TV_TRY(tvm_state_parse(text, n, &state, err));
+    TV_TRY(tv_done_list(r, "run", err, &list));
+    out->plan_hash = state.plan_hash;
+    out->n_tensors = (size_t)state.n_tensors;
+    out->bytes_total = state.bytes_total;
+    out->n_done = list->n;
+    for (size_t i = 0; i < list->n; i++)
+        out->bytes_done += list->items[i].bytes;
+out:
+    tvm_state_free(&state);
+    tv_done_list_free(list);
+    tv_free(text);
+    tv_read_end(r);
+    tv_store_close(store);
+    return rc;
+}
+
+static enum tv_err read_record(const char *path, struct tvm_status *out,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_record record = {.n_files = 0};
+    char *text = NULL;
+    size_t n = 0;
+
+    TV_TRY(tv_file_read(path, RECORD_MAX, err, &text, &n));
+    rc = tvm_record_parse(text, n, &record, err);
+    if (rc != TV_OK) {
+        tv_error_context(err, "%s", path);
+        goto out;
+    }
+    out->state = TVM_FINISHED;
+    out->plan_hash = record.plan_hash;
+    out->digest = record.totals.digest;
+    out->n_done = out->n_tensors = (size_t)record.n_tensors;
+    out->bytes_done = out->bytes_total = record.bytes_total;
+out:
+    tvm_record_free(&record);
+    tv_free(text);
+    return rc;
+}
+
+enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
+                       struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *dir = tv_path_join(out_dir, ".tvmerge");
+    char *record = tv_path_join(out_dir, "tvmerge.json");
+    char *journal = dir ? tv_path_join(dir, "journal") : NULL;
+
+    memset(out, 0, sizeof *out);
+    if (!dir || !record || !journal) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    out->running = is_locked(dir);
+    if (tv_path_exists(record)) {
+        rc = read_record(record, out, err);
+        goto out;
+    }
+    if (!tv_path_exists(dir))
+        goto out;
+    out->state = TVM_UNFINISHED;
+    if (tv_path_exists(journal))
+        rc = read_journal(journal, out, err);
+out:
+    tv_free(journal);
+    tv_free(record);
+    tv_free(dir);
+    return rc;
+}
