@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cmd_run.c - tvmerge run: a merge, with its header, progress and summary.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+
+#include "progress.h"
+#include "signals.h"
+#include "tv/alloc.h"
+#include "tv/text.h"
+#include "tvmerge.h"
+
+static const char *target_of(const struct tvm_options *o)
+{
+    return o->into ? o->into : o->out_dir;
+}
+
+/* What will be done, before it is done. */
+static void header(struct tvc *c, const struct tvm_plan *p)
+{
+    const struct tvm_options *o = &p->options;
+    char a[32];
+    char b[32];
+    size_t copied = 0;
+    for (size_t i = 0; i < p->n_tensors; i++)
+        copied += p->tensors[i].action == TVM_COPY;
+    tvc_say(&c->out, "%s of %zu input%s: %zu tensors (%zu copied) -> %s%s",
+            p->method_name, p->n_inputs, p->n_inputs == 1 ? "" : "s",
+            p->n_tensors, copied, o->into ? "store:" : "", target_of(o));
+    tvc_say(&c->out, "reads %s, writes %s in %zu file%s",
+            tv_format_bytes(p->bytes_read, a, sizeof a),
+            tv_format_bytes(p->bytes_written, b, sizeof b),
+            p->shards ? p->shards->n : 1,
+            p->shards && p->shards->n != 1 ? "s" : "");
+    tvc_say(&c->out, "needs %s of memory at most, %s on disk",
+            tv_format_bytes(p->peak_scratch_bytes, a, sizeof a),
+            tv_format_bytes(p->peak_disk_bytes, b, sizeof b));
+    if (c->out.verbose > 0) {
+        for (size_t i = 0; i < p->n_inputs; i++) {
+            char hex[33];
+            tvc_say(&c->out, "input %s (fingerprint %s)", p->inputs[i].ref,
+                    tv_hash_hex(p->inputs[i].fingerprint, hex));
+        }
+        tvc_say(&c->out, "%u threads, %s kernels", o->threads,
+                c->kernels->name);
+    }
+}
+
+static bool reads_store(const struct tvm_plan *p)
+{
+    for (size_t i = 0; i < p->n_inputs; i++) {
+        const struct tvm_plan_input *in = &p->inputs[i];
+        bool yes = tv_input_is_store(in->input);
+        for (size_t a = 0; a < in->n_adapters; a++)
+            yes = yes || tv_input_is_store(tv_adapter_input(in->adapters[a]));
+        if (yes)
+            return true;
+    }
+    return false;
+}
+
+static void on_progress(void *arg, const struct tvm_progress *p)
+{
+    tvc_progress_set(arg, p->n_done, p->n_tensors, p->bytes_done,
+                     p->bytes_total);
+}
+
+static double rate_of(const struct tvm_result *r)
+{
+    return r->seconds > 0 ? (double)r->bytes_written / r->seconds : 0;
+}
+
+static void summary(struct tvc *c, const struct tvm_plan *p,
+                    const struct tvm_result *r)
+{
+    char time[32];
+    char memory[32];
+    char hex[33];
+    if (r->already_done) {
+        tvc_say(&c->out, "%s%s is complete already: nothing to do",
+                p->options.into ? "store:" : "", target_of(&p->options));
+    } else {
+        tvc_say(&c->out, "merged %zu tensors in %s, %.0f MB/s, peak memory %s",
+                r->n_tensors, tvc_duration(r->seconds, time, sizeof time),
+                rate_of(r) / 1e6,
+                tv_format_bytes(r->peak_scratch_bytes, memory, sizeof memory));
+        if (r->n_resumed)
+            tvc_say(&c->out, "%zu of them were finished before", r->n_resumed);
+    }
+    const struct tvm_cache_use *u = &r->cache;
+    if (u->masks_used + u->masks_stored)
+        tvc_say(&c->out,
+                "cache: %zu masks used, %zu stored; %zu task vectors used, "
+                "%zu stored",
+                u->masks_used, u->masks_stored, u->task_vectors_used,
+                u->task_vectors_stored);
+    if (c->out.verbose > 0)
+        tvc_say(&c->out, "read %.2fs, compute %.2fs, write %.2fs, sync %.2fs",
+                r->t_read, r->t_compute, r->t_write, r->t_sync);
+    tvc_say(&c->out, "digest %s", tv_hash_hex(r->digest, hex));
+    tvc_say(&c->out, "result in %s%s", p->options.into ? "store:" : "",
+            target_of(&p->options));
+}
+
+static void document(struct tvc *c, const struct tvc_merge *m,
+                     const struct tvm_result *r)
+{
+    const struct tvm_options *o = &m->plan->options;
+    char hex[33];
+    json_t *doc = json_pack(
+        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:s}", "schema",
+        "tvmerge.run/1", "out",
+        o->out_dir ? tvc_json_string(o->out_dir) : json_null(), "n_tensors",
+        tvc_json_u64(r->n_tensors), "n_resumed", tvc_json_u64(r->n_resumed),
+        "bytes_read", tvc_json_u64(r->bytes_read), "bytes_written",
+        tvc_json_u64(r->bytes_written), "seconds", tvc_json_real(r->seconds),
+        "peak_scratch_bytes", tvc_json_u64(r->peak_scratch_bytes), "digest",
+        tv_hash_hex(r->digest, hex));
+    if (o->into)
+        (void)json_object_set_new(doc, "into", tvc_json_string(o->into));
+    (void)json_object_set_new(doc, "method",
+                              tvc_json_string(m->plan->method_name));
+    (void)json_object_set_new(doc, "seed", tvc_json_u64(o->seed));
+    (void)json_object_set_new(doc, "already_done",
+                              json_boolean(r->already_done));
+    (void)json_object_set_new(doc, "n_nonfinite_in",
+                              tvc_json_u64(r->n_nonfinite_in));
+    (void)json_object_set_new(doc, "n_nonfinite_out",
+                              tvc_json_u64(r->n_nonfinite_out));
+    (void)json_object_set_new(doc, "plan_hash",
+                              json_string(tv_hash_hex(m->plan->hash, hex)));
+    (void)json_object_set_new(
+        doc, "stages",
+        json_pack("{s:o, s:o, s:o, s:o}", "read", tvc_json_real(r->t_read),
+                  "compute", tvc_json_real(r->t_compute), "write",
+                  tvc_json_real(r->t_write), "sync", tvc_json_real(r->t_sync)));
+    (void)json_object_set_new(
+        doc, "cache",
+        json_pack("{s:o, s:o, s:o, s:o}", "masks_used",
+                  tvc_json_u64(r->cache.masks_used), "masks_stored",
+                  tvc_json_u64(r->cache.masks_stored), "task_vectors_used",
+                  tvc_json_u64(r->cache.task_vectors_used),
+                  "task_vectors_stored",
+                  tvc_json_u64(r->cache.task_vectors_stored)));
+    (void)json_object_set_new(doc, "problems",
+                              tvc_problems_json(&m->problems, false));
+    tvc_out_json(&c->out, doc);
+}
+
+/* How to go on after Ctrl-C: the line to repeat is no place to save space, so
+ * people get it whole and not as a hint, which is short. */
+static int interrupted(struct tvc *c)
+{
+    char *line = tvc_command_line(c);
+    const char *again = line ? line : "the same command";
+    if (c->out.json)
+        tv_error_hint(&c->err, "resume with: %s", again);
+    tvc_error(&c->out, &c->err);
+    if (!c->out.json)
+        tvc_notice(&c->out, "resume with: %s", again);
+    tv_free(line);
+    return tvc_done(c, tvc_exit_status(TV_E_INTERRUPTED));
+}
+
+/* Among the problems of the document; said here unless an error says it. */
+static void nonfinite(struct tvc *c, struct tvc_merge *m,
+                      const struct tvm_result *r, bool say)
+{
+    char text[128];
+    (void)snprintf(text, sizeof text,
+                   "%" PRIu64 " NaN or infinite values in the inputs, %" PRIu64
+                   " in the result",
+                   r->n_nonfinite_in, r->n_nonfinite_out);
+    tvm_problem_add(&m->problems, false, TV_OK, "", "%s", text);
+    if (say)
+        tvc_warn(&c->out, "%s", text);
+}
+
+static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
+{
+    struct tvc_progress *bar = tvc_progress_begin(&c->out, "merge", "tensors");
+    const struct tvm_run_hooks hooks = {
+        .progress = on_progress, .arg = bar, .cancel = tvc_cancel_flag()};
+    struct tvm_result r = {0};
+    tvc_progress_set(bar, 0, m->plan->n_tensors, 0, m->plan->bytes_written);
+    const enum tv_err rc = tvm_run(m->plan, &hooks, &r, &c->err);
+    tvc_progress_end(bar);
+    /* With --strict such values are an error of a merge that is done. */
+    if (rc != TV_OK && rc != TV_E_NONFINITE)
+        return rc;
+    if (r.n_nonfinite_in + r.n_nonfinite_out > 0)
+        nonfinite(c, m, &r, rc == TV_OK);
+    if (c->out.json)
+        document(c, m, &r);
+    else
+        summary(c, m->plan, &r);
+    return rc;
+}
+
+static int run(struct tvc *c)
+{
+    struct tvc_merge_opts *o = c->opt;
+    struct tvc_merge m = {0};
+    enum tv_err rc = TV_OK;
+    int status = 0;
+
+    TV_TRY(tvc_merge_prepare(c, false));
+    TV_TRY(tvc_merge_plan(c, &m));
+    tvc_problems_print(c, &m.problems, false);
+    if (m.problems.n_errors > 0) {
+        status = tvc_problems_fail(c, &m.problems);
+        goto out;
+    }
+    if (o->options.store && tv_store_is_read_only(o->options.store) &&
+        reads_store(m.plan))
+        tvc_note(&c->out,
+                 "store %s is read-only: nothing keeps others from "
+                 "removing the inputs meanwhile",
+                 tv_store_path(o->options.store));
+    header(c, m.plan);
+    rc = merge(c, &m);
+out:
+    if (rc == TV_E_INTERRUPTED)
+        status = interrupted(c);
+    else if (rc != TV_OK)
+        status = tvc_fail(c, &c->err);
+    else if (status == 0)
+        status = tvc_done(c, 0);
+    tvc_merge_free(&m);
+    tv_store_close(o->options.store);
+    return status;
+}
+
+const struct tvc_command tvc_cmd_run = {
+    .name = "run",
+    .summary = "merge by recipe into a directory or the store",
+    .args_doc = "RECIPE OUT\nRECIPE --into NAME --store STORE",
+    .text = "Continues after any interruption when repeated. 'tvmerge RECIPE "
+            "OUT' is short\nfor 'tvmerge run RECIPE OUT'. Recipes are "
+            "mergekit's.",
+    .examples = "tvmerge run recipe.yml ./merged\n"
+                "tvmerge run recipe.yml ./merged --out-shard-size 2GB --json\n"
+                "tvmerge run recipe.yml --into merged --store models.tv\n"
+                "TV_STORE=models.tv tvmerge recipe.yml ./merged --memory 64MiB",
+    .options = tvc_merge_options,
+    .opt_bytes = sizeof(struct tvc_merge_opts),
+    .init = tvc_merge_init,
+    .option = tvc_merge_option,
+    .min_pos = 1,
+    .max_pos = 2,
+    .cancellable = true,
+    .run = run,
+};

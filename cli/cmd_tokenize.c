@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cmd_tokenize.c - tveval tokenize: the token ids of a text.
+ */
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tv/alloc.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+#include "tveval.h"
+
+#define TEXT_BYTES_MAX (UINT64_C(1) << 34)
+
+enum { KEY_TEXT = 0x540, KEY_SPECIAL, KEY_TOKENIZER, KEY_STORE };
+
+struct opts {
+    const char *text, *tokenizer, *store;
+    bool special;
+};
+
+static error_t option(struct tvc *c, int key, const char *arg)
+{
+    struct opts *o = c->opt;
+    switch (key) {
+    case KEY_TEXT:
+        o->text = arg;
+        return 0;
+    case KEY_SPECIAL:
+        o->special = true;
+        return 0;
+    case KEY_TOKENIZER:
+        o->tokenizer = arg;
+        return 0;
+    case KEY_STORE:
+        o->store = arg;
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static enum tv_err read_stdin(struct tv_buf *b, struct tv_error *err)
+{
+    char part[65536];
+    for (;;) {
+        const ssize_t n = read(STDIN_FILENO, part, sizeof part);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return tv_error_sys(err, errno, "cannot read stdin");
+        if (n == 0)
+            return tv_buf_ok(b, err);
+        tv_buf_add(b, part, (size_t)n);
+    }
+}
+
+/* A directory may hold a tokenizer and no weights: then REF itself is it. */
+static enum tv_err open_tokenizer(struct tvc *c, tve_tokenizer **out)
+{
+    const struct opts *o = c->opt;
+    enum tv_err rc = TV_OK;
+    struct tvc_subject s = {0};
+    const char *path = o->tokenizer;
+    char *own = NULL;
+    int32_t bos = -1;
+
+    if (!path && tv_path_is_dir(c->pos[0])) {
+        own = tv_path_join(c->pos[0], "tokenizer.json");
+        if (!own) {
+            rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+            goto out;
+        }
+        if (tv_path_exists(own))
+            path = c->pos[0];
+    }
+    if (!path)
+        TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &s));
+    TV_TRY(tve_tokenizer_of(s.input, path, &bos, &c->err, out));
+out:
+    tv_free(own);
+    tvc_subject_close(&s);
+    return rc;
+}
+
+static void document(struct tvc *c, const struct tve_ids *ids)
+{
+    const struct opts *o = c->opt;
+    json_t *list = json_array();
+    for (size_t i = 0; i < ids->n; i++)
+        (void)json_array_append_new(list, json_integer(ids->ids[i]));
+    tvc_out_json(&c->out,
+                 json_pack("{s:s, s:o, s:o, s:b, s:o, s:o}", "schema",
+                           "tveval.tokenize/1", "model",
+                           tvc_json_string(c->pos[0]), "file",
+                           o->text ? tvc_json_string(o->text) : json_null(),
+                           "special", o->special, "n_tokens",
+                           tvc_json_u64(ids->n), "ids", list));
+}
+
+static int run(struct tvc *c)
+{
+    const struct opts *o = c->opt;
+    enum tv_err rc = TV_OK;
+    struct tve_ids ids = {NULL, 0, 0};
+    tve_tokenizer *t = NULL;
+    char *text = NULL;
+    size_t n = 0;
+    struct tv_buf in;
+
+    tv_buf_init(&in, TEXT_BYTES_MAX);
+    TV_TRY(open_tokenizer(c, &t));
+    if (o->text)
+        TV_TRY(tv_file_read(o->text, TEXT_BYTES_MAX, &c->err, &text, &n));
+    else
+        TV_TRY(read_stdin(&in, &c->err));
+    rc = tve_tokenizer_encode(t,
+                              text      ? text
+                              : in.data ? in.data
+                                        : "",
+                              text ? n : in.n_bytes, o->special, &ids, &c->err);
+    if (rc != TV_OK) {
+        tv_error_context(&c->err, "%s", o->text ? o->text : "stdin");
+        goto out;
+    }
+    if (c->out.json) {
+        document(c, &ids);
+    } else {
+        for (size_t i = 0; i < ids.n && tvc_out_open(&c->out); i++)
+            tvc_out(&c->out, i ? " %d" : "%d", ids.ids[i]);
+        tvc_out(&c->out, "\n");
+    }
+out:
+    tve_ids_free(&ids);
+    tve_tokenizer_close(t);
+    tv_free(text);
+    tv_buf_free(&in);
+    if (rc != TV_OK)
+        return tvc_fail(c, &c->err);
+    return tvc_done(c, 0);
+}
+
+static const struct argp_option options[] = {
+    {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8 (default: stdin)", 0},
+    {"special", KEY_SPECIAL, NULL, 0,
+     "Add what the tokenizer puts around a text (BOS, ...)", 0},
+    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
+     "tokenizer.json or a directory with one", 0},
+    {"store", KEY_STORE, "STORE", 0, "Store of store:NAME references", 0},
+    {0},
+};
+
+const struct tvc_command tvc_cmd_tokenize = {
+    .name = "tokenize",
+    .summary = "token ids of a text",
+    .args_doc = "REF",
+    .text = "REF is a model reference, or a directory that holds nothing but "
+            "a tokenizer.",
+    .examples = "tveval tokenize ./merged --text wiki.txt\n"
+                "echo Hello | tveval tokenize ./merged --special --json",
+    .options = options,
+    .opt_bytes = sizeof(struct opts),
+    .option = option,
+    .min_pos = 1,
+    .max_pos = 1,
+    .run = run,
+};

@@ -1,0 +1,346 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * merge_options.c - options of tvmerge run and plan, mergekit's among them,
+ * and the way from a command line to a plan.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "store_open.h"
+#include "tv/alloc.h"
+#include "tv/text.h"
+#include "tvmerge.h"
+
+enum {
+    KEY_STORE = 0x2000,
+    KEY_INTO,
+    KEY_SEED,
+    KEY_SHARD,
+    KEY_QUOTA,
+    KEY_COMPAT,
+    KEY_COPY_TOKENIZER,
+    KEY_NO_COPY_TOKENIZER,
+    KEY_CARD,
+    KEY_NO_CARD,
+    KEY_NO_SYNC,
+    KEY_FORCE,
+    KEY_STRICT,
+    KEY_NO_VERIFY_READS,
+    KEY_VERIFY_INPUTS,
+    KEY_LOCK_TIMEOUT,
+    KEY_CUDA,
+    KEY_LAZY_UNPICKLE,
+    KEY_LOW_CPU,
+    KEY_LORA_CACHE,
+    KEY_TRUST,
+    KEY_CRIMES,
+    KEY_NO_CACHE,
+};
+
+const struct argp_option tvc_merge_options[] = {
+    {"store", KEY_STORE, "STORE", 0,
+     "Store for store:NAME and --into (default: $TV_STORE)", 0},
+    {"into", KEY_INTO, "NAME", 0, "Merge into this object of the store", 0},
+    {"random-seed", KEY_SEED, "N", 0, "Seed of random masks (default: 0)", 0},
+    {"out-shard-size", KEY_SHARD, "SIZE", 0,
+     "Most bytes per safetensors file (default: 5GB)", 0},
+    {"quota", KEY_QUOTA, "SIZE", 0,
+     "Most bytes that OUT may take on disk meanwhile", 0},
+    {"compat", KEY_COMPAT, "TOOL", 0,
+     "Reproduce another tool's arithmetic (later release)", 0},
+    {"no-copy-tokenizer", KEY_NO_COPY_TOKENIZER, NULL, 0,
+     "Leave the tokenizer files out", 0},
+    {"no-write-model-card", KEY_NO_CARD, NULL, 0, "Write no README.md", 0},
+    {"no-sync", KEY_NO_SYNC, NULL, 0,
+     "Do not wait for the disk: faster, but a power cut may cost the run", 0},
+    {"force", KEY_FORCE, NULL, 0, "Replace what OUT or NAME holds", 0},
+    {"strict", KEY_STRICT, NULL, 0,
+     "NaN or infinity in the inputs is an error (exit code 3)", 0},
+    {"no-verify-reads", KEY_NO_VERIFY_READS, NULL, 0,
+     "Do not check checksums of stored tensors", 0},
+    {"verify-inputs", KEY_VERIFY_INPUTS, NULL, 0,
+     "Read all inputs first; identify them by content", 0},
+    {"no-cache", KEY_NO_CACHE, NULL, 0,
+     "Neither use nor keep masks and task vectors in the store", 0},
+    {"lock-timeout", KEY_LOCK_TIMEOUT, "SECONDS", 0,
+     "How long to wait for another writer (default: 10)", 0},
+    {NULL, 0, NULL, 0, "Taken as mergekit has them:", 1},
+    {"copy-tokenizer", KEY_COPY_TOKENIZER, NULL, 0, "The default", 1},
+    {"write-model-card", KEY_CARD, NULL, 0, "The default", 1},
+    {"cuda", KEY_CUDA, NULL, 0, "Use the GPU where there is one", 1},
+    {"lazy-unpickle", KEY_LAZY_UNPICKLE, NULL, 0, "No effect", 1},
+    {"low-cpu-memory", KEY_LOW_CPU, NULL, 0, "No effect", 1},
+    {"lora-merge-cache", KEY_LORA_CACHE, "DIR", 0, "No effect", 1},
+    {"trust-remote-code", KEY_TRUST, NULL, OPTION_HIDDEN, NULL, 1},
+    {"allow-crimes", KEY_CRIMES, NULL, OPTION_HIDDEN, NULL, 1},
+    {0}};
+
+void tvc_merge_init(struct tvc *c)
+{
+    struct tvc_merge_opts *o = c->opt;
+    *o = (struct tvc_merge_opts){0};
+    tvm_options_init(&o->options);
+    o->store_path = tvc_default_store();
+}
+
+static error_t ignored(struct tvc_merge_opts *o, const char *flag)
+{
+    if (o->n_ignored < sizeof o->ignored / sizeof *o->ignored)
+        o->ignored[o->n_ignored++] = flag;
+    return 0;
+}
+
+static error_t option_compat(struct tvc *c, const char *arg)
+{
+    if (strcmp(arg, "mergekit") != 0)
+        return tvc_bad(c, "--compat: '%s' is not known; mergekit is", arg);
+    (void)tvc_refuse(c, TV_E_UNSUPPORTED,
+                     "--compat mergekit arrives with a later release");
+    tv_error_hint(&c->err, "without it recipes mean the same; arithmetic is "
+                           "fp32 with one rounding");
+    return EINVAL;
+}
+
+static error_t option_reject(struct tvc *c, int key)
+{
+    if (key == KEY_TRUST)
+        return tvc_bad(c, "--trust-remote-code: this tool never runs code "
+                          "that comes with a model");
+    return tvc_bad(c, "--allow-crimes: inputs that do not fit together are "
+                      "refused; there is no switch for it");
+}
+
+static error_t option_flag(struct tvc_merge_opts *o, int key)
+{
+    struct tvm_options *m = &o->options;
+    switch (key) {
+    case KEY_COPY_TOKENIZER:
+        m->copy_tokenizer = true;
+        return 0;
+    case KEY_NO_COPY_TOKENIZER:
+        m->copy_tokenizer = false;
+        return 0;
+    case KEY_CARD:
+        m->write_model_card = true;
+        return 0;
+    case KEY_NO_CARD:
+        m->write_model_card = false;
+        return 0;
+    case KEY_NO_SYNC:
+        m->sync = false;
+        return 0;
+    case KEY_FORCE:
+        m->force = true;
+        return 0;
+    case KEY_STRICT:
+        m->strict = true;
+        return 0;
+    case KEY_NO_VERIFY_READS:
+        m->verify_reads = false;
+        return 0;
+    case KEY_VERIFY_INPUTS:
+        m->verify_inputs = true;
+        return 0;
+    case KEY_NO_CACHE:
+        m->no_cache = true;
+        return 0;
+    case KEY_CUDA:
+        o->cuda_wanted = true;
+        return 0;
+    case KEY_LAZY_UNPICKLE:
+        return ignored(o, "--lazy-unpickle");
+    case KEY_LOW_CPU:
+        return ignored(o, "--low-cpu-memory");
+    case KEY_LORA_CACHE:
+        return ignored(o, "--lora-merge-cache");
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
+{
+    struct tvc_merge_opts *o = c->opt;
+    struct tvm_options *m = &o->options;
+    switch (key) {
+    case KEY_STORE:
+        o->store_path = arg;
+        o->store_given = true;
+        return 0;
+    case KEY_INTO:
+        m->into = arg;
+        return 0;
+    case KEY_SEED:
+        /* JSON documents carry it as an integer. */
+        return tvc_parse_u64(c, "--random-seed", arg, INT64_MAX, &m->seed);
+    case KEY_SHARD:
+        return tvc_parse_size(c, "--out-shard-size", arg, true,
+                              &m->shard_bytes);
+    case KEY_QUOTA:
+        return tvc_parse_size(c, "--quota", arg, false, &m->quota_bytes);
+    case KEY_LOCK_TIMEOUT:
+        return tvc_parse_ms(c, "--lock-timeout", arg, &m->lock_timeout_ms);
+    case KEY_COMPAT:
+        return option_compat(c, arg);
+    case KEY_TRUST:
+    case KEY_CRIMES:
+        return option_reject(c, key);
+    default:
+        return option_flag(o, key);
+    }
+}
+
+static void notes(struct tvc *c, const struct tvc_merge_opts *o)
+{
+    char list[256] = "";
+    size_t at = 0;
+    for (size_t i = 0; i < o->n_ignored && at < sizeof list; i++) {
+        const int n = snprintf(list + at, sizeof list - at, "%s%s",
+                               i ? ", " : "", o->ignored[i]);
+        at += n > 0 ? (size_t)n : 0;
+    }
+    if (o->n_ignored)
+        tvc_note(&c->out,
+                 "%s: no effect here; inputs are read in place and adapters "
+                 "applied on the fly",
+                 list);
+    if (o->cuda_wanted)
+        tvc_note(&c->out, "--cuda: CUDA support is not built in; the CPU gives "
+                          "the same bytes");
+}
+
+/* Groups of finished tensors that are small: how crash tests get many commits
+ * out of a small model. Changes no byte of any result. */
+static enum tv_err group_bytes(struct tvc *c, uint64_t *out)
+{
+    const char *text = getenv("TV_GROUP_BYTES");
+
+    if (!text)
+        return TV_OK;
+    const enum tv_err rc = tv_parse_bytes(text, false, out, &c->err);
+    if (rc != TV_OK)
+        tv_error_context(&c->err, "TV_GROUP_BYTES");
+    return rc;
+}
+
+enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
+{
+    struct tvc_merge_opts *o = c->opt;
+    struct tvm_options *m = &o->options;
+    enum tv_err rc = TV_OK;
+
+    m->out_dir = c->n_pos > 1 ? c->pos[1] : NULL;
+    if (m->out_dir && m->out_dir[0] == '\0')
+        return tv_error_set(&c->err, TV_E_USAGE, "OUT is empty");
+    if (m->out_dir && m->into)
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            "OUT and --into exclude each other");
+    if (!m->out_dir && !m->into && !planning) {
+        (void)tv_error_set(&c->err, TV_E_USAGE, "OUT is missing");
+        tv_error_hint(&c->err,
+                      "usage: tvmerge %s RECIPE OUT, or RECIPE --into "
+                      "NAME --store STORE",
+                      c->cmd->name);
+        return c->err.code;
+    }
+    if (m->into && !o->store_path)
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            "--into needs --store STORE (or TV_STORE)");
+    m->memory_bytes = c->memory_bytes;
+    m->threads = tvc_threads(c);
+    m->kernels = c->kernels;
+    rc = group_bytes(c, &m->group_bytes);
+    if (rc != TV_OK)
+        return rc;
+    notes(c, o);
+    if (!o->store_path)
+        return TV_OK;
+    /* Writable also where only inputs lie in it: they are pinned. A store from
+     * the environment that is not there is no fault of a command line that
+     * does not name it. */
+    rc = tvc_store_open(c, o->store_path, planning, &c->err, &m->store);
+    if (rc == TV_E_NOTFOUND && !o->store_given && !m->into) {
+        tvc_warn(&c->out, "TV_STORE: %s", c->err.msg);
+        tv_error_clear(&c->err);
+        return TV_OK;
+    }
+    return rc;
+}
+
+enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
+{
+    const struct tvc_merge_opts *o = c->opt;
+    enum tv_err rc = TV_OK;
+
+    tvm_problems_init(&m->problems);
+    rc = tvm_recipe_load(c->pos[0], &m->problems, &c->err, &m->recipe);
+    if (m->recipe)
+        rc = tvm_plan_make(m->recipe, &o->options, &m->problems, &c->err,
+                           &m->plan);
+    /* Listed problems speak for themselves. */
+    if (m->problems.n_errors > 0)
+        return TV_OK;
+    if (rc == TV_OK && !m->plan)
+        return tv_error_set(&c->err, TV_E_INTERNAL,
+                            "planning gave neither a plan nor a problem");
+    return rc;
+}
+
+void tvc_merge_free(struct tvc_merge *m)
+{
+    tvm_plan_free(m->plan);
+    tvm_recipe_free(m->recipe);
+    tvm_problems_free(&m->problems);
+    *m = (struct tvc_merge){0};
+}
+
+void tvc_problems_print(struct tvc *c, const struct tvm_problems *p, bool notes)
+{
+    for (size_t i = 0; i < p->n; i++) {
+        if (p->items[i].is_note && !notes)
+            continue;
+        tvc_problem(&c->out, p->items[i].is_error, p->items[i].where,
+                    p->items[i].message);
+    }
+}
+
+json_t *tvc_problems_json(const struct tvm_problems *p, bool notes)
+{
+    json_t *a = json_array();
+    for (size_t i = 0; i < p->n; i++) {
+        const struct tvm_problem *x = &p->items[i];
+        if (x->is_note && !notes)
+            continue;
+        (void)json_array_append_new(
+            a, json_pack("{s:s, s:o, s:o, s:o}", "severity",
+                         x->is_error ? "error" : "warning", "where",
+                         tvc_json_string(x->where), "message",
+                         tvc_json_string(x->message), "code",
+                         x->is_error ? json_string(tv_err_name(x->code))
+                                     : json_null()));
+    }
+    return a;
+}
+
+int tvc_problems_fail(struct tvc *c, const struct tvm_problems *p)
+{
+    const struct tvm_problem *first = NULL;
+    const enum tv_err code = tvm_problems_code(p);
+    for (size_t i = 0; i < p->n && !first; i++)
+        if (p->items[i].is_error && p->items[i].code == code)
+            first = &p->items[i];
+    struct tv_error e = {0};
+    if (p->n_errors == 1 && first)
+        (void)tv_error_set(&e, code, "%s%s%s", first->where,
+                           *first->where ? ": " : "", first->message);
+    else
+        (void)tv_error_set(&e, code, "%zu problems; nothing was written",
+                           p->n_errors);
+    if (c->out.json)
+        tvc_error_full(&c->out, &e, tvc_problems_json(p, true));
+    else if (p->n_errors > 1)
+        tvc_error(&c->out, &e);
+    return tvc_done(c, tvc_exit_status(code));
+}

@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * subject.c - see tveval.h.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "progress.h"
+#include "store_open.h"
+#include "tv/alloc.h"
+#include "tv/checked.h"
+#include "tv/sys.h"
+#include "tveval.h"
+
+#define IDS_BYTES_MAX (UINT64_C(1) << 34)
+
+static bool needs_store(const struct tv_ref *ref)
+{
+    if (ref->model.object)
+        return true;
+    for (size_t i = 0; i < ref->n_adapters; i++)
+        if (ref->adapters[i].object)
+            return true;
+    return false;
+}
+
+enum tv_err tvc_subject_open(struct tvc *c, const char *text, const char *store,
+                             struct tvc_subject *s)
+{
+    enum tv_err rc = TV_OK;
+    memset(s, 0, sizeof *s);
+    TV_TRY(tv_ref_resolve(text, &c->err, &s->ref));
+    if (needs_store(s->ref)) {
+        const char *path = store ? store : tvc_default_store();
+        if (!path) {
+            rc = tv_error_set(&c->err, TV_E_USAGE,
+                              "'%s' names an object of a store, but no store "
+                              "is given",
+                              text);
+            tv_error_hint(&c->err, "add --store STORE or set TV_STORE");
+            goto out;
+        }
+        TV_TRY(tvc_store_open(c, path, true, &c->err, &s->store));
+    }
+    TV_TRY(tv_input_open(&s->ref->model, s->store, &c->err, &s->input));
+    const size_t n = s->ref->n_adapters;
+    s->adapter_inputs = tv_calloc(n ? n : 1, sizeof *s->adapter_inputs);
+    s->adapters = tv_calloc(n ? n : 1, sizeof *s->adapters);
+    if (!s->adapter_inputs || !s->adapters) {
+        rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    s->n_adapters = n;
+    for (size_t i = 0; i < n; i++) {
+        TV_TRY(tv_input_open(&s->ref->adapters[i], s->store, &c->err,
+                             &s->adapter_inputs[i]));
+        TV_TRY(tv_adapter_open(s->adapter_inputs[i], &c->err,
+                               &s->adapters[i].adapter));
+        s->adapters[i].weight = s->ref->adapters[i].weight;
+    }
+out:
+    return rc;
+}
+
+void tvc_subject_close(struct tvc_subject *s)
+{
+    for (size_t i = 0; i < s->n_adapters; i++) {
+        tv_adapter_close(s->adapters[i].adapter);
+        tv_input_close(s->adapter_inputs[i]);
+    }
+    tv_free(s->adapters);
+    tv_free(s->adapter_inputs);
+    tv_input_close(s->input);
+    tv_store_close(s->store);
+    tv_ref_free(s->ref);
+    memset(s, 0, sizeof *s);
+}
+
+enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
+                              tve_model **out)
+{
+    const char *tmp = getenv("TMPDIR");
+    const struct tve_model_options opt = {
+        .n_threads = tvc_threads(c),
+        .memory_bytes = c->memory_bytes,
+        .kernels = c->kernels,
+        .scratch_dir = tmp && *tmp ? tmp : NULL,
+    };
+    return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,
+                          out);
+}
+
+error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos)
+{
+    uint64_t id = 0;
+    if (strcmp(arg, "none") == 0) {
+        *bos = -1;
+        return 0;
+    }
+    const error_t e = tvc_parse_u64(c, "--bos", arg, INT32_MAX - 1, &id);
+    if (e == 0)
+        *bos = (int32_t)id;
+    return e;
+}
+
+void tvc_eval_step(void *arg, uint64_t done, uint64_t total)
+{
+    tvc_progress_set(arg, done, total, 0, 0);
+}
+
+/* ---- .npy ---- */
+
+struct npy {
+    const unsigned char *data;
+    size_t n_bytes; /* of data */
+    size_t each;
+    size_t shape[2], n_dims;
+};
+
+/* The dictionary of the header, "{'descr': '<i8', ...}": keys in any order. */
+static bool npy_shape(const char *text, struct npy *out)
+{
+    const char *p = strstr(text, "'shape':");
+    if (!p)
+        return false;
+    p = strchr(p, '(');
+    for (p = p ? p + 1 : NULL; p && *p && *p != ')';) {
+        char *end = NULL;
+        errno = 0;
+        const unsigned long long v = strtoull(p, &end, 10);
+        if (end == p || errno || v > SIZE_MAX || out->n_dims == 2)
+            return false;
+        out->shape[out->n_dims++] = (size_t)v;
+        p = end + strspn(end, ", L");
+    }
+    return p && *p == ')';
+}
+
+static enum tv_err npy_parse(const char *path, const char *file, size_t n,
+                             struct npy *out, struct tv_error *err)
+{
+    const unsigned char *b = (const unsigned char *)file;
+    size_t at = 10;
+    size_t header = 0;
+    char text[1024];
+
+    if (n < 12 || memcmp(b, "\x93NUMPY", 6) != 0)
+        return tv_error_set(err, TV_E_CORRUPT, "%s is no .npy file", path);
+    if (b[6] == 1) {
+        header = tv_get_le16(b + 8);
+    } else {
+        header = tv_get_le32(b + 8);
+        at = 12;
+    }
+    if (header > n - at || header >= sizeof text)
+        return tv_error_set(err, TV_E_CORRUPT, "%s: impossible header length",
+                            path);
+    memcpy(text, b + at, header);
+    text[header] = '\0';
+    if (strstr(text, "'<i8'"))
+        out->each = 8;
+    else if (strstr(text, "'<i4'"))
+        out->each = 4;
+    if (!out->each || !strstr(text, "'fortran_order': False") ||
+        !npy_shape(text, out))
+        return tv_error_set(err, TV_E_INPUT,
+                            "%s: not an int64 or int32 array of one or two "
+                            "dimensions in C order",
+                            path);
+    out->data = b + at + header;
+    out->n_bytes = n - at - header;
+    return TV_OK;
+}
+
+enum tv_err tvc_ids_read(const char *path, struct tvc_ids *out,
+                         struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct npy a = {0};
+    char *file = NULL;
+    size_t n = 0;
+    size_t bytes = 0;
+
+    memset(out, 0, sizeof *out);
+    TV_TRY(tv_file_read(path, IDS_BYTES_MAX, err, &file, &n));
+    TV_TRY(npy_parse(path, file, n, &a, err));
+    out->batch = a.n_dims == 2 ? a.shape[0] : 1;
+    out->seq = a.n_dims ? a.shape[a.n_dims - 1] : 1;
+    if (!tv_mul_size(out->batch, out->seq, &n) ||
+        !tv_mul_size(n, a.each, &bytes) || bytes != a.n_bytes) {
+        rc = tv_error_set(err, TV_E_CORRUPT,
+                          "%s: its shape does not fit its %zu data bytes", path,
+                          a.n_bytes);
+        goto out;
+    }
+    out->ids = tv_calloc(n ? n : 1, sizeof *out->ids);
+    if (!out->ids) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const int64_t v = a.each == 8
+                              ? (int64_t)tv_get_le64(a.data + 8 * i)
+                              : (int64_t)(int32_t)tv_get_le32(a.data + 4 * i);
+        if (v < 0 || v > INT32_MAX) {
+            rc = tv_error_set(err, TV_E_INPUT,
+                              "%s: id %lld at %zu is outside any vocabulary",
+                              path, (long long)v, i);
+            goto out;
+        }
+        out->ids[i] = (int32_t)v;
+    }
+out:
+    tv_free(file);
+    if (rc != TV_OK)
+        tvc_ids_free(out);
+    return rc;
+}
+
+void tvc_ids_free(struct tvc_ids *ids)
+{
+    tv_free(ids->ids);
+    memset(ids, 0, sizeof *ids);
+}

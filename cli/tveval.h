@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tveval.h - the commands of tveval, and opening what they evaluate.
+ */
+#ifndef TVC_TVEVAL_H
+#define TVC_TVEVAL_H
+
+#include "cli.h"
+#include "tv/eval.h"
+#include "tv/format.h"
+#include "tv/store.h"
+
+extern const struct tvc_command tvc_cmd_ppl, tvc_cmd_logits, tvc_cmd_tokenize;
+
+/* A model reference, opened with its adapters. */
+struct tvc_subject {
+    struct tv_ref *ref;
+    tv_store *store; /* NULL: none needed */
+    tv_input *input;
+    tv_input **adapter_inputs; /* [ref->n_adapters] */
+    struct tve_model_adapter *adapters;
+    size_t n_adapters;
+};
+/* store: --store, NULL takes TV_STORE. Reads headers only. */
+TV_NODISCARD enum tv_err tvc_subject_open(struct tvc *c, const char *text,
+                                          const char *store,
+                                          struct tvc_subject *s);
+void tvc_subject_close(struct tvc_subject *s);
+/* The model of a subject, with the options of the command line. */
+TV_NODISCARD enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
+                                           tve_model **out);
+
+/* --bos ID|none into *bos: -1 none, -2 when it was not given. */
+error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos);
+
+struct tvc_ids { /* integers of an .npy file; tvc_ids_free */
+    int32_t *ids;
+    size_t batch, seq; /* a vector is one batch */
+};
+/* int64 or int32, C order, at most two dimensions. CORRUPT, INPUT. */
+TV_NODISCARD enum tv_err tvc_ids_read(const char *path, struct tvc_ids *out,
+                                      struct tv_error *err);
+void tvc_ids_free(struct tvc_ids *ids);
+
+/* tve_progress that feeds a progress bar (struct tvc_progress *). */
+void tvc_eval_step(void *arg, uint64_t done, uint64_t total);
+
+#endif

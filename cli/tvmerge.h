@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tvmerge.h - the commands of tvmerge, and the options that run and plan
+ * share.
+ */
+#ifndef TVC_TVMERGE_H
+#define TVC_TVMERGE_H
+
+#include "cli.h"
+#include "tv/merge.h"
+
+extern const struct tvc_command tvc_cmd_run, tvc_cmd_plan, tvc_cmd_status,
+    tvc_cmd_methods;
+
+struct tvc_merge_opts {
+    struct tvm_options options; /* store and kernels are set by _prepare */
+    const char *store_path;     /* --store, else TV_STORE */
+    bool store_given;
+    const char *ignored[8]; /* mergekit's flags that change nothing here */
+    size_t n_ignored;
+    bool cuda_wanted;
+};
+extern const struct argp_option tvc_merge_options[];
+void tvc_merge_init(struct tvc *c);
+error_t tvc_merge_option(struct tvc *c, int key, const char *arg);
+/* Checks the combination, opens the store, completes options; for plan,
+ * neither OUT nor --into is needed. USAGE, NOTFOUND, ... The store is closed by
+ * the caller (options.store). */
+TV_NODISCARD enum tv_err tvc_merge_prepare(struct tvc *c, bool planning);
+
+/* The recipe and plan of a command line, with everything found wrong. */
+struct tvc_merge {
+    struct tvm_problems problems;
+    tvm_recipe *recipe;
+    struct tvm_plan *plan;
+};
+/* Loads and plans. Problems of recipe and inputs are in m->problems and give
+ * TV_OK; other failures are in c->err. */
+TV_NODISCARD enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m);
+void tvc_merge_free(struct tvc_merge *m);
+/* Warnings and errors on stderr (nothing with --json); notes: those too that
+ * only a plan shows. */
+void tvc_problems_print(struct tvc *c, const struct tvm_problems *p,
+                        bool notes);
+/* [{"severity","where","message","code"}]; warnings or all. New reference. */
+json_t *tvc_problems_json(const struct tvm_problems *p, bool notes);
+/* Prints the verdict on a list with errors; gives the exit status. */
+int tvc_problems_fail(struct tvc *c, const struct tvm_problems *p);
+
+#endif

@@ -1,0 +1,74 @@
+# tveval: perplexity, logits, token ids; what it refuses.
+$ for c in ppl logits tokenize; do tveval $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tveval $c" || echo no example $c; grep -q TV_CPU h || echo no environment $c; done
+$ tveval ppl $DATA/base --text $DATA/text/prose.val.txt -j 1
+TEXT <*>PERPLEXITY <*>TOKENS
+<*>prose.val.txt    153.13<n>  <n>  5.03<n>   10200
+protocol windows, context 256, BOS 2045, tokenizer <x>
+2> <n> tokens per second
+$ tveval ppl $DATA/base+$DATA/lora-jargon --text $DATA/text/jargon.val.txt --json -q | grep -v tokens_per
+{
+  "schema": "tveval.ppl/1",
+  "model": "<*>/base+<*>/lora-jargon",
+  "protocol": "windows",
+  "context": 256,
+  "bos": 2045,
+  "tokenizer_hash": "<x>",
+  "texts": [
+    {
+      "file": "<*>/jargon.val.txt",
+      "tokens": <n>
+      "tokens_scored": 9945,
+      "nll_mean": 5.489<n>
+      "ppl": 242.04<n>
+      "stderr": 5.1<n>
+    }
+  ],
+}
+$ tveval ppl $DATA/ft-code --text $DATA/text/code.val.txt
+2> tveval: error: <*>/ft-code has no tokenizer.json
+2> <*>hint: <*>--tokenizer
+=> 4
+$ tveval ppl $DATA/ft-code --tokenizer $DATA/base --text $DATA/text/code.val.txt -q | sed -n 2p
+<*>code.val.txt    101.91<*>
+$ for j in 1 2; do tveval ppl $DATA/base --text $DATA/text/code.val.txt -j $j --json -q | grep nll > $j; done; TV_CPU=ref tveval ppl $DATA/base --text $DATA/text/code.val.txt --memory 16MiB --json -q | grep nll > 3; cmp 1 2 && cmp 1 3 && echo same
+same
+$ tvstore init s.tv -q && tvstore import s.tv base $DATA/base -q && tveval ppl store:base --store s.tv --text $DATA/text/code.val.txt --json -q | grep nll > 4; cmp 1 4 && echo same
+same
+$ printf 'Hello world\n' | tveval tokenize $DATA/base
+39 283 603 1553 500 198
+$ printf 'Hello world\n' > t.txt; tveval tokenize $DATA/base --text t.txt --special
+2045 39 283 603 1553 500 198
+$ printf '\223NUMPY\001\000\166\000%-117s\n\001\000\000\000\000\000\000\000\002\000\000\000\000\000\000\000' "{'descr': '<i8', 'fortran_order': False, 'shape': (1, 2), }" > ids.npy; tveval logits $DATA/base --ids ids.npy -o l.npy && head -c 72 l.npy | tail -c 62; echo; wc -c < l.npy
+{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 2048)
+16512
+$ printf 'x' > bad.npy; tveval logits $DATA/base --ids bad.npy -o no.npy; ls
+1
+2
+3
+4
+bad.npy
+h
+ids.npy
+l.npy
+s.tv
+t.txt
+2> tveval: error: bad.npy is no .npy file
+$ tveval ppl $DATA/base --text t.txt
+2> tveval: error: t.txt: the text has 6 tokens, too few for one window of 255
+=> 4
+$ tveval ppl $DATA/base --text t.txt --context 999
+2> tveval: error: t.txt: <*>
+=> 4
+$ printf 'abc\377' > b.txt; tveval ppl $DATA/base --text b.txt
+2> tveval: error: b.txt: the text is not UTF-8 at byte 3
+=> 12
+$ tveval ppl $DATA/base
+2> tveval: error: no text: add --text FILE
+=> 2
+$ tveval ppl $DATA/base --text t.txt --protocol llamacp
+2> tveval: error: <*>llamacp<*>
+2> ...
+=> 2
+$ tvstore cat s.tv base/model.norm.weight --format raw > norm; python3 -c 'd=open("s.tv/data.mdb","rb").read(); t=open("norm","rb").read(); assert t in d; open("s.tv/data.mdb","wb").write(d.replace(t,t[:7]+bytes([t[7]^16])+t[8:]))'; tveval ppl store:base --store s.tv --text $DATA/text/code.val.txt -q
+2> tveval: error: <*>model.norm.weight<*>damaged<*>
+=> 12

@@ -1,0 +1,44 @@
+# tvmerge methods.
+$ tvmerge methods
+METHOD           BASE      SUMMARY
+...
+linear           optional  <*>
+...
+$ tvmerge methods -q | sort | grep -cx -e linear -e slerp -e passthrough -e task_arithmetic -e ties -e dare_linear -e dare_ties
+7
+$ tvmerge methods ties
+ties: <*>
+paper: <*>2306.01708
+base model: required
+<>
+PARAMETER <*>
+...
+density    non_base  float  1         <*>
+...
+$ tvmerge methods dare-ties
+2> tvmerge: error: unknown method 'dare-ties'
+2>   hint: did you mean dare_ties?
+=> 2
+$ tvmerge methods xyzzy
+2> tvmerge: error: unknown method 'xyzzy'
+2>   hint: 'tvmerge methods' lists them
+=> 2
+$ tvmerge methods slerp --json
+{
+  "schema": "tvmerge.methods/1",
+  "methods": [
+    {
+      "name": "slerp",
+      "base": "required",
+      "needs_statistics": false,
+      "parameters": [
+        {
+          "name": "t",
+          "scope": "shared",
+          "type": "float",
+          "default": null,
+          "required": true,
+          "help": <*>
+...
+  ]
+}

@@ -1,0 +1,91 @@
+# tvmerge plan: rows, totals, problems; nothing is written.
+$ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-prose\n  parameters: {weight: 0.5, density: 0.2}\n- model: %s/ft-code\n  parameters: {weight: 0.3}\n' $DATA $DATA $DATA > r.yml
+$ tvmerge plan r.yml out
+TENSORS    BYTES  METHOD  DTYPE  INPUTS <*>
+     38  1.9 MiB  ties    BF16   <*>/ft-prose, <*>/ft-code, <*>/base (base)  weight=0.5,0.3 density=0.2,1 normalize=true rescale=false lambda=1 int8_mask=false
+<>
+method         ties
+input          <*>/ft-prose (fingerprint <x>)
+...
+tensors        38
+reads          5.7 MiB
+writes         1.9 MiB in 1 file
+peak memory    <*>
+peak disk      <*>
+side files     <*>
+...
+               config.json from <*>/base
+$ ls
+r.yml
+$ tvmerge plan r.yml --json | head -n 4
+{
+  "schema": "tvmerge.plan/1",
+  "ok": true,
+  "problems": [],
+$ printf 'merge_method: tise\nmodels: []\n' > bad.yml
+$ tvmerge plan bad.yml
+2> bad.yml:1:15: error: <*>tise<*>ties<*>
+2> ...
+=> 2
+$ printf 'merge_method: ties\nbase_model: nope1\nmodels:\n- model: nope2\n  parameters: {weight: 1}\n' > missing.yml
+$ tvmerge plan missing.yml
+2> missing.yml:<*>: error: <*>nope<*>
+2> missing.yml:<*>: error: <*>nope<*>
+2> tvmerge: error: 2 problems; nothing was written
+=> 4
+$ tvmerge plan missing.yml --json -q 2>err | head -n 5; grep -c '^{"error": {"code": "input", .*"problems": \[' err
+{
+  "schema": "tvmerge.plan/1",
+  "ok": false,
+  "problems": [
+    {
+1
+# Mistakes in the recipe hide nothing else, and run lists the same.
+$ printf 'merge_method: linaer\nmodels:\n- {model: ./nope, parameters: {weight: abc}}\n- model: %s/base\n' $DATA > many.yml
+$ tvmerge plan many.yml
+2> many.yml:1:15: error: unknown merge_method 'linaer'; did you mean 'linear'? <*>
+2> many.yml:3:40: error: parameter 'weight': 'abc' is not a number
+2> many.yml:3:11: error: <*>nope<*>
+2> many.yml:4:10: error: missing required parameter 'weight' for <*>base<*>
+2> tvmerge: error: 4 problems; nothing was written
+=> 2
+$ tvmerge run many.yml out5
+2> ...
+2> tvmerge: error: 4 problems; nothing was written
+=> 2
+# A store object that a recipe names is an input like any other.
+$ tvstore init s -q; printf 'merge_method: linear\nmodels:\n- {model: store:nobody, parameters: {weight: 1}}\n' > object.yml
+$ tvmerge plan object.yml --store s
+2> object.yml:3:11: error: <*>nobody<*>
+=> 4
+# What belongs elsewhere is ignored with a warning.
+$ printf 'merge_method: linear\nmodels:\n- {model: %s/base, layer_range: [0, 1], parameters: {weight: 1}}\n' $DATA > range.yml
+$ tvmerge plan range.yml > /dev/null
+2> range.yml:3:<n>: warning: layer_range is ignored here; it belongs to the sources of 'slices:'
+# How DARE rescales is told where a merge is planned only.
+$ printf 'merge_method: dare_ties\nbase_model: %s/base\nmodels:\n- {model: %s/ft-prose, parameters: {weight: 1, density: 0.3}}\n' $DATA $DATA > dare.yml
+$ tvmerge plan dare.yml > /dev/null
+2> tvmerge: warning: rescale divides by density, <*>
+$ tvmerge plan dare.yml --json | grep -c '"rescale divides\|: "rescale divides'
+1
+$ tvmerge run dare.yml dare -q
+# The refusal names what has changed.
+$ sed -i s/0.3/0.4/ dare.yml && tvmerge run dare.yml dare -q
+2> tvmerge: error: <*>models[ft-prose].parameters.density was 0.3, is 0.4
+2>   hint: --force replaces it
+=> 4
+# OUT in an input.
+$ cp -r $DATA/base in && printf 'merge_method: linear\nmodels:\n- {model: ./in, parameters: {weight: 1}}\n' > in.yml
+$ tvmerge run in.yml in --force
+2> tvmerge: error: OUT 'in' is the directory of the input './in'
+=> 4
+$ tvmerge run in.yml in/sub
+2> tvmerge: error: OUT 'in/sub' lies inside the input './in'
+=> 4
+$ tvmerge run in.yml . --force
+2> tvmerge: error: OUT '.' holds the input './in'
+=> 4
+$ tvmerge run in.yml out6 --random-seed 9223372036854775808
+2> tvmerge: error: --random-seed: '9223372036854775808' is not a number from 0 to 9223372036854775807
+2> ...
+=> 2
