@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""One bit flips in a store, or in a file that a store links to.
+
+- In the payload of a tensor: `verify` names object and tensor, a merge that
+  reads it exits with 12 and names tensor and store, copying it elsewhere does
+  not hide it. Every payload byte is as good as another: leaves, headers and
+  pages cover all; positions are spread over each tensor.
+- Anywhere else in data.mdb (tree pages without checksums of LMDB, records,
+  free pages): whatever a command does, it does not give wrong bytes with exit
+  0, does not hang, and `verify` reports or the flip changed nothing.
+- In a linked file whose checksums are known: the same as in a payload. In its
+  header, or with another time of change: exit 12 and the name of the file.
+"""
+import json
+import os
+import random
+import shutil
+import subprocess
+
+import crashlib
+from crashlib import (Table, arguments, check, finish, make_models,
+                      read_safetensors, recipe, run, run_json, work_dir)
+
+A = arguments(__doc__, 150)
+WORK = work_dir()
+MODELS = make_models(os.path.join(WORK, "models"))
+STORE = os.path.join(WORK, "store")
+COPY = os.path.join(WORK, "copy")
+STORED = recipe(os.path.join(WORK, "stored.yml"), MODELS, prefix="store:")
+OUT = os.path.join(WORK, "out")
+rng = random.Random(A.seed)
+table = Table()
+LIMIT = 20  # seconds; LMDB may walk a damaged tree in circles
+
+
+def flip(path, at, bit):
+    """Keeps the time of change: the bit rots, nobody writes."""
+    st = os.stat(path)
+    with open(path, "r+b") as f:
+        f.seek(at)
+        b = f.read(1)[0] ^ (1 << bit)
+        f.seek(at)
+        f.write(bytes([b]))
+    os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+def fresh_copy():
+    shutil.rmtree(COPY, True)
+    shutil.copytree(STORE, COPY)
+    shutil.rmtree(OUT, True)
+    return os.path.join(COPY, "data.mdb")
+
+
+def attempt(*argv):
+    """Exit status, stdout, stderr; None for a command that never ends."""
+    try:
+        r = subprocess.run([str(a) for a in argv], capture_output=True,
+                           text=True, errors="replace", timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return None, "", ""
+    return r.returncode, r.stdout, r.stderr
+
+
+def merge(store):
+    shutil.rmtree(OUT, True)
+    return attempt(A.tvmerge, "run", STORED, OUT, "--store", store, "--json",
+                   "--progress=none", "--threads", "1")
+
+
+def digest_of(text):
+    try:
+        return json.loads(text)["digest"]
+    except (ValueError, KeyError):
+        return None
+
+
+def verify(store):
+    code, out, err = attempt(A.tvstore, "verify", store, "--json")
+    try:
+        return code, json.loads(out)["problems"]
+    except (ValueError, KeyError):
+        return code, []
+
+
+def in_payload(name, tensor, data, at, bit, want):
+    """A flip inside the bytes of a tensor."""
+    failed = crashlib.failures_now()
+    what = f"{name}/{tensor} byte {at} bit {bit}"
+    path = fresh_copy()
+    for copy in data:
+        flip(path, copy + at, bit)
+    code, problems = verify(COPY)
+    check(code == 12, f"{what}: verify exits {code}")
+    check(any(p["object"] == name and p["tensor"] == tensor
+              for p in problems), f"{what}: verify says {problems}")
+    code, out, err = merge(COPY)
+    check(code == 12, f"{what}: merge exits {code}: {err[-300:]}")
+    check(tensor in err and "store:" in err,
+          f"{what}: merge says {err[-300:]}")
+    check(not os.path.exists(os.path.join(OUT, "config.json")),
+          f"{what}: a merge of damaged bytes was published")
+    code, out, err = attempt(A.tvstore, "export", COPY, name,
+                             os.path.join(COPY, "x"))
+    check(code == 12, f"{what}: export exits {code}: {err[-200:]}")
+    good = crashlib.failures_now() == failed
+    table.add("bit flip, payload", "named by verify, merge refused"
+              if good else "bad")
+
+
+def anywhere(at, bit, want):
+    """A flip in any byte of data.mdb."""
+    failed = crashlib.failures_now()
+    what = f"data.mdb byte {at} bit {bit}"
+    flip(fresh_copy(), at, bit)
+    vcode, problems = verify(COPY)
+    check(vcode in (0, 12, 10, 4), f"{what}: verify exits {vcode}")
+    code, out, err = merge(COPY)
+    wrong = code == 0 and digest_of(out) != want
+    check(not wrong, f"{what}: a wrong digest with exit 0")
+    if code == 0:
+        outcome = "no effect" if vcode == 0 else "found by verify only"
+    elif code is None or code < 0:
+        # A damaged tree can crash LMDB; verify looks at it from outside.
+        outcome = "hang" if code is None else f"signal {-code}"
+        check(vcode == 12, f"{what}: merge ended with {outcome}, but verify "
+                           f"exits {vcode}")
+    else:
+        outcome = f"exit {code}"
+        check(code in (1, 4, 10, 12), f"{what}: exit {code}: {err[-200:]}")
+        check(vcode != 0, f"{what}: exit {code} ({err[-200:]}), but verify "
+                          "finds nothing")
+    good = crashlib.failures_now() == failed
+    table.add("bit flip, data.mdb", outcome if good else "bad",
+              lost=1 if wrong else 0)
+
+
+def linked_flips(count):
+    """Flips in files that a store links to, checksums known or not."""
+    store = os.path.join(WORK, "linked")
+    models = make_models(os.path.join(WORK, "sources"))
+    run(A.tvstore, "init", store, code=0)
+    for m in ("base", "ft1", "ft2"):
+        run(A.tvstore, "import", store, m, os.path.join(models, m), "--link",
+            code=0)
+    code, out, err = merge(store)
+    want = digest_of(out)
+    check(code == 0 and want, f"merge from links: {err}")
+    # A writer that read everything leaves checksums behind.
+    run(A.tvmerge, "run", STORED, "--into", "m", "--store", store, code=0)
+    known = all(t["checksum"] for t in run_json(
+        A.tvstore, "ls", store, "ft1", "--json")["tensors"])
+    check(known, "a merge that wrote to the store left the checksums of the "
+                 "linked tensors that it read unknown")
+    path = os.path.join(models, "ft1", "model.safetensors")
+    with open(path, "rb") as f:
+        original = f.read()
+    head = 8 + int.from_bytes(original[:8], "little")
+    st = os.stat(path)
+    for i in range(count):
+        failed = crashlib.failures_now()
+        where = rng.choice(("payload", "header", "touched") if known else
+                           ("header", "touched"))
+        at = rng.randrange(head, len(original)) if where == "payload" else \
+            rng.randrange(head)
+        what = f"linked file, {where}, byte {at}"
+        if where == "touched":
+            os.utime(path)
+        else:
+            flip(path, at, rng.randrange(8))
+        code, out, err = merge(store)
+        if where == "payload":
+            check(code == 12, f"{what}: exit {code}: {err[-300:]}")
+            vcode, problems = verify(store)
+            check(vcode == 12, f"{what}: verify exits {vcode}")
+            check(any(p["object"] == "ft1" and p["tensor"]
+                      for p in problems), f"{what}: {problems}")
+        else:
+            check(code == 12, f"{what}: exit {code}: {err[-300:]}")
+            check(path in err, f"{what}: the file is not named: {err[-300:]}")
+        with open(path, "r+b") as f:
+            f.write(original)
+        os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
+        good = crashlib.failures_now() == failed
+        table.add(f"bit flip, linked {where}",
+                  f"exit {code}" if good else "bad")
+    code, out, err = merge(store)
+    check(code == 0 and digest_of(out) == want,
+          f"merge after the file is as it was: {err[-300:]}")
+
+
+def main():
+    run(A.tvstore, "init", STORE, code=0)
+    for m in ("base", "ft1", "ft2"):
+        run(A.tvstore, "import", STORE, m, os.path.join(MODELS, m), code=0)
+    code, out, err = merge(STORE)
+    want = digest_of(out)
+    check(code == 0 and want, f"merge: {err}")
+    with open(os.path.join(STORE, "data.mdb"), "rb") as f:
+        raw = f.read()
+
+    places = []
+    for m in ("base", "ft1", "ft2"):
+        for name, (_, _, data) in read_safetensors(
+                os.path.join(MODELS, m)).items():
+            # A page that was freed may still hold an older copy.
+            at = [i for i in range(0, len(raw), 64) if
+                  raw[i:i + 16] == data[:16] and
+                  raw[i:i + len(data)] == data]
+            if check(at, f"{m}/{name} is not in data.mdb in one piece"):
+                places.append((m, name, at, len(data)))
+    for i in range(A.count // 3):
+        m, name, data, n = rng.choice(places)
+        at = rng.choice((0, n - 1, rng.randrange(n)))
+        in_payload(m, name, data, at, rng.randrange(8), want)
+    pages = len(raw) // 4096
+    for i in range(A.count // 3):
+        # Heads of pages are where a tree breaks; elsewhere most is payload.
+        page = rng.randrange(pages)
+        inside = rng.randrange(64) if rng.random() < 0.6 else \
+            rng.randrange(4096)
+        anywhere(page * 4096 + inside, rng.randrange(8), want)
+    linked_flips(A.count // 3)
+    table.close()
+    finish("bitflips")
+
+
+main()

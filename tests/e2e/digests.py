@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""digests.py BIN_DIR SYNTH DATA [--kills N]
+
+The digest of `tvmerge run --json` does not depend on threads, instruction set,
+memory budget, where the inputs live (directory, copied or linked in a store),
+how the output is sharded, output into a directory or a store, nor on being
+killed with SIGKILL and resumed. A second identical command rewrites nothing.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from common import check, finish, run, run_json, temp
+
+BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
+KILLS = int(sys.argv[5]) if len(sys.argv) > 5 and sys.argv[4] == "--kills" \
+    else 20
+TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
+SHAPE = ["--layers", "3", "--hidden", "512", "--kv", "128", "--inter", "1408",
+         "--vocab", "4099"]
+
+RECIPES = {
+    "linear": """merge_method: linear
+models:
+- model: {p}ft1
+  parameters: {{weight: [0.2, 0.9]}}
+- model: {p}ft2
+  parameters: {{weight: 0.4}}
+""",
+    "task_arithmetic": """merge_method: task_arithmetic
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7}}
+- model: {p}ft2
+  parameters: {{weight: 0.5}}
+dtype: float32
+""",
+    "ties": """merge_method: ties
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7, density: 0.2}}
+- model: {p}ft2
+  parameters: {{weight: 0.5, density: 0.35}}
+""",
+    "ties-rescale": """merge_method: ties
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7, density: 0.2}}
+- model: {p}ft2
+  parameters: {{weight: 0.5, density: 0.35}}
+parameters: {{rescale: true}}
+""",
+    "dare_linear": """merge_method: dare_linear
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7, density: 0.5}}
+- model: {p}ft2
+  parameters: {{weight: 0.5, density: 0.3}}
+""",
+    "dare_ties": """merge_method: dare_ties
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7, density: 0.5}}
+- model: {p}ft2
+  parameters: {{weight: 0.5, density: 0.3}}
+""",
+    "slerp": """merge_method: slerp
+base_model: {p}ft1
+models:
+- model: {p}ft1
+- model: {p}ft2
+parameters: {{t: 0.4}}
+""",
+    "passthrough": """merge_method: passthrough
+slices:
+- sources:
+  - {{model: '{p}ft1', layer_range: [0, 2]}}
+- sources:
+  - {{model: '{p}ft2', layer_range: [1, 3], parameters: {{scale: 0.5}}}}
+""",
+}
+
+
+def write(path, text):
+    with open(path, "w") as f:
+        f.write(text)
+    return path
+
+
+def merge(recipe, out, *args, env=None, code=0, cwd=None):
+    return run_json(TVMERGE, "run", recipe, out, "--json", "--progress=none",
+                    *args, env=env, code=code, cwd=cwd)
+
+
+def tree(path):
+    """Content and modification times of a finished output."""
+    return {n: (os.stat(os.path.join(path, n)).st_mtime_ns,
+                os.stat(os.path.join(path, n)).st_size)
+            for n in sorted(os.listdir(path))}
+
+
+def main():
+    work = temp()
+    models = os.path.join(work, "m")
+    subprocess.run([SYNTH, models, *SHAPE], check=True)
+    store = os.path.join(work, "store")
+    linked = os.path.join(work, "linked")
+    for s, args in ((store, []), (linked, ["--link"])):
+        run(TVSTORE, "init", s, code=0)
+        for m in ("base", "ft1", "ft2"):
+            run(TVSTORE, "import", s, m, os.path.join(models, m), *args,
+                code=0)
+    rng = random.Random(20)
+    seed = ["--random-seed", "7"]
+    for name, text in RECIPES.items():
+        recipe = write(os.path.join(work, name + ".yml"), text.format(p=""))
+        stored = write(os.path.join(work, name + "-store.yml"),
+                       text.format(p="store:"))
+        n_out = [0]
+
+        def fresh():
+            n_out[0] += 1
+            return os.path.join(work, f"out-{name}-{n_out[0]}")
+
+        out = fresh()
+        ref = merge(recipe, out, *seed, cwd=models)
+        want = ref.get("digest")
+        check(want and ref["n_resumed"] == 0, f"{name}: no digest")
+        before = tree(out)
+        again = merge(recipe, out, *seed, cwd=models)
+        check(again.get("digest") == want
+              and again["n_resumed"] == again["n_tensors"],
+              f"{name}: second run {again}")
+        check(tree(out) == before, f"{name}: second run rewrote files")
+        variants = [
+            (["--threads", "1"], {}), (["--threads", "2"], {}),
+            (["--threads", "5"], {}), ([], {"TV_CPU": "ref"}),
+            ([], {"TV_CPU": "avx2"}), ([], {"TV_CPU": "avx512"}),
+            (["--memory", "16MiB"], {}),
+            (["--memory", "16MiB", "--threads", "2"], {"TV_CPU": "ref"}),
+            (["--out-shard-size", "3MB"], {}), (["--no-sync"], {})]
+        for args, env in variants:
+            o = fresh()
+            d = merge(recipe, o, *seed, *args, env=env, cwd=models)
+            check(d.get("digest") == want, f"{name} {args} {env}: digest")
+            shutil.rmtree(o, True)
+        for s in (store, linked):
+            o = fresh()
+            d = merge(stored, o, *seed, "--store", s)
+            check(d.get("digest") == want,
+                  f"{name} from {os.path.basename(s)}: digest")
+            shutil.rmtree(o, True)
+        run_json(TVMERGE, "run", stored, "--into", "merged-" + name, "--store",
+                 store, "--json", "--progress=none", *seed)
+        info = run_json(TVSTORE, "info", store, "merged-" + name, "--json")
+        check(info.get("digest") == want, f"{name} --into: digest")
+
+        # SIGKILL at random moments, then the same command again
+        killed = resumed = 0
+        argv = [TVMERGE, "run", recipe, None, "--json", "--progress=none",
+                "--threads", "2", *seed]
+        o = fresh()
+        t0 = time.monotonic()
+        merge(recipe, o, "--threads", "2", *seed, cwd=models)
+        total = time.monotonic() - t0
+        shutil.rmtree(o, True)
+        tries = 0
+        o = fresh()
+        while killed < KILLS and tries < 8 * KILLS:
+            tries += 1
+            argv[3] = o
+            p = subprocess.Popen(argv, cwd=models, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+            time.sleep(rng.random() * total)
+            if p.poll() is None:
+                p.send_signal(signal.SIGKILL)
+                killed += 1
+            p.wait()
+            check(p.returncode in (0, -signal.SIGKILL),
+                  f"{name}: exit {p.returncode} between kills")
+            unfinished = os.path.exists(os.path.join(o, ".tvmerge"))
+            check(not (unfinished
+                       and os.path.exists(os.path.join(o, "config.json"))),
+                  f"{name}: config.json in an unfinished directory")
+            if tries % 3 == 0 or p.returncode == 0:
+                d = merge(recipe, o, *seed, cwd=models)
+                check(d.get("digest") == want, f"{name}: digest after a kill")
+                resumed += d.get("n_resumed", 0) > 0
+                check(not os.path.exists(os.path.join(o, ".tvmerge")),
+                      f"{name}: state left behind")
+                shutil.rmtree(o, True)
+        check(killed >= KILLS, f"{name}: only {killed} kills")
+        print(f"{name}: digest {want}, {killed} kills, "
+              f"{resumed} resumed runs with finished tensors", flush=True)
+        shutil.rmtree(o, True)
+
+    # another recipe, seed or input on an unfinished or finished output: exit 4
+    a = os.path.join(work, "ties.yml")
+    out = os.path.join(work, "changed")
+    merge(a, out, cwd=models)
+    r = run(TVMERGE, "run", a, out, "--random-seed", "9", cwd=models)
+    check(r.returncode == 4 and "seed" in r.stderr, f"changed seed: {r}")
+    b = write(os.path.join(work, "ties2.yml"),
+              RECIPES["ties"].format(p="").replace("0.35", "0.36"))
+    r = run(TVMERGE, "run", b, out, cwd=models)
+    check(r.returncode == 4 and "density" in r.stderr + "density",
+          f"changed recipe: {r.returncode} {r.stderr}")
+    merge(b, out, "--force", cwd=models)
+    doc = json.load(open(os.path.join(out, "tvmerge.json")))
+    check(len(doc.get("digest", "")) == 32, "tvmerge.json has the digest")
+    finish("digests")
+
+
+main()

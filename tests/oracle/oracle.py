@@ -1,0 +1,462 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""fp64 oracle of the merge methods, written from the method definitions only.
+
+  oracle.py RECIPE OUT [--seed N] [--model-dir DIR] [--max-ulp 1.0]
+
+Recomputes every tensor of the merged directory OUT in fp64 with numpy, from the
+models that RECIPE names (relative to --model-dir), and compares bit patterns:
+element-wise methods must be within max-ulp of the output type at every element,
+slerp within 1e-6 of the delta (relative Frobenius) or 1 ulp. Exit 0 when all
+tensors hold, 1 otherwise; the last line is a summary.
+
+Conventions that this file pins (and tvmerge must share):
+  * top-k keeps k = max(1, trunc(density * n)) entries by |fp32(x - base)|,
+    equal magnitudes in index order, zeros never count;
+  * DARE keeps an element iff its Philox4x32-10 word is below
+    round(density * 2^32) and divides by the density;
+  * a reference base+adapter is W + scaling * B A.
+Where a result cancels to nothing, fp64 itself is only good to 2^-52 of the
+terms: that much is allowed on top.
+It knows nothing of tvmerge's code: parameters, slices and masks are resolved
+here a second time. Needs numpy, PyYAML, xxhash.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import xxhash
+import yaml
+
+METHODS = {
+    # name: (consensus, sparsifier, normalize, rescale)
+    "task_arithmetic": (False, None, False, False),
+    "ties": (True, "magnitude", True, False),
+    "dare_ties": (True, "random", False, True),
+    "dare_linear": (False, "random", False, True),
+}
+
+
+# ---- safetensors ------------------------------------------------------------
+
+def bf16_to_f64(u):
+    return (u.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def read_file(path):
+    with open(path, "rb") as f:
+        raw = f.read()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + n])
+    header.pop("__metadata__", None)
+    out = {}
+    for name, h in header.items():
+        a, b = h["data_offsets"]
+        out[name] = (h["dtype"], tuple(h["shape"]), raw[8 + n + a:8 + n + b])
+    return out
+
+
+def read_model(path):
+    if os.path.isfile(path):
+        return read_file(path)
+    out = {}
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors"):
+            out.update(read_file(os.path.join(path, name)))
+    return out
+
+
+def values(entry):
+    dtype, shape, raw = entry
+    if dtype == "BF16":
+        v = bf16_to_f64(np.frombuffer(raw, np.uint16))
+    elif dtype == "F16":
+        v = np.frombuffer(raw, np.float16).astype(np.float64)
+    elif dtype == "F32":
+        v = np.frombuffer(raw, np.float32).astype(np.float64)
+    else:
+        raise SystemExit(f"oracle: dtype {dtype}")
+    return v.reshape(shape)
+
+
+# ---- models -----------------------------------------------------------------
+
+class Model:
+    def __init__(self, ref, root):
+        self.ref = ref
+        parts = ref.split("+")
+        full = os.path.join(root, ref)
+        path, adapters = (full, []) if os.path.exists(full) else (
+            os.path.join(root, parts[0]), parts[1:])
+        self.tensors = read_model(path)
+        self.config = {}
+        cfg = os.path.join(path, "config.json")
+        if os.path.exists(cfg):
+            with open(cfg) as f:
+                self.config = json.load(f)
+        self.deltas = {}
+        for a in adapters:
+            self.add_adapter(os.path.join(root, a))
+
+    def add_adapter(self, path):
+        with open(os.path.join(path, "adapter_config.json")) as f:
+            cfg = json.load(f)
+        factors = read_model(path)
+        for key in factors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            stem = key[:-len(".lora_A.weight")]
+            a = values(factors[key])
+            b = values(factors[stem + ".lora_B.weight"])
+            r = a.shape[0]
+            alpha = cfg["lora_alpha"]
+            scale = alpha / np.sqrt(r) if cfg.get("use_rslora") else alpha / r
+            name = stem[len("base_model.model."):] + ".weight"
+            d = scale * (b @ a)
+            if cfg.get("fan_in_fan_out"):
+                d = d.T
+            self.deltas[name] = self.deltas.get(name, 0.0) + d
+
+    def value(self, name):
+        v = values(self.tensors[name])
+        if name in self.deltas:
+            # The engine's sources are fp32.
+            v = (v + self.deltas[name]).astype(np.float32).astype(np.float64)
+        return v
+
+    def dtype(self, name):
+        return self.tensors[name][0]
+
+    def layers(self):
+        for k in ("num_hidden_layers", "n_layer"):
+            if k in self.config:
+                return self.config[k]
+        best = 0
+        for n in self.tensors:
+            i = layer_of(n)
+            best = max(best, -1 if i is None else i[0])
+        return best + 1
+
+
+def layer_of(name):
+    """(layer, prefix, suffix) of the first number between dots, or None."""
+    parts = name.split(".")
+    for i, p in enumerate(parts):
+        if p.isdigit():
+            return int(p), ".".join(parts[:i]), ".".join(parts[i + 1:])
+    return None
+
+
+POST = ("norm", "lm_head", "ln_f", "embed_out", "final_layer_norm")
+
+
+def part_of(name):
+    if layer_of(name):
+        return "layer"
+    last = name.replace(".weight", "").replace(".bias", "").split(".")[-1]
+    return "post" if last in POST else "pre"
+
+
+# ---- parameters -------------------------------------------------------------
+
+def number(v):
+    """YAML 1.1 reads 1e-4 as text; a parameter of type float takes it."""
+    if isinstance(v, str):
+        try:
+            return float(v)
+        except ValueError:
+            return v
+    return v
+
+
+def interpolate(v, t):
+    if not isinstance(v, list):
+        return number(v)
+    v = [number(x) for x in v]
+    s = t * (len(v) - 1)
+    if any(isinstance(x, (bool, str)) for x in v):
+        return v[int(s)]
+    i = int(np.floor(s))
+    f = s - i
+    return (1 - f) * v[i] + f * v[min(i + 1, len(v) - 1)]
+
+
+def setting(s, name, t):
+    """Value of one setting for a tensor, or None when it does not apply."""
+    if isinstance(s, dict):
+        s = [s]
+    if isinstance(s, list) and s and isinstance(s[0], dict):
+        for e in s:
+            f = e.get("filter")
+            if f is None or f == "*" or f in name:
+                return interpolate(e["value"], t)
+        return None
+    if s is None or s == []:
+        return None
+    return interpolate(s, t)
+
+
+def lookup(scopes, key, name, t, fallback=None):
+    for s in scopes:
+        if s and key in s:
+            v = setting(s[key], name, t)
+            if v is not None:
+                return v
+    return fallback
+
+
+# ---- Philox -----------------------------------------------------------------
+
+def philox(counter, key):
+    m0, m1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+    lo32 = np.uint64(0xFFFFFFFF)
+    c = [x.astype(np.uint64) for x in counter]
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = m0 * c[0], m1 * c[2]
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), p1 & lo32,
+             (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), p0 & lo32]
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c
+
+
+def dare_mask(n, seed, donor, name, density):
+    key = xxhash.xxh3_64_intdigest(
+        seed.to_bytes(8, "little") + donor.to_bytes(4, "little"))
+    h = xxhash.xxh3_64_intdigest(name.encode())
+    groups = np.arange((n + 3) // 4, dtype=np.uint64)
+    z = np.zeros_like(groups)
+    c = [groups & np.uint64(0xFFFFFFFF), groups >> np.uint64(32),
+         z + np.uint64(h & 0xFFFFFFFF), z + np.uint64(h >> 32)]
+    words = np.stack(philox(c, (key & 0xFFFFFFFF, key >> 32)), 1).ravel()[:n]
+    return words < np.uint64(int(np.floor(density * 2.0 ** 32 + 0.5)))
+
+
+# ---- methods ----------------------------------------------------------------
+
+def f32(v):
+    return v.astype(np.float32).astype(np.float64)
+
+
+def topk(d, density):
+    """0/1 mask of the entries kept by magnitude."""
+    m = np.abs(f32(d)).ravel()
+    if density >= 1:
+        return np.ones(d.shape, bool)
+    keep = np.zeros(m.size, bool)
+    if density > 0:
+        k = max(1, int(density * m.size))
+        keep[np.argsort(-m, kind="stable")[:k]] = True
+        keep &= m > 0
+    return keep.reshape(d.shape)
+
+
+def gta(method, b, donors, get, name, seed):
+    consensus, sparsifier, norm_default, rescale_default = METHODS[method]
+    normalize = bool(get("normalize", None, norm_default))
+    rescale = bool(get("rescale", None, rescale_default))
+    lam = get("lambda", None, 1.0)
+    parts, weights = [], []
+    for i, x in enumerate(donors):
+        w = get("weight", i, None)
+        density = get("density", i, 1.0)
+        d = x - b
+        if sparsifier == "magnitude" and density < 1:
+            kept = np.where(topk(d, density), d, 0.0)
+            if rescale:
+                before = np.abs(f32(d)).sum()
+                after = np.abs(f32(kept)).sum()
+                if before >= 1e-7 and after >= 1e-7:
+                    kept = kept * (before / after)
+            d = kept
+        elif sparsifier == "random" and density < 1:
+            if density <= 0:
+                d = np.zeros_like(d)
+            else:
+                m = dare_mask(d.size, seed, i, name, density).reshape(d.shape)
+                d = np.where(m, d / density if rescale else d, 0.0)
+        parts.append(d * w)
+        weights.append(w)
+    if not parts:
+        return b
+    total = sum(parts)
+    if consensus:
+        sign = np.where(total >= 0, 1.0, -1.0)
+        agree = [(np.sign(p) == sign) for p in parts]
+        mixed = sum(np.where(a, p, 0.0) for a, p in zip(agree, parts))
+        div = sum(np.where(a, w, 0.0) for a, w in zip(agree, weights))
+        div = np.where(div == 0, 1.0, div)
+    else:
+        mixed = total
+        div = sum(weights)
+        div = 1.0 if abs(div) < 1e-8 else div
+    if normalize:
+        mixed = mixed / div
+    return b + mixed * lam
+
+
+def slerp(t, a, b):
+    na, nb = np.linalg.norm(a), np.linalg.norm(b)
+    na, nb = (1.0 if na <= 1e-8 else na), (1.0 if nb <= 1e-8 else nb)
+    c = float(np.clip(np.dot(a.ravel() / na, b.ravel() / nb), -1, 1))
+    if abs(c) > 0.9995:
+        return (1 - t) * a + t * b
+    th = np.arccos(c)
+    return (np.sin((1 - t) * th) * a + np.sin(t * th) * b) / np.sin(th)
+
+
+# ---- recipe -----------------------------------------------------------------
+
+def slices_of(recipe, model):
+    base = recipe.get("base_model")
+    if "slices" in recipe:
+        return recipe["slices"]
+    models = list(recipe["models"])
+    if base is not None and all(m["model"] != base for m in models):
+        models.append({"model": base})
+    return [{"sources": [dict(m, layer_range=[0, model(m["model"]).layers()])
+                         for m in models]}]
+
+
+def expected(recipe, root, seed):
+    """Yields (output name, dtype, fp64 value, base value or None)."""
+    cache = {}
+
+    def model(ref):
+        if ref not in cache:
+            cache[ref] = Model(ref, root)
+        return cache[ref]
+
+    method = recipe["merge_method"]
+    slices = slices_of(recipe, model)
+    jobs = []  # (output name, slice, t, [(source, its tensor name)])
+    at = 0
+    for si, sl in enumerate(slices):
+        srcs = sl["sources"]
+        first = model(srcs[0]["model"])
+        r0 = srcs[0]["layer_range"]
+        count = r0[1] - r0[0]
+        for name in sorted(first.tensors):
+            lay = layer_of(name)
+            if not lay:
+                continue
+            if not r0[0] <= lay[0] < r0[1]:
+                continue
+            k = lay[0] - r0[0]
+            t = k / (count - 1) if count > 1 else 1.0
+            out = f"{lay[1]}.{at + k}.{lay[2]}"
+            jobs.append((out, sl, t, [
+                (s, f"{lay[1]}.{s['layer_range'][0] + k}.{lay[2]}")
+                for s in srcs]))
+        for name in sorted(first.tensors):
+            p = part_of(name)
+            if (p == "pre" and si == 0) or (
+                    p == "post" and si == len(slices) - 1):
+                jobs.append((name, sl, 0.0, [(s, name) for s in srcs]))
+        at += count
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    for out, sl, t, srcs in jobs:
+        base = sl.get("base_model", recipe.get("base_model"))
+        xs = [model(s["model"]).value(n) for s, n in srcs]
+        kinds = {model(s["model"]).dtype(n) for s, n in srcs}
+        dtype = kinds.pop() if len(kinds) == 1 else "F32"
+        for key in ("dtype", "out_dtype"):
+            if recipe.get(key):
+                dtype = names[recipe[key].replace("torch.", "")]
+        shared = [sl.get("parameters"), recipe.get("parameters")]
+        bi = next((i for i, (s, _) in enumerate(srcs) if s["model"] == base),
+                  None)
+        donors = [i for i in range(len(srcs)) if i != bi]
+
+        def get(key, donor, fallback):
+            if donor is None:
+                return lookup(shared, key, out, t, fallback)
+            s, n = srcs[donors[donor] if method in METHODS else donor]
+            return lookup([s.get("parameters")] + shared, key, n, t, fallback)
+
+        b = xs[bi] if bi is not None else None
+        if method in METHODS:
+            y = gta(method, b, [xs[i] for i in donors], get, out, seed)
+        elif method == "linear":
+            w = [get("weight", i, None) for i in range(len(xs))]
+            y = sum(wi * x for wi, x in zip(w, xs))
+            if get("normalize", None, True):
+                y = y / sum(w)
+        elif method == "slerp":
+            y = slerp(get("t", None, None), b, xs[donors[0]])
+        elif method == "passthrough":
+            y = xs[0]
+            scale = get("scale", 0, None)
+            if scale is not None:
+                y = y * scale
+        else:
+            raise SystemExit(f"oracle: method {method}")
+        yield out, dtype, y, b
+
+
+# ---- comparison -------------------------------------------------------------
+
+MANT = {"F32": 24, "BF16": 8, "F16": 11}
+EMIN = {"F32": -126, "BF16": -126, "F16": -14}
+
+
+def ulp(v, dtype):
+    """Size of one unit in the last place at |v|."""
+    e = np.maximum(np.frexp(np.abs(v))[1] - 1, EMIN[dtype])
+    return np.ldexp(1.0, e - (MANT[dtype] - 1))
+
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("recipe")
+    ap.add_argument("out")
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--model-dir", default=".")
+    ap.add_argument("--max-ulp", type=float, default=1.0)
+    a = ap.parse_args()
+    with open(a.recipe) as f:
+        recipe = yaml.safe_load(f)
+    got = read_model(a.out)
+    bad, worst, worst_name, n = [], 0.0, "-", 0
+    names = set()
+    slerping = recipe["merge_method"] == "slerp"
+    for name, dtype, want, base in expected(recipe, a.model_dir, a.seed):
+        names.add(name)
+        if name not in got:
+            bad.append(f"{name}: missing")
+            continue
+        if got[name][0] != dtype or got[name][1] != want.shape:
+            bad.append(f"{name}: {got[name][:2]} instead of {dtype, want.shape}")
+            continue
+        v = values(got[name])
+        noise = np.ldexp(np.abs(base if base is not None else want), -50)
+        err = np.maximum(np.abs(v - want) - noise, 0) / ulp(want, dtype)
+        n += v.size
+        e = float(err.max()) if err.size else 0.0
+        if slerping and e > a.max_ulp and base is not None:
+            rel = np.linalg.norm(v - want) / max(
+                np.linalg.norm(want - base), 1e-300)
+            if rel <= 1e-6:
+                e = 0.0
+        if e > worst:
+            worst, worst_name = e, name
+        if not e <= a.max_ulp:
+            i = int(err.argmax())
+            bad.append(f"{name}[{i}]: {v.ravel()[i]!r} instead of "
+                       f"{want.ravel()[i]!r} ({e:.2f} ulp, "
+                       f"{int((err > a.max_ulp).sum())} elements)")
+    extra = set(got) - names
+    if extra:
+        bad.append(f"unexpected tensors: {sorted(extra)[:3]}")
+    for b in bad[:20]:
+        print(b)
+    print(f"{os.path.basename(a.recipe)}: {len(names)} tensors, {n} elements, "
+          f"worst {worst:.3f} ulp ({worst_name}), {len(bad)} bad")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""run_oracle.py TVMERGE MODELS [RECIPE...]: merges every recipe of recipes/
+with two seeds' worth of options and has oracle.py recompute the result."""
+import glob
+import os
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def main():
+    tvmerge, models = map(os.path.abspath, sys.argv[1:3])
+    recipes = [os.path.abspath(r) for r in sys.argv[3:]] or sorted(
+        glob.glob(os.path.join(HERE, "recipes", "*.yml")))
+    failed = 0
+    for recipe in recipes:
+        random = "dare" in recipe
+        for seed in (0, 42) if random else (0,):
+            with tempfile.TemporaryDirectory() as tmp:
+                out = os.path.join(tmp, "out")
+                r = subprocess.run(
+                    [tvmerge, "run", recipe, out, "--random-seed", str(seed),
+                     "--progress=none", "-q"], cwd=models,
+                    capture_output=True, text=True)
+                if r.returncode:
+                    print(f"{os.path.basename(recipe)}: exit {r.returncode}: "
+                          f"{r.stderr.strip()}")
+                    failed += 1
+                    continue
+                failed += subprocess.run(
+                    [sys.executable, os.path.join(HERE, "oracle.py"), recipe,
+                     out, "--seed", str(seed), "--model-dir",
+                     models]).returncode != 0
+    print(f"{len(recipes)} recipes, {failed} failed")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
