@@ -43,11 +43,10 @@ static int run(struct tvc *c)
                          &c->err) != TV_OK)
         return tvc_fail(c, &c->err);
     if (c->out.json)
-        tvc_out_json(&c->out, json_pack("{s:s, s:o, s:o}", "schema",
-                                        "tvstore.compact/1", "before_bytes",
-                                        tvc_json_u64(r.before_bytes),
-                                        "after_bytes",
-                                        tvc_json_u64(r.after_bytes)));
+        tvc_out_json(&c->out,
+                     json_pack("{s:s, s:o, s:o}", "schema", "tvstore.compact/1",
+                               "before_bytes", tvc_json_u64(r.before_bytes),
+                               "after_bytes", tvc_json_u64(r.after_bytes)));
     else
         tvc_say(&c->out, "the store took %s, it now takes %s",
                 tv_format_bytes(r.before_bytes, a, sizeof a),
@@ -56,8 +55,8 @@ static int run(struct tvc *c)
 }
 
 static const struct argp_option options[] = {
-    {"scratch", KEY_SCRATCH, "DIR", 0,
-     "Make the copy in DIR, on another disk", 0},
+    {"scratch", KEY_SCRATCH, "DIR", 0, "Make the copy in DIR, on another disk",
+     0},
     {"lock-timeout", KEY_LOCK_TIMEOUT, "SECONDS", 0,
      "How long to wait for another writer (default: 10)", 0},
     {0}};

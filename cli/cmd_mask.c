@@ -71,8 +71,8 @@ static enum tv_err sets_open(struct tvc *c, const char *path, struct sets *s)
     for (size_t i = 0; i < s->list->n; i++) {
         const struct tv_derived *d = &s->list->items[i];
         if (s->n == 0 || s->all[s->n - 1].id != d->group)
-            s->all[s->n++] = (struct set){
-                .id = d->group, .about = d->about, .from = i};
+            s->all[s->n++] =
+                (struct set){.id = d->group, .about = d->about, .from = i};
         s->all[s->n - 1].to = i + 1;
         add_item(&s->all[s->n - 1], d);
     }
@@ -96,16 +96,15 @@ static json_t *about_json(const struct set *s)
 static json_t *set_json(const struct set *s)
 {
     char id[17];
-    return json_pack(
-        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "id",
-        id_of(s, id), "about", about_json(s), "n_tensors",
-        tvc_json_u64(s->n_masks), "elements", tvc_json_u64(s->elems), "kept",
-        tvc_json_u64(s->kept), "density",
-        tvc_json_real(ratio(s->kept, s->elems)), "bytes",
-        tvc_json_u64(s->bytes), "bits_per_weight",
-        tvc_json_real(8 * ratio(s->bytes, s->elems)), "n_task_vectors",
-        tvc_json_u64(s->n_vectors), "task_vector_bytes",
-        tvc_json_u64(s->vector_bytes));
+    return json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "id",
+                     id_of(s, id), "about", about_json(s), "n_tensors",
+                     tvc_json_u64(s->n_masks), "elements",
+                     tvc_json_u64(s->elems), "kept", tvc_json_u64(s->kept),
+                     "density", tvc_json_real(ratio(s->kept, s->elems)),
+                     "bytes", tvc_json_u64(s->bytes), "bits_per_weight",
+                     tvc_json_real(8 * ratio(s->bytes, s->elems)),
+                     "n_task_vectors", tvc_json_u64(s->n_vectors),
+                     "task_vector_bytes", tvc_json_u64(s->vector_bytes));
 }
 
 /* One member of the document as text. */
@@ -122,12 +121,13 @@ static const char *about_text(const json_t *doc, const char *key, char *dst,
     return dst;
 }
 
-/* ---- ls ------------------------------------------------------------------- */
+/* ---- ls -------------------------------------------------------------------
+ */
 
 static enum tv_err ls_table(struct tvc *c, const struct sets *s)
 {
     static const char *const headers[] = {
-        "SET",     "DONOR", "BASE",     "DENSITY", "TENSORS",
+        "SET",     "DONOR", "BASE",        "DENSITY",     "TENSORS",
         "WEIGHTS", "SIZE",  "BITS/WEIGHT", "TASK VECTORS"};
     struct tvc_table t;
     tvc_table_begin(&t, "lllrrrrrr", headers);
@@ -143,10 +143,9 @@ static enum tv_err ls_table(struct tvc *c, const struct sets *s)
         tvc_table_cell(&t, "%s", tvc_count(x->elems, a, sizeof a));
         tvc_table_cell(&t, "%s", tv_format_bytes(x->bytes, a, sizeof a));
         tvc_table_cell(&t, "%.3f", 8 * ratio(x->bytes, x->elems));
-        tvc_table_cell(&t, "%s",
-                       x->n_vectors
-                           ? tv_format_bytes(x->vector_bytes, a, sizeof a)
-                           : "-");
+        tvc_table_cell(
+            &t, "%s",
+            x->n_vectors ? tv_format_bytes(x->vector_bytes, a, sizeof a) : "-");
         json_decref(doc);
     }
     return tvc_table_end(&c->out, &t, &c->err);
@@ -165,15 +164,15 @@ static enum tv_err run_ls(struct tvc *c, const struct sets *s)
             tvc_out(&c->out, "%s\n", id_of(&s->all[i], id));
     }
     if (c->out.json)
-        tvc_out_json(&c->out,
-                     json_pack("{s:s, s:o}", "schema", "tvstore.mask.ls/1",
-                               "sets", list));
+        tvc_out_json(&c->out, json_pack("{s:s, s:o}", "schema",
+                                        "tvstore.mask.ls/1", "sets", list));
     else
         json_decref(list);
     return TV_OK;
 }
 
-/* ---- info ----------------------------------------------------------------- */
+/* ---- info -----------------------------------------------------------------
+ */
 
 /* The one set that a prefix of its number, or its donor, names. */
 static enum tv_err pick(struct tvc *c, const struct sets *s, const char *name,
@@ -239,9 +238,9 @@ out:
 static enum tv_err info_table(struct tvc *c, const struct sets *s,
                               const struct set *x)
 {
-    static const char *const headers[] = {"NAME",  "WEIGHTS",     "KEPT",
-                                          "DENSITY", "BYTES", "BITS/WEIGHT",
-                                          "TASK VECTOR"};
+    static const char *const headers[] = {
+        "NAME",  "WEIGHTS",     "KEPT",       "DENSITY",
+        "BYTES", "BITS/WEIGHT", "TASK VECTOR"};
     struct tvc_table t;
     tvc_table_begin(&t, "lrrrrrr", headers);
     for (size_t i = x->from; i < x->to; i++) {
@@ -301,7 +300,8 @@ out:
     return rc;
 }
 
-/* ---- overlap -------------------------------------------------------------- */
+/* ---- overlap --------------------------------------------------------------
+ */
 
 struct overlap {
     uint64_t both, either;
@@ -364,11 +364,11 @@ static enum tv_err overlap_sets(struct tvc *c, const struct sets *s,
         out->n_tensors++;
         if (tensors)
             (void)json_array_append_new(
-                tensors, json_pack("{s:o, s:o, s:o, s:o}", "name",
-                                   tvc_json_string(x->key.tensor), "both",
-                                   tvc_json_u64(both), "either",
-                                   tvc_json_u64(either), "jaccard",
-                                   tvc_json_real(ratio(both, either))));
+                tensors,
+                json_pack("{s:o, s:o, s:o, s:o}", "name",
+                          tvc_json_string(x->key.tensor), "both",
+                          tvc_json_u64(both), "either", tvc_json_u64(either),
+                          "jaccard", tvc_json_real(ratio(both, either))));
     }
 out:
     return rc;
@@ -390,12 +390,11 @@ static json_t *pair_json(const struct set *a, const struct set *b,
                          const struct overlap *o, json_t *tensors)
 {
     char x[17], y[17];
-    return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o}", "a", id_of(a, x),
-                     "b", id_of(b, y), "n_tensors",
-                     tvc_json_u64(o->n_tensors), "both", tvc_json_u64(o->both),
-                     "either", tvc_json_u64(o->either), "jaccard",
-                     tvc_json_real(ratio(o->both, o->either)), "tensors",
-                     tensors);
+    return json_pack(
+        "{s:s, s:s, s:o, s:o, s:o, s:o, s:o}", "a", id_of(a, x), "b",
+        id_of(b, y), "n_tensors", tvc_json_u64(o->n_tensors), "both",
+        tvc_json_u64(o->both), "either", tvc_json_u64(o->either), "jaccard",
+        tvc_json_real(ratio(o->both, o->either)), "tensors", tensors);
 }
 
 static enum tv_err run_overlap(struct tvc *c, const struct sets *s)
@@ -431,8 +430,8 @@ static enum tv_err run_overlap(struct tvc *c, const struct sets *s)
         }
     if (c->out.json) {
         tvc_out_json(&c->out,
-                     json_pack("{s:s, s:o}", "schema",
-                               "tvstore.mask.overlap/1", "pairs", pairs));
+                     json_pack("{s:s, s:o}", "schema", "tvstore.mask.overlap/1",
+                               "pairs", pairs));
         pairs = NULL;
         tvc_table_free(&t);
     } else {
@@ -447,7 +446,8 @@ out:
     return rc;
 }
 
-/* ---- the command ---------------------------------------------------------- */
+/* ---- the command ----------------------------------------------------------
+ */
 
 static int run(struct tvc *c)
 {

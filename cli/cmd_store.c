@@ -335,6 +335,7 @@ static enum tv_err gc_work(struct tvc *c, struct gc_result *r)
     TV_TRY(tv_store_stat(store, &before, err));
     if (o->derived)
         TV_TRY(tv_derived_evict_all(store, &r->n_evicted, err));
+    TV_TRY(tvm_runs_sweep(store, err));
     TV_TRY(tv_store_gc(store, &r->freed, err));
     TV_TRY(tv_store_stat(store, &after, err));
     /* Together: gc alone does not see what was evicted before it. */
@@ -388,6 +389,11 @@ static enum tv_err gc_in_child(struct tvc *c, struct gc_result *out)
         *out = r;
         return r.rc;
     }
+    /* Somebody's kill, or the kernel's for want of memory, is no damage. */
+    if (WIFSIGNALED(status) &&
+        (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM))
+        return tv_error_set(&c->err, TV_E_IO, "gc was ended by signal %d",
+                            WTERMSIG(status));
     (void)tv_error_set(&c->err, TV_E_CORRUPT,
                        "store %s is damaged: reading it ended with signal %d",
                        c->pos[0], WIFSIGNALED(status) ? WTERMSIG(status) : 0);

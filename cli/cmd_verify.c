@@ -136,9 +136,17 @@ static void take_all(struct tvc *c, int fd, struct outcome *o)
     tv_buf_free(&all);
 }
 
-static void add_crash(struct outcome *o, int status)
+static void add_crash(struct tvc *c, struct outcome *o, int status)
 {
     char what[160];
+    /* Somebody's kill, or the kernel's for want of memory, is no damage. */
+    if (WIFSIGNALED(status) &&
+        (WTERMSIG(status) == SIGKILL || WTERMSIG(status) == SIGTERM)) {
+        o->code =
+            tv_error_set(&c->err, TV_E_IO, "verify was ended by signal %d",
+                         WTERMSIG(status));
+        return;
+    }
     if (WIFSIGNALED(status))
         (void)snprintf(what, sizeof what,
                        "the store's tree is damaged: reading it ended with "
@@ -215,7 +223,10 @@ static int run(struct tvc *c)
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
         ;
     if (!o.ended)
-        add_crash(&o, status);
+        add_crash(c, &o, status);
+    /* After the first damage LMDB may call the rest a mistake of ours. */
+    if (o.code != TV_OK && json_array_size(o.problems) > 0)
+        o.code = TV_E_CORRUPT;
     /* What kept the store from being looked at is no finding. */
     if (o.code != TV_OK && o.code != TV_E_CORRUPT &&
         json_array_size(o.problems) == 0)

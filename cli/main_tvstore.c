@@ -5,9 +5,9 @@
 #include "tvstore.h"
 
 static const struct tvc_command *const commands[] = {
-    &tvc_cmd_init,  &tvc_cmd_import, &tvc_cmd_ls,   &tvc_cmd_info,
-    &tvc_cmd_cat,   &tvc_cmd_export, &tvc_cmd_diff, &tvc_cmd_stat,
-    &tvc_cmd_quota, &tvc_cmd_mask,   &tvc_cmd_rm,   &tvc_cmd_gc,
+    &tvc_cmd_init,    &tvc_cmd_import, &tvc_cmd_ls,   &tvc_cmd_info,
+    &tvc_cmd_cat,     &tvc_cmd_export, &tvc_cmd_diff, &tvc_cmd_stat,
+    &tvc_cmd_quota,   &tvc_cmd_mask,   &tvc_cmd_rm,   &tvc_cmd_gc,
     &tvc_cmd_compact, &tvc_cmd_verify,
 };
 

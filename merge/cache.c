@@ -211,6 +211,22 @@ out:
     return rc;
 }
 
+/* A merge into a directory only reads the store, and readers never wait: where
+ * another process is writing, nothing is pinned, noted or kept. A merge into
+ * the store holds the lock already. */
+static bool may_write(struct tvm_cache *c)
+{
+    return c->writable &&
+           (c->plan->options.into ||
+            tv_store_lock(c->store, "tvmerge run", 0, NULL) == TV_OK);
+}
+
+static void has_written(struct tvm_cache *c)
+{
+    if (!c->plan->options.into)
+        tv_store_unlock(c->store);
+}
+
 static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
@@ -236,7 +252,10 @@ static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
     }
     tv_read_end(r);
     r = NULL;
+    if (n_pins == 0 || !may_write(c))
+        goto out;
     rc = tv_derived_pin(c->store, pins, n_pins, err);
+    has_written(c);
     if (rc == TV_E_NOSPACE) { /* they may go: so be it */
         tv_error_clear(err);
         rc = TV_OK;
@@ -280,8 +299,8 @@ enum tv_err tvm_cache_open(const struct tvm_plan *p, uint64_t budget,
     c->n = n;
     c->dirty_max = budget / 4 < DIRTY_MAX ? budget / 4 : DIRTY_MAX;
     c->staging_max = budget - own - c->dirty_max;
-    c->staging_max -= c->staging_max / 2 < ENCODE_BYTES ? c->staging_max / 2
-                                                        : ENCODE_BYTES;
+    c->staging_max -=
+        c->staging_max / 2 < ENCODE_BYTES ? c->staging_max / 2 : ENCODE_BYTES;
     c->writable = !tv_store_is_read_only(c->store);
     c->entries = tv_calloc(n + 1, sizeof *c->entries);
     c->first = tv_calloc(p->n_tensors + 1, sizeof *c->first);
@@ -319,10 +338,11 @@ void tvm_cache_close(struct tvm_cache *c, bool write)
         if (c->entries[i].used_mask)
             keys[n++] = key_of(c, &c->entries[i], TV_MASK);
     }
-    if (write && c->writable && keys &&
-        tv_derived_release(c->store, keys, n, NULL) != TV_OK) {
-        /* The pins end with this process. */
-        c->broken = true;
+    if (write && keys && may_write(c)) {
+        /* When it fails: the pins end with this process. */
+        if (tv_derived_release(c->store, keys, n, NULL) != TV_OK)
+            c->broken = true;
+        has_written(c);
     }
     tv_free(keys);
     while (c->queue) {
@@ -487,8 +507,8 @@ out:
 
 /* Hands what was made over to the queue, or drops it. */
 static void queue_item(struct tvm_cache *c, struct tvm_cache_entry *e,
-                       struct tvm_cached *t, struct tv_derived_new p,
-                       void *a, void *b, uint64_t bytes)
+                       struct tvm_cached *t, struct tv_derived_new p, void *a,
+                       void *b, uint64_t bytes)
 {
     struct item *it = tv_calloc(1, sizeof *it);
     char *about = about_of(c->plan, e);
@@ -500,8 +520,7 @@ static void queue_item(struct tvm_cache *c, struct tvm_cache_entry *e,
         return;
     }
     p.about = about;
-    *it = (struct item){
-        .entry = e, .p = p, .owned = {a, b}, .bytes = bytes};
+    *it = (struct item){.entry = e, .p = p, .owned = {a, b}, .bytes = bytes};
     t->bytes -= bytes; /* goes on counting, for the queue */
     (void)pthread_mutex_lock(&c->mutex);
     if (!c->queue)
@@ -512,8 +531,8 @@ static void queue_item(struct tvm_cache *c, struct tvm_cache_entry *e,
     (void)pthread_mutex_unlock(&c->mutex);
 }
 
-static void end_source(struct tvm_cache *c, size_t tensor,
-                       struct tvm_cached *t, size_t source, bool done)
+static void end_source(struct tvm_cache *c, size_t tensor, struct tvm_cached *t,
+                       size_t source, bool done)
 {
     struct tvm_cached_source *s = &t->src[source];
     const struct tvm_tensor *pt = &c->plan->tensors[tensor];
@@ -533,8 +552,7 @@ static void end_source(struct tvm_cache *c, size_t tensor,
         p.has_sums = t->trim[source].has_sums;
         p.sum_all = t->trim[source].sum_all;
         p.sum_kept = t->trim[source].sum_kept;
-        queue_item(c, s->entry, t, p, s->words, NULL,
-                   words_bytes(pt->n_elems));
+        queue_item(c, s->entry, t, p, s->words, NULL, words_bytes(pt->n_elems));
         s->words = NULL;
     }
     if (done && s->values) {
@@ -631,9 +649,8 @@ bool tvm_cache_pending(struct tvm_cache *c, bool all)
     if (!c)
         return false;
     (void)pthread_mutex_lock(&c->mutex);
-    const bool yes =
-        c->queue && (all || c->queued >= c->staging_max / 4 ||
-                     now() - c->t_queued >= FLUSH_SECONDS);
+    const bool yes = c->queue && (all || c->queued >= c->staging_max / 4 ||
+                                  now() - c->t_queued >= FLUSH_SECONDS);
     (void)pthread_mutex_unlock(&c->mutex);
     return yes;
 }
@@ -665,19 +682,20 @@ void tvm_cache_flush(struct tvm_cache *c, uint64_t keep_free)
     c->queued = 0;
     const bool broken = c->broken;
     (void)pthread_mutex_unlock(&c->mutex);
-    if (!broken)
+    if (!broken && n > 0)
         all = tv_calloc(n, sizeof *all);
-    if (all) {
+    if (all && may_write(c)) {
         size_t i = 0;
         for (const struct item *it = list; it; it = it->next)
             all[i++] = it->p;
-        const enum tv_err rc = tv_derived_store(c->store, all, n, c->dirty_max,
-                                                keep_free, NULL);
+        const enum tv_err rc =
+            tv_derived_store(c->store, all, n, c->dirty_max, keep_free, NULL);
         (void)pthread_mutex_lock(&c->mutex);
         c->broken = c->broken || rc != TV_OK;
         for (i = 0; i < n; i++)
             count_stored(c, &all[i]);
         (void)pthread_mutex_unlock(&c->mutex);
+        has_written(c);
     }
     tv_free(all);
     while (list) {

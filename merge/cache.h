@@ -35,8 +35,8 @@ struct tvm_cached_source {
     uint64_t *words;               /* the mask in the making */
     unsigned char *values;         /* the task vector in the making */
     uint64_t *before;
-    enum tv_dtype dtype;           /* of values */
-    _Atomic uint64_t n_nonfinite;  /* of the donor */
+    enum tv_dtype dtype;          /* of values */
+    _Atomic uint64_t n_nonfinite; /* of the donor */
 };
 
 struct tvm_cached { /* of one tensor in work */

@@ -57,7 +57,7 @@ struct geometry { /* how the memory budget is spent */
     uint64_t window_bytes; /* for all slots together */
     uint64_t other_bytes;  /* journal or dirty pages */
     uint64_t most_slot_bytes;
-    uint64_t cache_bytes;  /* masks and task vectors of the store */
+    uint64_t cache_bytes; /* masks and task vectors of the store */
 };
 
 /* Parts of a slot's memory, in order. */
@@ -306,7 +306,7 @@ struct slot { /* a tensor being worked on */
     uint32_t n_local;
     _Atomic uint64_t n_nonfinite_in, n_nonfinite_out;
     unsigned char *mem;
-    uint64_t cap, extra;     /* bytes of mem; bytes of readers */
+    uint64_t cap, extra; /* bytes of mem; bytes of readers */
     struct tvm_cached cached;
 };
 
@@ -320,7 +320,7 @@ struct put { /* a tile on its way to an ordered sink */
 struct worker {
     float *src; /* [n_sources][TVM_BLOCK], then dst */
     float *dst, *l;
-    uint64_t *mask, *known_words; /* [n_sources][BLOCK_WORDS] each */
+    uint64_t *mask, *known_words;   /* [n_sources][BLOCK_WORDS] each */
     const uint64_t **known, **made; /* [n_sources] */
     unsigned char *buf;
     uint64_t bytes_read, bytes_written;
@@ -684,9 +684,8 @@ static const float *read_block(struct exec *ex, struct worker *w,
 {
     const struct tvk_table *k = ex->k;
     float *at = w->src + source * TVM_BLOCK;
-    const uint64_t *mask =
-        tvm_cached_mask(&s->cached, source, start, n,
-                        w->known_words + source * BLOCK_WORDS);
+    const uint64_t *mask = tvm_cached_mask(
+        &s->cached, source, start, n, w->known_words + source * BLOCK_WORDS);
 
     w->known[source] = mask;
     w->made[source] = NULL;
@@ -1217,8 +1216,8 @@ static enum tv_err set_up(struct exec *ex, struct tv_error *err)
         w->mask = (uint64_t *)(void *)(w->l + g->l_floats);
         const size_t most = g->mask_words / (2 * BLOCK_WORDS + 2);
         w->known_words = w->mask + most * BLOCK_WORDS;
-        w->known = (const uint64_t **)(void *)(w->known_words +
-                                               most * BLOCK_WORDS);
+        w->known =
+            (const uint64_t **)(void *)(w->known_words + most * BLOCK_WORDS);
         w->made = w->known + most;
     }
     for (unsigned i = 0; i < g->n_bufs; i++) {

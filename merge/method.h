@@ -37,8 +37,8 @@ enum tvm_missing {
 /* What is known of the trimming of one source before the first phase, or found
  * by the last one. */
 struct tvm_trim {
-    bool known;      /* the mask is given with each tile: do not look for it */
-    bool has_sums;   /* of |x - base| over all and over kept elements */
+    bool known;    /* the mask is given with each tile: do not look for it */
+    bool has_sums; /* of |x - base| over all and over kept elements */
     double sum_all, sum_kept;
 };
 
@@ -51,7 +51,7 @@ struct tvm_job {
     uint64_t tile_elems; /* elements per tile of this tensor */
     uint64_t n_tiles;
     unsigned n_workers; /* highest worker index + 1 */
-    void *state; /* state_bytes(job) of zeroed memory */
+    void *state;        /* state_bytes(job) of zeroed memory */
     unsigned phase;
     struct tvm_trim *trim; /* [n_sources], or NULL: nothing is known */
 };
@@ -63,7 +63,7 @@ struct tvm_tile {
     uint64_t first, n; /* first element and elements of the tile */
     unsigned worker;
     uint64_t *mask_words; /* [n_sources][TVM_BLOCK / 64] of scratch */
-    void *tile_state;       /* tile_bytes() of zeroed memory per tile */
+    void *tile_state;     /* tile_bytes() of zeroed memory per tile */
     /* Of the block at hand: masks of the sources whose trim is known, and where
      * combine notes those that it has made (may be NULL). */
     const uint64_t *const *known;
@@ -103,9 +103,9 @@ struct tvm_method {
     /* dst [n] is what the output tensor gets, before rounding to its dtype. */
     void (*combine)(struct tvm_job *job, struct tvm_tile *tile,
                     const float *const *x, float *dst, size_t n);
-    /* Is a source reduced to the entries in which it differs most from the base,
-     * so that the result depends on which these are, and never on the others?
-     * *density of them; *needs_sums: rescaled. NULL: none ever is. */
+    /* Is a source reduced to the entries in which it differs most from the
+     * base, so that the result depends on which these are, and never on the
+     * others? *density of them; *needs_sums: rescaled. NULL: none ever is. */
     bool (*trims)(const struct tvm_tensor *t, size_t source, double *density,
                   bool *needs_sums);
     /* Called at the start of each tile of each pass; may be NULL. */

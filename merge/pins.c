@@ -121,6 +121,7 @@ enum tv_err tvm_pins_put(const struct tvm_plan *p, const char *out,
     char path[PATH_MAX];
     char *id = NULL;
     char *text = NULL;
+    bool locked = false;
 
     *run = NULL;
     if (!store || tv_store_is_read_only(store) || !reads_store(p))
@@ -135,6 +136,11 @@ enum tv_err tvm_pins_put(const struct tvm_plan *p, const char *out,
         rc = no_memory(err);
         goto out;
     }
+    /* A merge into a directory only reads the store, and readers never wait:
+     * while another process writes, it goes on without pins. */
+    if (tv_store_lock(store, "tvmerge run", 0, NULL) != TV_OK)
+        goto out;
+    locked = true;
     TV_TRY(tv_batch_begin(store, !p->options.sync, err, &b));
     TV_TRY(tv_run_drop(b, id, err));
     TV_TRY(tv_run_put(b, id, text, strlen(text), err));
@@ -146,6 +152,8 @@ enum tv_err tvm_pins_put(const struct tvm_plan *p, const char *out,
     id = NULL;
 out:
     tv_batch_abort(b);
+    if (locked)
+        tv_store_unlock(store);
     tv_free(text);
     tv_free(id);
     return rc;
@@ -157,12 +165,16 @@ enum tv_err tvm_pins_drop(tv_store *store, const char *run,
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
 
+    /* As above; a pin that stays is stale and goes with the next sweep. */
+    if (tv_store_lock(store, "tvmerge run", 0, NULL) != TV_OK)
+        return TV_OK;
     TV_TRY(tv_batch_begin(store, false, err, &b));
     TV_TRY(tv_run_drop(b, run, err));
     rc = tv_batch_commit(b, err);
     b = NULL;
 out:
     tv_batch_abort(b);
+    tv_store_unlock(store);
     return rc;
 }
 

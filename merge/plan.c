@@ -507,8 +507,10 @@ static void check_shared_quota(struct planner *pl)
         tv_store_stat(plan->options.store, &st, NULL) != TV_OK ||
         st.quota_bytes == 0)
         return;
-    const uint64_t want = add_capped(plan->peak_disk_bytes, st.used_bytes);
-    if (want <= st.quota_bytes)
+    uint64_t missing = 0;
+    if (tv_store_charge_check(plan->options.store, plan->peak_disk_bytes,
+                              &missing, NULL) != TV_OK ||
+        missing == 0)
         return;
     plan_report(pl, "shared quota", 1, true, TV_E_NOSPACE, "",
                 "quota of the store (%s): it takes %s and the output needs "
@@ -516,7 +518,7 @@ static void check_shared_quota(struct planner *pl)
                 tv_format_bytes(st.quota_bytes, a, sizeof(a)),
                 tv_format_bytes(st.used_bytes, b, sizeof(b)),
                 (unsigned long long)plan->peak_disk_bytes,
-                tv_format_bytes(want - st.quota_bytes, c, sizeof(c)),
+                tv_format_bytes(missing, c, sizeof(c)),
                 what_could_go(plan->options.store, go));
 }
 
@@ -629,12 +631,37 @@ out:
     return rc;
 }
 
+/* Bytes of the output that the store has already, of an interrupted run or of a
+ * finished one: they are in use, and need not be written again. */
+static uint64_t bytes_there(const struct tvm_plan *plan)
+{
+    tv_read *r = NULL;
+    struct tv_object **list = NULL;
+    size_t n = 0;
+    uint64_t bytes = 0;
+    if (tv_read_begin(plan->options.store, NULL, &r) == TV_OK &&
+        tv_object_list(r, true, NULL, &list, &n) == TV_OK) {
+        for (size_t i = 0; i < n; i++) {
+            const bool same = strcmp(list[i]->name, plan->options.into) == 0;
+            if (same && list[i]->complete && !plan->options.force)
+                bytes = UINT64_MAX; /* nothing will be written */
+            else if (same && !list[i]->complete)
+                bytes = add_capped(bytes, list[i]->bytes);
+            tv_object_free(list[i]);
+        }
+        tv_free(list);
+    }
+    tv_read_end(r);
+    return bytes;
+}
+
 static enum tv_err check_store(struct planner *pl)
 {
     const struct tvm_plan *const plan = pl->plan;
     struct tv_store_stat st;
     struct tv_error e;
     uint64_t disk = 0;
+    uint64_t need = plan->peak_disk_bytes;
     enum tv_err rc = TV_OK;
 
     tv_error_clear(&e);
@@ -648,6 +675,8 @@ static enum tv_err check_store(struct planner *pl)
         plan_report(pl, "store", 1, true, rc, "", "%s", e.msg);
         return TV_OK;
     }
+    const uint64_t there = bytes_there(plan);
+    need = need > there ? need - there : 0;
     if (st.quota_bytes != 0) {
         /* Derived data make room for a merge. */
         const uint64_t spare =
@@ -656,13 +685,12 @@ static enum tv_err check_store(struct planner *pl)
             add_capped(st.used_bytes > spare ? st.used_bytes - spare : 0,
                        st.charged_bytes);
         const uint64_t room = st.quota_bytes > live ? st.quota_bytes - live : 0;
-        if (plan->peak_disk_bytes > room)
-            report_space(pl, "quota of the store", plan->peak_disk_bytes, room);
+        if (need > room)
+            report_space(pl, "quota of the store", need, room);
     }
     if (tv_disk_free(tv_store_path(plan->options.store), &disk, &e) == TV_OK &&
-        plan->peak_disk_bytes > add_capped(disk, st.free_bytes))
-        report_space(pl, "disk", plan->peak_disk_bytes,
-                     add_capped(disk, st.free_bytes));
+        need > add_capped(disk, st.free_bytes))
+        report_space(pl, "disk", need, add_capped(disk, st.free_bytes));
     return TV_OK;
 }
 

@@ -16,6 +16,8 @@
 #include "tv/derived.h"
 #include "tv/sys.h"
 
+#define SPARE_BYTES (1u << 20)
+
 static bool has(const char *dir, const char *name)
 {
     char *path = tv_path_join(dir, name);
@@ -103,5 +105,12 @@ enum tv_err tvm_room_into(const struct tvm_plan *p,
     for (size_t i = 0; i < p->n_tensors; i++)
         if (!done[i].done)
             bytes += p->tensors[i].bytes + 4096;
-    return bytes > 0 ? tv_derived_reserve(p->options.store, bytes, err) : TV_OK;
+    if (bytes == 0)
+        return TV_OK;
+    /* With room to spare, since values want pages in a row; without, when that
+     * is all there is. */
+    if (tv_derived_reserve(p->options.store, bytes + bytes / 16 + SPARE_BYTES,
+                           NULL) == TV_OK)
+        return TV_OK;
+    return tv_derived_reserve(p->options.store, bytes, err);
 }

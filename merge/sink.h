@@ -59,8 +59,8 @@ struct tvm_sink {
     bool ordered;
     bool stopping;                /* set before the last commit of a run that
                                      ends early: what is half done is lost */
-    uint64_t commit_bytes; /* group size that is worth a commit */
-    bool busy; /* has a batch of the plan's store open */
+    uint64_t commit_bytes;        /* group size that is worth a commit */
+    bool busy;                    /* has a batch of the plan's store open */
     struct tvm_tensor_done *done; /* [plan->n_tensors] */
     bool already_done;            /* the same merge is complete */
     struct tvm_totals totals;     /* of it */

@@ -395,7 +395,8 @@ static void compare_inputs(struct diff *d, const json_t *a, const json_t *b)
         const json_t *x = ref ? input_of(a, ref) : NULL;
         if (x && !json_equal(x, y) && d->n++ < NAMED_MAX)
             say(d,
-                "%sinput '%s' has changed (size, time or header of its files)",
+                "%sinput '%s' has changed (size, time, header or contents of "
+                "its files)",
                 d->n > 1 ? "; " : "", ref);
     }
 }

@@ -14,10 +14,11 @@
 #include "arena.h"
 #include "tv/merge.h"
 
-#define TVM_YAML_BYTES_MAX   (1u << 20) /* of a recipe file */
-#define TVM_YAML_DEPTH_MAX   64u
-#define TVM_YAML_NODES_MAX   100000u /* aliases counted as what they stand for \
-                                      */
+#define TVM_YAML_BYTES_MAX (1u << 20) /* of a recipe file */
+#define TVM_YAML_DEPTH_MAX 64u
+#define TVM_YAML_NODES_MAX                                                     \
+    100000u /* aliases counted as what they stand for                          \
+             */
 #define TVM_YAML_ANCHORS_MAX 1000u
 
 enum tvm_node_kind { TVM_NODE_SCALAR = 0, TVM_NODE_LIST = 1, TVM_NODE_MAP = 2 };

@@ -30,20 +30,21 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 
-#define COPY_FILE  "data.mdb.compact"
-#define JOB_FILE   "compact.job"
-#define JOB_FRESH  "compact.job.new"
-#define JOB_HEAD   "tvstore-compact/1"
-#define JOB_MAX    (64u << 10)
-#define PIECE      ((size_t)1 << 20)
-#define SLACK      ((uint64_t)64 << 10)
+#define COPY_FILE "data.mdb.compact"
+#define JOB_FILE  "compact.job"
+#define JOB_FRESH "compact.job.new"
+#define JOB_HEAD  "tvstore-compact/1"
+#define JOB_MAX   (64u << 10)
+#define PIECE     ((size_t)1 << 20)
+#define SLACK     ((uint64_t)64 << 10)
 
 static enum tv_err no_memory(struct tv_error *err)
 {
     return tv_error_set(err, TV_E_NOMEM, "no memory to compact a store");
 }
 
-/* ---- room ----------------------------------------------------------------- */
+/* ---- room -----------------------------------------------------------------
+ */
 
 static enum tv_err live_bytes(tv_store *s, uint64_t *live, uint64_t *quota,
                               uint64_t *bound, struct tv_error *err)
@@ -98,7 +99,8 @@ out:
     return rc;
 }
 
-/* ---- copying -------------------------------------------------------------- */
+/* ---- copying --------------------------------------------------------------
+ */
 
 /* Every table of the copy must have what the store has. */
 static enum tv_err check_copy(tv_store *s, const char *path,
@@ -186,8 +188,8 @@ static enum tv_err copy_file(const char *from, const char *to, uint64_t *bytes,
         goto out;
     }
     if (to != NULL) {
-        out = tv_sys()->open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,
-                             0644);
+        out =
+            tv_sys()->open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
         if (out < 0) {
             rc = tv_error_sys(err, errno, "cannot create %s", to);
             goto out;
@@ -218,7 +220,8 @@ out:
     return rc;
 }
 
-/* ---- the job -------------------------------------------------------------- */
+/* ---- the job --------------------------------------------------------------
+ */
 
 struct job {
     char *from; /* absolute path of the copy */
@@ -226,7 +229,8 @@ struct job {
     struct tv_hash hash;
 };
 
-/* By way of `fresh`, which compact_tidy knows, so that a kill leaves nothing. */
+/* By way of `fresh`, which compact_tidy knows, so that a kill leaves nothing.
+ */
 static enum tv_err job_write(const char *fresh, const char *path,
                              const struct job *j, struct tv_error *err)
 {
@@ -293,8 +297,8 @@ static enum tv_err bring_back(const char *store, const struct job *j,
         goto out;
     }
     rc = copy_file(j->from, copy, &now.bytes, &now.hash, err);
-    if (rc == TV_OK && (now.bytes != j->bytes ||
-                        !tv_hash_equal(now.hash, j->hash)))
+    if (rc == TV_OK &&
+        (now.bytes != j->bytes || !tv_hash_equal(now.hash, j->hash)))
         rc = tv_error_set(err, TV_E_CORRUPT, "%s is not the copy that was made",
                           j->from);
     if (rc != TV_OK) {
@@ -366,7 +370,8 @@ void compact_tidy(const tv_store *s)
     }
 }
 
-/* ---- the two ways --------------------------------------------------------- */
+/* ---- the two ways ---------------------------------------------------------
+ */
 
 static enum tv_err beside(tv_store *s, struct tv_error *err)
 {
@@ -399,8 +404,8 @@ static enum tv_err by_scratch(tv_store *s, const char *scratch,
         goto out;
     }
     if (strcmp(dir, own) == 0) {
-        rc = tv_error_set(err, TV_E_USAGE,
-                          "--scratch %s is the store itself", scratch);
+        rc = tv_error_set(err, TV_E_USAGE, "--scratch %s is the store itself",
+                          scratch);
         goto out;
     }
     /* The same name each time: what a kill leaves there is written over. */
@@ -427,6 +432,35 @@ out:
     tv_free(fresh);
     tv_free(j.from);
     tv_free(path);
+    return rc;
+}
+
+enum tv_err store_shrink(tv_store *s, uint64_t bytes, uint64_t live_max,
+                         bool *done, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    uint64_t live = 0, quota = 0, bound = 0, used = 0, disk = 0;
+    *done = false;
+    if (s->read_only || atomic_load(&s->n_txns) != 0)
+        return TV_OK;
+    /* Some pages stay with any copy. */
+    TV_TRY(derived_free(s, bytes + SLACK, err));
+    TV_TRY(live_bytes(s, &live, &quota, &bound, err));
+    TV_TRY(tv_disk_used(s->path, &used, err));
+    TV_TRY(tv_disk_free(s->path, &disk, err));
+    if (live > live_max || disk < live + SLACK ||
+        (quota != 0 && used + live + SLACK > bound))
+        goto out;
+    if (session_exclusive(s, NULL) != TV_OK)
+        goto out;
+    rc = beside(s, err);
+    if (rc == TV_OK) {
+        store_close_data(s);
+        rc = store_open_data(s, err);
+        *done = rc == TV_OK;
+    }
+    session_share(s);
+out:
     return rc;
 }
 

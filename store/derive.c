@@ -20,8 +20,8 @@ struct writing {
     tv_batch *b;
     struct space space; /* of the batch, what is left of it */
     uint64_t growth;
-    size_t first; /* item of this batch that is not committed yet */
-    size_t at;    /* item at hand */
+    size_t first;    /* item of this batch that is not committed yet */
+    size_t at;       /* item at hand */
     uint64_t *pages; /* [cap_pages] of the item's chunks */
     size_t cap_pages;
 };
@@ -95,33 +95,29 @@ static enum tv_err count_pages(struct writing *w, uint64_t from, size_t *n,
     const uint64_t all = n_chunks_of(p);
     *n = (size_t)(all - from);
     if (*n > w->cap_pages) {
-        uint64_t *more =
-            (uint64_t *)tv_realloc(w->pages, *n * sizeof *more);
+        uint64_t *more = (uint64_t *)tv_realloc(w->pages, *n * sizeof *more);
         if (more == NULL)
             return tv_error_set(err, TV_E_NOMEM, "no memory for a mask");
         w->pages = more;
         w->cap_pages = *n;
     }
     for (size_t i = 0; i < *n; i++)
-        w->pages[i] =
-            value_pages(chunk_bound(p, from + i), w->s->page_bytes);
+        w->pages[i] = value_pages(chunk_bound(p, from + i), w->s->page_bytes);
     return TV_OK;
 }
 
 /* Has the batch at hand room for pages[n] more? */
 static bool fits_batch(struct writing *w, size_t n)
 {
-    const uint64_t limit = quota_pages(w->b->bound, w->s->page_bytes);
+    const uint64_t limit = quota_pages(w->b);
     if (limit == UINT64_MAX)
         return true;
     const uint64_t growth = space_growth(&w->space, w->pages, n, 4);
     w->space.n_free -= w->space.n_free < 4 ? w->space.n_free : 4;
     w->growth += growth;
-    const uint64_t keep = w->keep_pages > w->space.n_free
-                              ? w->keep_pages - w->space.n_free
-                              : 0;
-    return w->growth + keep == 0 ||
-           w->space.end + w->growth + keep <= limit;
+    const uint64_t keep =
+        w->keep_pages > w->space.n_free ? w->keep_pages - w->space.n_free : 0;
+    return w->growth + keep == 0 || w->space.end + w->growth + keep <= limit;
 }
 
 /* A batch with room for the item from chunk `from` on; w->b NULL when there is
@@ -278,10 +274,9 @@ static enum tv_err go_on(struct writing *w, const struct rec_key *k,
     TV_TRY(need_batch(w, from, err));
     if (w->b == NULL)
         goto out;
-    TV_TRY(derived_get(&w->b->t, w->items[w->at].key.kind, k, &found, &now,
-                       err));
-    *lost = !found || now.state != REC_PARTIAL ||
-            now.session != w->s->session;
+    TV_TRY(
+        derived_get(&w->b->t, w->items[w->at].key.kind, k, &found, &now, err));
+    *lost = !found || now.state != REC_PARTIAL || now.session != w->s->session;
 out:
     return rc;
 }
@@ -340,8 +335,7 @@ static enum tv_err put_item(struct writing *w, struct tv_error *err)
     TV_TRY(derived_group_join(w->b, p->about, &r.group, err));
     TV_TRY(derived_touch(w->b, p->key.kind, &k, &r, err));
     for (uint64_t i = 0; i < n; i++) {
-        if (w->b->dirty > 0 &&
-            w->b->dirty + chunk_bound(p, i) > w->dirty_max) {
+        if (w->b->dirty > 0 && w->b->dirty + chunk_bound(p, i) > w->dirty_max) {
             TV_TRY(derived_put(w->b, p->key.kind, &k, &r, err));
             TV_TRY(end_batch(w, w->at, err));
             TV_TRY(go_on(w, &k, i, &lost, err));

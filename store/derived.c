@@ -272,9 +272,8 @@ static enum tv_err mask_open(const struct txn *t, const struct rec_key *k,
         const unsigned char *data = NULL;
         const char *why = NULL;
         TV_TRY(part_open(t, TV_MASK, k, r, i, &p, &data, &m->copies[i], err));
-        const enum tv_err seen =
-            mask_chunk_open(data, (size_t)p.c.bytes, p.flags, p.c.n_elems,
-                            &m->chunks[i], &why);
+        const enum tv_err seen = mask_chunk_open(
+            data, (size_t)p.c.bytes, p.flags, p.c.n_elems, &m->chunks[i], &why);
         if (seen != TV_OK) {
             rc = damaged(t->s, TV_MASK, r->name, why, err);
             goto out;

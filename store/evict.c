@@ -21,11 +21,11 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 
-#define PIN_HEAD       17u /* '@' and 16 hex digits */
-#define EVICT_CHUNKS   256u
-#define TREE_PAGES     24u               /* copied by any commit of ours */
-#define DISK_LEAST     ((uint64_t)64 << 20)
-#define IN_LEAF_BYTES  1900u             /* larger values get pages of their own */
+#define PIN_HEAD      17u /* '@' and 16 hex digits */
+#define EVICT_CHUNKS  256u
+#define TREE_PAGES    24u /* copied by any commit of ours */
+#define DISK_LEAST    ((uint64_t)64 << 20)
+#define IN_LEAF_BYTES 1900u /* larger values get pages of their own */
 
 uint64_t value_pages(uint64_t bytes, size_t page_bytes)
 {
@@ -272,8 +272,7 @@ enum tv_err derived_pins_read(const struct txn *t, struct derived_pins *out,
             continue;
         if (out->n == out->cap) {
             const size_t cap = out->cap == 0 ? 64 : out->cap * 2;
-            uint64_t *p =
-                (uint64_t *)tv_realloc(out->ids, cap * sizeof *p);
+            uint64_t *p = (uint64_t *)tv_realloc(out->ids, cap * sizeof *p);
             if (p == NULL) {
                 rc = tv_error_set(err, TV_E_NOMEM, "no memory for a list");
                 goto out;
@@ -417,10 +416,9 @@ static bool may_go(const tv_store *s, const struct evict *e,
 /* The next item in the order of last use that may go; entries of `use` that
  * point to nothing are dropped on the way. */
 static enum tv_err next_victim(tv_batch *b, const struct evict *e,
-                               const struct derived_pins *pins,
-                               uint64_t *after, struct rec_use *u,
-                               struct rec_derived *r, bool *found,
-                               struct tv_error *err)
+                               const struct derived_pins *pins, uint64_t *after,
+                               struct rec_use *u, struct rec_derived *r,
+                               bool *found, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct walk w = {0};
@@ -520,15 +518,16 @@ struct want { /* what shall fit */
     uint64_t n_single, keep;
 };
 
-/* By how many pages it does not fit; when it does, takes it out of the space. */
+/* By how many pages it does not fit; when it does, takes it out of the space.
+ */
 static uint64_t shortage(const tv_batch *b, struct space *sp,
                          const struct want *w)
 {
-    const uint64_t limit = quota_pages(b->bound, b->t.s->page_bytes);
+    const uint64_t limit = quota_pages(b);
     if (limit == UINT64_MAX)
         return 0;
-    const uint64_t growth = space_growth(sp, w->pages, w->n,
-                                         w->n_single + TREE_PAGES);
+    const uint64_t growth =
+        space_growth(sp, w->pages, w->n, w->n_single + TREE_PAGES);
     const uint64_t singles = w->n_single + TREE_PAGES;
     const uint64_t left = sp->n_free > singles ? sp->n_free - singles : 0;
     const uint64_t keep = w->keep > left ? w->keep - left : 0;
@@ -543,8 +542,8 @@ static bool disk_has(const tv_store *s, const struct want *w)
     uint64_t left = 0, pages = w->n_single + w->keep;
     for (size_t i = 0; i < w->n; i++)
         pages += w->pages[i];
-    return tv_disk_free(s->path, &left, NULL) == TV_OK &&
-           left > DISK_LEAST && (left - DISK_LEAST) / s->page_bytes > pages;
+    return tv_disk_free(s->path, &left, NULL) == TV_OK && left > DISK_LEAST &&
+           (left - DISK_LEAST) / s->page_bytes > pages;
 }
 
 /* Commits a counter, so that pages freed before become usable. */
@@ -739,10 +738,47 @@ out:
     return rc;
 }
 
+static enum tv_err free_bytes_now(tv_store *s, uint64_t *bytes,
+                                  struct tv_error *err)
+{
+    MDB_txn *txn = NULL;
+    uint64_t end = 0;
+    enum tv_err rc = txn_begin(s, MDB_RDONLY, &txn, err);
+    if (rc != TV_OK)
+        return rc;
+    rc = space_read(s, txn, &end, bytes, err);
+    tv_lmdb()->txn_abort(txn);
+    atomic_fetch_sub(&s->n_txns, 1);
+    return rc;
+}
+
+enum tv_err derived_free(tv_store *s, uint64_t bytes, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_batch *b = NULL;
+    for (;;) {
+        uint64_t now = 0;
+        TV_TRY(free_bytes_now(s, &now, err));
+        if (now >= bytes)
+            break;
+        struct evict e = {.pages_wanted = (bytes - now) / s->page_bytes + 1};
+        TV_TRY(tv_batch_begin(s, true, err, &b));
+        TV_TRY(evict_some(b, &e, err));
+        rc = tv_batch_commit(b, err);
+        b = NULL;
+        TV_TRY(rc);
+        if (e.n_items == 0)
+            break;
+    }
+out:
+    tv_batch_abort(b);
+    return rc;
+}
+
 /* ---- gc -------------------------------------------------------------------
  */
 
-struct leftovers { /* keys of what nothing needs, one list per kind */
+struct leftovers {      /* keys of what nothing needs, one list per kind */
     struct tv_buf keys; /* u32 length, key */
     const tv_batch *b;
     uint64_t n;

@@ -4,8 +4,9 @@
  *
  * Containers are made directly from words: 1024 of them are copied into a
  * bitset container, or their set bits become the sorted array that roaring
- * keeps for at most 4096 of 65,536; then run_optimize replaces what is smaller
- * as runs. Adding ids one by one would cost a search each.
+ * keeps for at most 4096 of 65,536, or runs where these are smaller. Adding ids
+ * one by one would cost a search each, and roaring's own run_optimize (0.2)
+ * crashes where memory is short.
  */
 #include "mask.h"
 
@@ -59,6 +60,43 @@ static void *array_of(const uint64_t *words, size_t n, uint32_t count)
     return a;
 }
 
+/* The first word of the next container may go on with a run: it ends here. */
+static uint32_t count_runs(const uint64_t *words, size_t n)
+{
+    uint32_t count = 0;
+    uint64_t before = 0; /* the last bit of the word before */
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t starts = words[i] & ~(words[i] << 1 | before);
+        count += (uint32_t)__builtin_popcountll(starts);
+        before = words[i] >> 63;
+    }
+    return count;
+}
+
+static void *runs_of(const uint64_t *words, size_t n, uint32_t n_runs)
+{
+    run_container_t *r = run_container_create_given_capacity((int32_t)n_runs);
+    bool inside = false;
+    if (r == NULL)
+        return NULL;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t edges = words[i] ^ (words[i] << 1 | (inside ? 1u : 0u));
+        for (; edges != 0; edges &= edges - 1) {
+            const size_t at = i * 64 + (size_t)__builtin_ctzll(edges);
+            inside = !inside;
+            if (inside)
+                r->runs[r->n_runs++].value = (uint16_t)at;
+            else
+                r->runs[r->n_runs - 1].length =
+                    (uint16_t)(at - 1 - r->runs[r->n_runs - 1].value);
+        }
+    }
+    if (inside)
+        r->runs[r->n_runs - 1].length =
+            (uint16_t)(n * 64 - 1 - r->runs[r->n_runs - 1].value);
+    return r;
+}
+
 static void *bitset_of(const uint64_t *words, size_t n, uint32_t count)
 {
     bitset_container_t *b = bitset_container_create();
@@ -86,18 +124,27 @@ static roaring_bitmap_t *bitmap_of(const uint64_t *words, size_t n_words,
         if (count == 0)
             continue;
         const bool sparse = count <= ARRAY_MAX;
-        void *c = sparse ? array_of(words + at, n, count)
-                         : bitset_of(words + at, n, count);
+        const uint32_t n_runs = count_runs(words + at, n);
+        const uint32_t plain = sparse ? 2 * count : 8 * CONTAINER_WORDS;
+        uint8_t type = RUN_CONTAINER_TYPE_CODE;
+        void *c = NULL;
+        if (4 * n_runs < plain) {
+            c = runs_of(words + at, n, n_runs);
+        } else if (sparse) {
+            c = array_of(words + at, n, count);
+            type = ARRAY_CONTAINER_TYPE_CODE;
+        } else {
+            c = bitset_of(words + at, n, count);
+            type = BITSET_CONTAINER_TYPE_CODE;
+        }
         if (c == NULL) {
             roaring_bitmap_free(r);
             return NULL;
         }
         ra_append(&r->high_low_container, (uint16_t)(at / CONTAINER_WORDS), c,
-                  sparse ? ARRAY_CONTAINER_TYPE_CODE
-                         : BITSET_CONTAINER_TYPE_CODE);
+                  type);
         *n_set += count;
     }
-    (void)roaring_bitmap_run_optimize(r);
     return r;
 }
 
@@ -109,8 +156,7 @@ enum tv_err mask_encode(const uint64_t *words, uint64_t n_elems,
     const size_t plain = n_words * sizeof *words;
     *out = (struct mask_bytes){.data = NULL};
     if (n_elems > MASK_CHUNK_ELEMS)
-        return tv_error_set(err, TV_E_INTERNAL,
-                            "a mask chunk of %llu elements",
+        return tv_error_set(err, TV_E_INTERNAL, "a mask chunk of %llu elements",
                             (unsigned long long)n_elems);
     roaring_bitmap_t *r = bitmap_of(words, n_words, &out->n_set);
     if (r == NULL) {

@@ -37,7 +37,7 @@ uint32_t mask_flags(enum mask_form form);
 /* False when this program cannot read a chunk with these flags. */
 bool mask_flags_known(uint32_t flags);
 
-struct mask_bytes { /* owned: mask_bytes_free */
+struct mask_bytes {      /* owned: mask_bytes_free */
     unsigned char *data; /* 64-byte aligned */
     size_t n;
     uint32_t flags;

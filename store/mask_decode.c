@@ -36,8 +36,7 @@ static int64_t last_of(const roaring_array_t *a, int32_t i)
         const uint64_t *w = ((const bitset_container_t *)c)->array;
         for (size_t at = CONTAINER_WORDS; at-- > 0;)
             if (w[at] != 0)
-                return (int64_t)(at * 64 + 63 -
-                                 (size_t)__builtin_clzll(w[at]));
+                return (int64_t)(at * 64 + 63 - (size_t)__builtin_clzll(w[at]));
         return -1;
     }
     case ARRAY_CONTAINER_TYPE_CODE: {
@@ -83,8 +82,7 @@ static bool open_words(const void *data, size_t n, struct mask_chunk *c,
     c->words = (const uint64_t *)data;
     for (uint64_t i = 0; i < n_words; i++)
         c->n_set += (uint64_t)__builtin_popcountll(c->words[i]);
-    if (c->n_elems % 64 != 0 &&
-        c->words[n_words - 1] >> (c->n_elems % 64) != 0)
+    if (c->n_elems % 64 != 0 && c->words[n_words - 1] >> (c->n_elems % 64) != 0)
         return bad(why, "it has elements that its tensor has not");
     return true;
 }

@@ -23,6 +23,7 @@
 #define BESIDE_BYTES ((uint64_t)64 << 10)
 #define RESERVE_MAX  ((uint64_t)4 << 20)
 #define CHARGE_SLACK ((uint64_t)256 << 10) /* for records of a run */
+#define SHRINK_LEAST ((uint64_t)64 << 20)
 #define QUOTA_LEAST  ((uint64_t)256 << 10)
 
 uint64_t quota_file_max(uint64_t quota, size_t page_bytes)
@@ -154,7 +155,7 @@ out:
 /* The store, the other charges and this one must fit. The file never shrinks by
  * itself: what is free inside it is no room for a directory. */
 static enum tv_err charge_admit(tv_batch *b, const char *dir, uint64_t bytes,
-                                struct tv_error *err)
+                                uint64_t *missing, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_store *s = b->t.s;
@@ -164,9 +165,12 @@ static enum tv_err charge_admit(tv_batch *b, const char *dir, uint64_t bytes,
         goto out;
     TV_TRY(charges_read(&b->t, &charged, err));
     TV_TRY(tv_disk_used(s->path, &used, err));
-    if (tv_add_u64(used + CHARGE_SLACK, charged, &want) &&
-        tv_add_u64(want, bytes, &want) && want <= b->quota)
+    if (!tv_add_u64(used + CHARGE_SLACK, charged, &want) ||
+        !tv_add_u64(want, bytes, &want))
+        want = UINT64_MAX;
+    if (want <= b->quota)
         goto out;
+    *missing = want - b->quota;
     rc = tv_error_set(err, TV_E_NOSPACE,
                       "store %s: its quota of %s has no room for the output "
                       "in %s: %s are missing",
@@ -182,7 +186,7 @@ out:
 }
 
 static enum tv_err charge_write(tv_store *s, const char *dir, uint64_t bytes,
-                                struct tv_error *err)
+                                uint64_t *missing, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
@@ -194,7 +198,7 @@ static enum tv_err charge_write(tv_store *s, const char *dir, uint64_t bytes,
     TV_TRY(tv_batch_begin(s, false, err, &b));
     TV_TRY(charges_drop(b, &k, err));
     if (bytes != 0) {
-        TV_TRY(charge_admit(b, dir, bytes, err));
+        TV_TRY(charge_admit(b, dir, bytes, missing, err));
         rec_begin(&buf);
         rec_charge_put(&buf, &c);
         TV_TRY(db_put_rec(b, DB_CHARGE, REC_CHARGE, &k, &buf, err));
@@ -209,13 +213,56 @@ out:
 enum tv_err tv_store_charge_set(tv_store *s, const char *dir, uint64_t bytes,
                                 struct tv_error *err)
 {
-    return charge_write(s, dir, bytes, err);
+    const uint64_t charged = bytes;
+    uint64_t missing = 0;
+    bool done = false;
+    enum tv_err rc = charge_write(s, dir, bytes, &missing, err);
+    if (rc != TV_E_NOSPACE || missing == 0)
+        return rc;
+    /* Free pages and derived data may go before anybody is refused, but not for
+     * nothing. */
+    struct tv_error own;
+    uint64_t still = 0;
+    tv_error_clear(&own);
+    if (tv_store_charge_check(s, bytes, &still, &own) != TV_OK || still > 0)
+        return rc;
+    if (bytes < SHRINK_LEAST)
+        bytes = SHRINK_LEAST; /* worth a copy of so much */
+    rc = store_shrink(s, missing, bytes, &done, &own);
+    if (rc != TV_OK && err != NULL)
+        *err = own;
+    if (rc != TV_OK)
+        return rc;
+    return done ? charge_write(s, dir, charged, &missing, err) : TV_E_NOSPACE;
+}
+
+enum tv_err tv_store_charge_check(tv_store *s, uint64_t bytes,
+                                  uint64_t *missing, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tv_store_stat st;
+    uint64_t want = 0;
+    *missing = 0;
+    TV_TRY(tv_store_stat(s, &st, err));
+    if (st.quota_bytes == 0)
+        goto out;
+    if (!tv_add_u64(st.used_bytes + CHARGE_SLACK, bytes, &want))
+        want = UINT64_MAX;
+    uint64_t spare = st.free_bytes + st.masks + st.task_vectors;
+    const uint64_t most = bytes < SHRINK_LEAST ? SHRINK_LEAST : bytes;
+    if (st.file_bytes - (spare < st.file_bytes ? spare : st.file_bytes) > most)
+        spare = 0;
+    if (want > st.quota_bytes && want - st.quota_bytes > spare)
+        *missing = want - st.quota_bytes - spare;
+out:
+    return rc;
 }
 
 enum tv_err tv_store_charge_clear(tv_store *s, const char *dir,
                                   struct tv_error *err)
 {
-    return charge_write(s, dir, 0, err);
+    uint64_t missing = 0;
+    return charge_write(s, dir, 0, &missing, err);
 }
 
 /* ---- pages ----------------------------------------------------------------
@@ -300,8 +347,7 @@ enum tv_err space_runs(tv_store *s, MDB_txn *reader, struct space *out,
             const size_t more = (n + count) * 2;
             size_t *p = (size_t *)tv_realloc(pages, more * sizeof *pages);
             if (p == NULL) {
-                rc = tv_error_set(err, TV_E_NOMEM,
-                                  "no memory for a page list");
+                rc = tv_error_set(err, TV_E_NOMEM, "no memory for a page list");
                 goto out;
             }
             pages = p;
@@ -354,12 +400,14 @@ uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
     return growth + (n_single > sp->n_free ? n_single - sp->n_free : 0);
 }
 
-uint64_t quota_pages(uint64_t bound, size_t page_bytes)
+uint64_t quota_pages(const tv_batch *b)
 {
-    if (bound == 0)
+    if (b->bound == 0)
         return UINT64_MAX;
-    const uint64_t max = quota_file_max(bound, page_bytes);
-    const uint64_t reserve = reserve_of(bound);
+    const size_t page_bytes = b->t.s->page_bytes;
+    const uint64_t max = quota_file_max(b->bound, page_bytes);
+    const uint64_t reserve =
+        reserve_of(b->bound) + (b->bound != b->quota ? 2 * CHARGE_SLACK : 0);
     return max > reserve ? (max - reserve) / page_bytes : 0;
 }
 
@@ -608,9 +656,15 @@ enum tv_err tv_store_stat(tv_store *s, struct tv_store_stat *out,
     TV_TRY(charges_read(&t, &st.charged_bytes, err));
     TV_TRY(derived_stat(&t, &st, err));
     TV_TRY(tv_disk_used(s->path, &st.used_bytes, err));
+    memset(&file, 0, sizeof file);
     if (tv_sys()->stat(s->data_path, &file) == 0)
         st.file_bytes = (uint64_t)file.st_size;
     TV_TRY(space_read(s, t.mdb, &end, &st.free_bytes, err));
+    /* What a killed writer wrote behind the last page that counts. */
+    const uint64_t on_disk = (uint64_t)file.st_blocks * 512u;
+    const uint64_t whole = on_disk < st.file_bytes ? on_disk : st.file_bytes;
+    if (whole > end)
+        st.free_bytes += whole - end;
     TV_TRY(pages_of(&t, DB_RUN, &st.journal, err));
     TV_TRY(pages_of(&t, DB_DONE, &st.journal, err));
     TV_TRY(pages_of(&t, DB_PIN, &st.journal, err));

@@ -195,7 +195,7 @@ struct rec_done {
 void rec_done_put(struct tv_buf *b, const struct rec_done *r);
 bool rec_done_get(struct rec_body body, struct rec_done *r, const char **why);
 
-struct rec_derived { /* a mask or a task vector */
+struct rec_derived {     /* a mask or a task vector */
     uint8_t state;       /* PARTIAL while its chunks are written */
     enum tv_dtype dtype; /* of values; NONE for masks */
     bool has_sums;

@@ -32,10 +32,8 @@
 
 static struct flock range(short type, uint64_t at)
 {
-    return (struct flock){.l_type = type,
-                          .l_whence = SEEK_SET,
-                          .l_start = (off_t)at,
-                          .l_len = 1};
+    return (struct flock){
+        .l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)at, .l_len = 1};
 }
 
 static uint64_t byte_of(uint64_t session)
@@ -103,13 +101,20 @@ enum tv_err session_exclusive(tv_store *s, struct tv_error *err)
     if (s->open_fd >= 0 && fcntl(s->open_fd, F_OFD_SETLK, &l) == 0)
         return TV_OK;
     if (s->open_fd >= 0 && (errno == EAGAIN || errno == EACCES)) {
-        tv_error_set(err, TV_E_LOCKED,
-                     "store %s is open in another process", s->path);
+        tv_error_set(err, TV_E_LOCKED, "store %s is open in another process",
+                     s->path);
         tv_error_hint(err, "wait until it ends, and repeat");
         return TV_E_LOCKED;
     }
     return tv_error_sys(err, s->open_fd >= 0 ? errno : EROFS,
                         "cannot lock store %s for itself", s->path);
+}
+
+void session_share(tv_store *s)
+{
+    struct flock l = range(F_RDLCK, 0);
+    if (s->open_fd >= 0)
+        (void)fcntl(s->open_fd, F_OFD_SETLK, &l); /* to a weaker lock */
 }
 
 bool session_hold(tv_store *s)

@@ -575,6 +575,28 @@ void tv_store_close(tv_store *s)
     store_free(s);
 }
 
+enum tv_err store_open_data(tv_store *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct stat st;
+    uint64_t quota = 0;
+    bool found = false;
+    struct rec_store rec;
+    memset(s->has, 0, sizeof s->has);
+    if (tv_sys()->stat(s->data_path, &st) != 0)
+        return tv_error_sys(err, errno, "cannot open store %s", s->path);
+    TV_TRY(env_open(s, (uint64_t)st.st_size, err));
+    TV_TRY(check_length(s, err));
+    TV_TRY(dbis_begin(s, true, err));
+    TV_TRY(store_record(s, &found, &rec, &quota, err));
+    TV_TRY(quota_apply(s, quota, err));
+    store_name_map(s);
+out:
+    if (rc != TV_OK)
+        store_close_data(s);
+    return rc;
+}
+
 /* ---- create ---------------------------------------------------------------
  */
 

@@ -3,8 +3,8 @@
  * store_priv.h - handles and the calls between the files of this folder.
  *
  *   store.c    create, open, close, writer lock        quota.c    room, stat
- *   txn.c      reads, batches, get/put/walk            source_file.c linked files
- *   object.c   objects and side files                  catalog.c  tensors
+ *   txn.c      reads, batches, get/put/walk            source_file.c linked
+ * files object.c   objects and side files                  catalog.c  tensors
  *   payload.c  chunks, sharing, views                  copy.c     copy_in
  *   trash.c    bounded removal, gc                     journal.c  runs
  *   validate.c verify                                  record.c   bytes
@@ -113,7 +113,7 @@ struct tv_batch {
     uint64_t room; /* bytes that may be put; UINT64_MAX without quota */
     uint64_t quota;
     uint64_t bound; /* quota less charges, 0: no quota */
-    bool pending; /* a chunk is reserved and not sealed */
+    bool pending;   /* a chunk is reserved and not sealed */
     uint64_t pending_id, pending_bytes;
     size_t pending_chunk;
     unsigned char *pending_value;
@@ -196,8 +196,10 @@ uint64_t key_get_id(const MDB_val *key, size_t at);
 /* ---- store.c --------------------------------------------------------------
  */
 
-/* Closes LMDB's side of a handle, which can then only be closed. */
+/* Closes LMDB's side of a handle, and opens it again. In between, or when that
+ * fails, everything but closing the handle gives IO. */
 void store_close_data(tv_store *s);
+TV_NODISCARD enum tv_err store_open_data(tv_store *s, struct tv_error *err);
 /* Tells the SIGBUS registry where the map is now. */
 void store_name_map(tv_store *s);
 
@@ -212,6 +214,8 @@ TV_NODISCARD enum tv_err session_open(tv_store *s, struct tv_error *err);
 void session_close(tv_store *s);
 /* LOCKED when another handle is open anywhere. */
 TV_NODISCARD enum tv_err session_exclusive(tv_store *s, struct tv_error *err);
+/* Lets others open it again. */
+void session_share(tv_store *s);
 /* Makes our session visible as alive; false where that cannot be done. */
 bool session_hold(tv_store *s);
 bool session_alive(const tv_store *s, uint64_t session);
@@ -223,6 +227,12 @@ bool session_alive(const tv_store *s, uint64_t session);
 TV_NODISCARD enum tv_err compact_recover(tv_store *s, struct tv_error *err);
 /* Drops a copy that was never finished. The caller has opened open.lock. */
 void compact_tidy(const tv_store *s);
+/* Makes the data file of an open handle smaller by `bytes`, dropping derived
+ * data where its free pages do not do; *done false when that is not possible
+ * now (somebody reads, no room for the copy, more than live_max to copy). */
+TV_NODISCARD enum tv_err store_shrink(tv_store *s, uint64_t bytes,
+                                      uint64_t live_max, bool *done,
+                                      struct tv_error *err);
 
 /* ---- quota.c --------------------------------------------------------------
  */
@@ -239,10 +249,10 @@ TV_NODISCARD enum tv_err quota_bound(const struct txn *t, uint64_t *quota,
 struct page_run {
     uint64_t page, n;
 };
-struct space { /* owned: space_free */
-    uint64_t end;   /* pages of the file in use */
-    uint64_t later; /* free, but a reader still sees them */
-    uint64_t n_free; /* free and reusable now */
+struct space {             /* owned: space_free */
+    uint64_t end;          /* pages of the file in use */
+    uint64_t later;        /* free, but a reader still sees them */
+    uint64_t n_free;       /* free and reusable now */
     struct page_run *runs; /* of reusable pages, by page */
     size_t n_runs;
 };
@@ -253,9 +263,10 @@ void space_free(struct space *sp);
  * n_single pages of the tree. Uses the runs up. */
 uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
                       uint64_t n_single);
-/* Most pages that the file may have, less a reserve; UINT64_MAX without
- * quota. */
-uint64_t quota_pages(uint64_t bound, size_t page_bytes);
+/* Most pages that the file may have for the sake of derived data; UINT64_MAX
+ * without quota. Less than what user data may have: removal needs room, and so
+ * do the records of the next run with an output as large. */
+uint64_t quota_pages(const tv_batch *b);
 /* The largest data.mdb that a quota allows; UINT64_MAX without one. */
 uint64_t quota_file_max(uint64_t quota, size_t page_bytes);
 /* Sets the map so that LMDB itself cannot pass the quota. */
@@ -332,7 +343,8 @@ TV_NODISCARD enum tv_err trash_step(tv_batch *b, bool all, bool *more,
 TV_NODISCARD enum tv_err tensor_release(tv_batch *b, const struct tv_tensor *t,
                                         struct tv_error *err);
 
-/* ---- source_file.c -------------------------------------------------------------
+/* ---- source_file.c
+ * -------------------------------------------------------------
  */
 
 TV_NODISCARD enum tv_err source_get(const struct txn *t, uint64_t id,
@@ -355,6 +367,9 @@ TV_NODISCARD enum tv_err derived_verify(const struct txn *t,
 TV_NODISCARD enum tv_err derived_gc(tv_batch *b, struct tv_error *err);
 TV_NODISCARD enum tv_err derived_stat(const struct txn *t,
                                       struct tv_store_stat *out,
+                                      struct tv_error *err);
+/* Drops items until the free pages of the file are `bytes`, if it can. */
+TV_NODISCARD enum tv_err derived_free(tv_store *s, uint64_t bytes,
                                       struct tv_error *err);
 /* The session of a pin that derived.c has made; false for another pin. */
 bool derived_pin_session(const MDB_val *key, uint64_t *session);

@@ -88,6 +88,9 @@ enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
                       struct tv_error *err)
 {
     MDB_txn *txn = NULL;
+    if (s->env == NULL)
+        return tv_error_set(err, TV_E_IO, "store %s could not be opened again",
+                            s->path);
     int e = tv_lmdb()->txn_begin(s->env, NULL, flags, &txn);
     if (e == MDB_MAP_RESIZED && atomic_load(&s->n_txns) == 0) {
         /* Nothing is borrowed from the old map, so it may move. */

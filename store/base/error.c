@@ -91,6 +91,7 @@ static enum tv_err code_of_errno(int sys_errno)
     switch (sys_errno) {
     case ENOSPC:
     case EDQUOT:
+    case EFBIG: /* also: more than this process may write into one file */
         return TV_E_NOSPACE;
     case ENOMEM:
         return TV_E_NOMEM;

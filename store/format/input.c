@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "hf_dir.h"
 #include "json_util.h"
@@ -55,16 +56,25 @@ struct tv_input {
     size_t n_sides;
     /* store */
     tv_store *store;
-    tv_read *read;
+    struct snapshot *now; /* for the next view, NULL: none is held */
     struct tv_object *object;
     struct tv_tensor_list *list;
     size_t *linked; /* [n_linked] into list: one tensor of every linked file */
     size_t n_linked;
-    pthread_mutex_t lock; /* guards read, views_out, stale */
+    pthread_mutex_t lock; /* guards now and its users */
     bool have_lock;
-    size_t views_out;
-    bool stale; /* a view was given since the read was renewed */
 };
+
+/* A read of the store with its views. Freed pages of the store can only be used
+ * again when no read sees them any more: so none lives longer than its views,
+ * and views that overlap without end get a younger one now and then. What they
+ * read is kept by pins, not by the age of a read. */
+struct snapshot {
+    tv_read *read;
+    size_t n_users;
+    struct timespec begun;
+};
+#define SNAPSHOT_SECONDS 0.2
 
 static enum tv_err no_memory(const char *label, struct tv_error *err)
 {
@@ -79,11 +89,52 @@ static int compare_items(const void *a, const void *b)
     return tv_name_compare(x->pub.name, y->pub.name);
 }
 
+/* Lock held, by this and the next. */
+static enum tv_err snapshot_take(tv_input *in, struct tv_error *err,
+                                 struct snapshot **out)
+{
+    enum tv_err rc = TV_OK;
+    struct snapshot *s = in->now;
+    struct timespec t = {0, 0};
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    if (s != NULL && (double)(t.tv_sec - s->begun.tv_sec) +
+                             (double)(t.tv_nsec - s->begun.tv_nsec) * 1e-9 <
+                         SNAPSHOT_SECONDS) {
+        s->n_users++;
+        *out = s;
+        return TV_OK;
+    }
+    s = (struct snapshot *)tv_calloc(1, sizeof *s);
+    if (s == NULL)
+        return no_memory(in->label, err);
+    rc = tv_read_begin(in->store, err, &s->read);
+    if (rc != TV_OK) {
+        tv_free(s);
+        return rc;
+    }
+    s->n_users = 1;
+    s->begun = t;
+    in->now = s;
+    *out = s;
+    return TV_OK;
+}
+
+static void snapshot_give(tv_input *in, struct snapshot *s)
+{
+    if (s == NULL || --s->n_users > 0)
+        return;
+    if (in->now == s)
+        in->now = NULL;
+    tv_read_end(s->read);
+    tv_free(s);
+}
+
 void tv_input_close(tv_input *in)
 {
     if (in == NULL)
         return;
-    assert(in->views_out == 0);
+    assert(in->now == NULL);
     for (size_t i = 0; in->items != NULL && i < in->n_items; i++)
         tv_free(in->items[i].name);
     tv_free(in->items);
@@ -99,7 +150,6 @@ void tv_input_close(tv_input *in)
     tv_free(in->linked);
     tv_tensor_list_free(in->list);
     tv_object_free(in->object);
-    tv_read_end(in->read);
     if (in->have_lock)
         pthread_mutex_destroy(&in->lock);
     tv_free(in->dir);
@@ -339,6 +389,7 @@ static enum tv_err open_object(const char *name, tv_store *store,
                                struct tv_error *err, tv_input **out)
 {
     enum tv_err rc = TV_OK;
+    tv_read *read = NULL;
     tv_input *in = (tv_input *)tv_calloc(1, sizeof *in);
 
     *out = NULL;
@@ -357,9 +408,9 @@ static enum tv_err open_object(const char *name, tv_store *store,
     }
     in->have_lock = true;
     in->store = store;
-    TV_TRY(tv_read_begin(store, err, &in->read));
-    TV_TRY(tv_object_find(in->read, name, false, err, &in->object));
-    TV_TRY(tv_tensor_list(in->read, in->object->id, err, &in->list));
+    TV_TRY(tv_read_begin(store, err, &read));
+    TV_TRY(tv_object_find(read, name, false, err, &in->object));
+    TV_TRY(tv_tensor_list(read, in->object->id, err, &in->list));
     TV_TRY(pick_linked(in, err));
     in->kind = in->object->kind;
     in->items = (struct item *)tv_calloc(in->list->n + 1, sizeof *in->items);
@@ -398,6 +449,7 @@ static enum tv_err open_object(const char *name, tv_store *store,
     *out = in;
     in = NULL;
 out:
+    tv_read_end(read);
     tv_input_close(in);
     return rc;
 }
@@ -547,18 +599,17 @@ static enum tv_err store_view(tv_input *in, const struct item *it,
 {
     enum tv_err rc = TV_OK;
     struct tv_view v;
+    struct snapshot *s = NULL;
 
     memset(&v, 0, sizeof v);
     pthread_mutex_lock(&in->lock);
-    if (in->views_out == 0 && in->stale) {
-        TV_TRY(tv_read_renew(in->read, err));
-        in->stale = false;
-    }
-    TV_TRY(tv_tensor_view(in->read, &in->list->items[it->pub.file], err, &v));
-    in->views_out++;
-    in->stale = true;
+    TV_TRY(snapshot_take(in, err, &s));
+    TV_TRY(tv_tensor_view(s->read, &in->list->items[it->pub.file], err, &v));
+    v.owner = s;
+    s = NULL;
     *out = v;
 out:
+    snapshot_give(in, s);
     pthread_mutex_unlock(&in->lock);
     return rc;
 }
@@ -580,8 +631,7 @@ void tv_input_release(tv_input *in, struct tv_view *v)
         return;
     if (in->store != NULL) {
         pthread_mutex_lock(&in->lock);
-        assert(in->views_out > 0);
-        in->views_out--;
+        snapshot_give(in, (struct snapshot *)v->owner);
         pthread_mutex_unlock(&in->lock);
     } else {
         tv_free(v->owner);
@@ -611,13 +661,15 @@ static enum tv_err store_side(tv_input *in, const char *name, char **data,
     size_t n_bytes = 0;
     struct tv_hash digest = {0, 0};
     char *copy = NULL;
+    struct snapshot *s = NULL;
 
     for (size_t i = 0; i < in->object->n_files; i++) {
         if (strcmp(in->object->files[i].name, name) == 0)
             digest = in->object->files[i].digest;
     }
     pthread_mutex_lock(&in->lock);
-    TV_TRY(tv_blob_get(in->read, digest, &bytes, &n_bytes, err));
+    TV_TRY(snapshot_take(in, err, &s));
+    TV_TRY(tv_blob_get(s->read, digest, &bytes, &n_bytes, err));
     copy = (char *)tv_alloc(n_bytes + 1);
     if (copy == NULL) {
         rc = no_memory(in->label, err);
@@ -629,6 +681,7 @@ static enum tv_err store_side(tv_input *in, const char *name, char **data,
     *data = copy;
     *n = n_bytes;
 out:
+    snapshot_give(in, s);
     pthread_mutex_unlock(&in->lock);
     return rc;
 }
@@ -709,12 +762,14 @@ static enum tv_err add_linked(tv_input *in, tv_hasher *h,
     const char *path = NULL;
     struct tv_view view;
     struct stat st;
+    struct snapshot *s = NULL;
 
     pthread_mutex_lock(&in->lock);
     /* Asking for the bytes checks the file: a merge must not begin with one
      * that is not what was linked. */
-    TV_TRY(tv_tensor_view(in->read, t, err, &view));
-    TV_TRY(tv_source_path(in->read, t->source_id, err, &path));
+    TV_TRY(snapshot_take(in, err, &s));
+    TV_TRY(tv_tensor_view(s->read, t, err, &view));
+    TV_TRY(tv_source_path(s->read, t->source_id, err, &path));
     if (tv_sys()->stat(path, &st) != 0) {
         rc = tv_error_set(err, TV_E_CORRUPT,
                           "%s: the linked file %s cannot be found", in->label,
@@ -726,6 +781,7 @@ static enum tv_err add_linked(tv_input *in, tv_hasher *h,
     add_u64(h, (uint64_t)st.st_ino);
     add_u64(h, t->offset);
 out:
+    snapshot_give(in, s);
     pthread_mutex_unlock(&in->lock);
     return rc;
 }
@@ -849,11 +905,15 @@ enum tv_err tv_input_unchanged(tv_input *in, struct tv_error *err)
     }
     for (size_t i = 0; i < in->n_linked && rc == TV_OK; i++) {
         struct tv_view view;
+        struct snapshot *s = NULL;
 
         /* The store looks at the file whenever it gives a view. */
         pthread_mutex_lock(&in->lock);
-        rc = tv_tensor_view(in->read, &in->list->items[in->linked[i]], err,
-                            &view);
+        rc = snapshot_take(in, err, &s);
+        if (rc == TV_OK)
+            rc = tv_tensor_view(s->read, &in->list->items[in->linked[i]], err,
+                                &view);
+        snapshot_give(in, s);
         pthread_mutex_unlock(&in->lock);
     }
     if (rc == TV_E_CORRUPT)

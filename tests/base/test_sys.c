@@ -168,10 +168,10 @@ static void test_pwrite_all(void **state)
     assert_message(&err, "the file");
     faults_sys_off();
     assert_code(tv_pwrite_all(fd, want, 100, UINT64_MAX - 10, "x", &err),
-                TV_E_IO, &err);
+                TV_E_NOSPACE, &err);
     assert_int_equal(err.sys_errno, EFBIG);
     assert_code(tv_pwrite_all(fd, want, 100, (uint64_t)INT64_MAX, "x", &err),
-                TV_E_IO, &err);
+                TV_E_NOSPACE, &err);
     (void)close(fd);
 }
 

@@ -56,10 +56,14 @@ class Mounted:
             return
         fd = os.open(self.filler(), os.O_WRONLY | os.O_CREAT, 0o600)
         at = os.fstat(fd).st_size
-        try:
-            os.posix_fallocate(fd, at, more)
-        finally:
-            os.close(fd)
+        # The file system needs some blocks for itself.
+        while more > 0:
+            try:
+                os.posix_fallocate(fd, at, more)
+                break
+            except OSError:
+                more -= STEP
+        os.close(fd)
 
     def filler(self):
         return os.path.join(self.path, "filler")

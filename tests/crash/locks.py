@@ -16,9 +16,9 @@ import subprocess
 import time
 
 import crashlib
-from crashlib import (Recorder, Table, arguments, check, finish, run, run_json,
+from crashlib import (Recorder, Table, arguments, check, finish, run_json,
                       work_dir)
-from scenarios import ENV, World, brief
+from scenarios import ENV, World, acceptable, brief
 
 A = arguments(__doc__, 40)
 WORK = work_dir()
@@ -27,6 +27,7 @@ R = Recorder(A.recorder, W.disk, WORK)
 table = Table()
 rng = random.Random(A.seed)
 SOON = ["--lock-timeout", "0.05"]
+WAIT = 15  # seconds that nothing here takes unless it waits for a lock
 
 
 def stopped(command, k):
@@ -63,6 +64,18 @@ def go_on(p, *signals):
 
 def readers(what, store):
     """Commands that read work while a writer holds everything."""
+    try:
+        read_all(what, store)
+    except subprocess.TimeoutExpired as e:
+        check(False, f"{what}: a reader waits for the writer: "
+                     f"{' '.join(e.cmd[1:6])}")
+
+
+def run(*argv, **kw):
+    return crashlib.run(*argv, timeout=WAIT, **kw)
+
+
+def read_all(what, store):
     t0 = time.monotonic()
     if store:
         for argv in (["ls"], ["ls", "--json"], ["stat"], ["verify"]):
@@ -71,15 +84,19 @@ def readers(what, store):
         run(A.tvstore, "export", W.store, "base",
             os.path.join(WORK, "x"), "--force", code=0)
         run(A.tvmerge, "plan", W.stored, "--store", W.store, code=0)
-        # Reading inputs from the store is no writing to it.
-        r = run(A.tvmerge, "run", W.stored, os.path.join(WORK, "y"), "--store",
-                W.store, "--force", "--progress=none", *SOON)
-        check(r.returncode == 0, f"{what}: a merge that only reads the store: "
-                                 f"exit {r.returncode}: {r.stderr[-300:]}")
     else:
         s = run_json(A.tvmerge, "status", W.out, "--json")
         check(s.get("running") is True, f"{what}: status says {s}")
     check(time.monotonic() - t0 < 20, f"{what}: readers had to wait")
+
+
+def merge_beside():
+    """A merge that reads the store. It pins its inputs, for which it may wait
+    until the writer ends a transaction: so it is only begun here."""
+    return subprocess.Popen(
+        [A.tvmerge, "run", W.stored, os.path.join(WORK, "y"), "--store",
+         W.store, "--force", "--progress=none", *SOON],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def refused(what, argv):
@@ -123,11 +140,13 @@ def one(job, saved, after, k):
     if p is None:
         return False
     how = rng.choice(("alone", "alone", "SIGINT", "SIGTERM", "twice"))
+    beside = None
     try:
         if holds_lock(job):
             for argv in others:
                 refused(what, argv)
             readers(what, has_store)
+            beside = merge_beside() if has_store else None
     finally:
         if how == "alone":
             code, out, err = go_on(p)
@@ -135,6 +154,14 @@ def one(job, saved, after, k):
             code, out, err = go_on(p, signal.SIGINT, signal.SIGTERM)
         else:
             code, out, err = go_on(p, getattr(signal, how))
+    if beside:
+        try:
+            _, said = beside.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            beside.kill()
+            said = "it never ended"
+        check(beside.returncode == 0, f"{what}: a merge that reads the store: "
+                                      f"exit {beside.returncode}: {said}")
     if how == "alone":
         check(code == 0, f"{what}: exit {code} after going on: {err[-300:]}")
     else:
@@ -148,7 +175,11 @@ def one(job, saved, after, k):
             check(not os.path.exists(os.path.join(W.out, "config.json")),
                   f"{what}, {how}: config.json in an unfinished output")
         if code:
-            run(*command, env=ENV, code=0)
+            ended = W.state() == after  # just before the signal
+            r = run(*command, env=ENV)
+            check(acceptable(r.returncode, ended),
+                  f"{what}, {how}: repeated: exit {r.returncode}: "
+                  f"{r.stderr[-300:]}")
     now = W.state()
     check(now == after, f"{what}, {how}: ended in {brief(now)}, not "
                         f"{brief(after)}")

@@ -37,7 +37,8 @@ static float value(size_t model, size_t tensor, uint64_t i)
 {
     const uint64_t h = (i + 1) * 0x9e3779b97f4a7c15u + tensor * 77u;
     const float base = (float)(h >> 40) / 16777216.0f;
-    const uint64_t d = (h ^ (model * 0xd1342543de82ef95u)) * 0x2545f4914f6cdd1du;
+    const uint64_t d =
+        (h ^ (model * 0xd1342543de82ef95u)) * 0x2545f4914f6cdd1du;
     if (model == 0)
         return base;
     if (tensor == 1 && i % 9000 == 17)

@@ -1220,7 +1220,7 @@ static void test_difference_of_documents(void **state)
             "{\"inputs\":[{\"ref\":\"m\",\"fingerprint\":\"2\"}],"
             "\"tensors\":{\"a\":\"2\"}}",
             text, sizeof(text)),
-        "input 'm' has changed (size, time or header of its files)");
+        "input 'm' has changed (size, time, header or contents of its files)");
     assert_string_equal(
         tvm_identity_difference(
             "{\"tensors\":{\"a\":\"1\",\"b\":\"2\",\"c\":\"3\"}}",

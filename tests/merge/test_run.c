@@ -631,7 +631,7 @@ static void into_a_store_killed(void **state)
     struct tv_error err;
     struct tvm_result r;
     struct rng rng;
-    char name[16];
+    char name[24];
 
     rng_open(&rng, 2);
     for (int i = 0; i < 6; i++) {

@@ -122,8 +122,8 @@ static void quota_counts_the_copy(void **state)
     assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
     assert_ok(tv_store_quota_set(f->s, used + 300000, &f->err), &f->err);
     fx_close(f);
-    assert_code(tv_store_compact(f->path, NULL, 100, &r, &f->err),
-                TV_E_NOSPACE, &f->err);
+    assert_code(tv_store_compact(f->path, NULL, 100, &r, &f->err), TV_E_NOSPACE,
+                &f->err);
     assert_message(&f->err, "missing");
     assert_non_null(strstr(f->err.hint, "--scratch"));
     check_tidy(f->path);
@@ -313,10 +313,8 @@ int main(void)
 {
 #define T(fn) cmocka_unit_test_setup_teardown(fn, fx_setup, fx_teardown)
     const struct CMUnitTest tests[] = {
-        T(free_pages_go),
-        T(nobody_else_may_have_it_open),
-        T(quota_counts_the_copy),
-        T(killed_anywhere),
+        T(free_pages_go),         T(nobody_else_may_have_it_open),
+        T(quota_counts_the_copy), T(killed_anywhere),
         T(a_lost_copy_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -47,8 +47,8 @@ static void compare(const struct mask_chunk *c, const uint64_t *words,
             const uint64_t e = at + i;
             if ((got[i / 64] >> (i % 64) & 1) !=
                 (words[e / 64] >> (e % 64) & 1))
-                fail_msg("element %llu of %llu differs",
-                         (unsigned long long)e, (unsigned long long)n);
+                fail_msg("element %llu of %llu differs", (unsigned long long)e,
+                         (unsigned long long)n);
         }
     }
 }
@@ -78,9 +78,9 @@ static void round_trip(uint64_t n, double density, enum pattern pattern)
 
 static void round_trips(void **state)
 {
-    static const uint64_t sizes[] = {1,     63,    64,    65,     4095,
-                                     4096,  65535, 65536, 65537,  131072,
-                                     200000, 300 * 300};
+    static const uint64_t sizes[] = {1,     63,     64,     65,
+                                     4095,  4096,   65535,  65536,
+                                     65537, 131072, 200000, 300 * 300};
     static const double densities[] = {0,   0.001, 0.01, 0.05, 0.0625,
                                        0.2, 0.5,   0.9,  1.0};
     (void)state;
@@ -156,8 +156,9 @@ static void intersections(void **state)
             const uint64_t elems = forms < 2 ? 131072 : n;
             for (int k = 0; k < 2; k++) {
                 const char *why = NULL;
-                w[k] = make(elems, densities[(i + k) % 3],
-                            forms % 2 == k ? RUNS : RANDOM, (uint64_t)k, &n_set);
+                w[k] =
+                    make(elems, densities[(i + k) % 3],
+                         forms % 2 == k ? RUNS : RANDOM, (uint64_t)k, &n_set);
                 assert_ok(mask_encode(w[k], elems, &m[k], &err), &err);
                 assert_int_equal(mask_chunk_open(m[k].data, m[k].n, m[k].flags,
                                                  elems, &c[k], &why),

@@ -42,11 +42,13 @@ function(tv_add_library name)
 endfunction()
 
 # What every test sees: where the data is, and sanitizers that report instead
-# of dying when a test asks for an impossible amount of memory.
+# of dying when a test asks for an impossible amount of memory. Not
+# detect_stack_use_after_return: gcc 12 puts 64-byte vectors at wrong addresses
+# of its fake stack (GCC bug 110027), and the AVX-512 kernels then fault.
 set(TV_TEST_ENVIRONMENT "TV_TEST_DATA=${PROJECT_SOURCE_DIR}/tests/data")
 if(TV_SANITIZE)
   list(APPEND TV_TEST_ENVIRONMENT
-    "ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1"
+    "ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=0"
     "TSAN_OPTIONS=allocator_may_return_null=1:second_deadlock_stack=1"
     "UBSAN_OPTIONS=print_stacktrace=1")
 endif()

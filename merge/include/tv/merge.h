@@ -26,14 +26,15 @@
 #include "tv/model.h"
 #include "tv/store.h"
 
-/* ---- problems --------------------------------------------------------------- */
+/* ---- problems ---------------------------------------------------------------
+ */
 
 struct tvm_problem {
-    bool is_error;       /* else a warning */
-    enum tv_err code;    /* of errors: decides the exit status */
-    char *where;         /* "recipe.yml:3:7", tensor or file name; may be "" */
+    bool is_error;    /* else a warning */
+    enum tv_err code; /* of errors: decides the exit status */
+    char *where;      /* "recipe.yml:3:7", tensor or file name; may be "" */
     char *message;
-    bool is_note;        /* of warnings: for who plans, nothing to act on */
+    bool is_note; /* of warnings: for who plans, nothing to act on */
 };
 struct tvm_problems {
     struct tvm_problem *items;
@@ -50,11 +51,16 @@ void tvm_problem_note(struct tvm_problems *p, const char *where,
  * no error. */
 enum tv_err tvm_problems_code(const struct tvm_problems *p);
 
-/* ---- methods ------------------------------------------------------------------ */
+/* ---- methods
+ * ------------------------------------------------------------------ */
 
 enum tvm_scope { TVM_SHARED = 0, TVM_INPUT = 1, TVM_NON_BASE = 2 };
 enum tvm_type { TVM_FLOAT = 0, TVM_INT = 1, TVM_BOOL = 2 };
-enum tvm_base { TVM_BASE_NONE = 0, TVM_BASE_OPTIONAL = 1, TVM_BASE_REQUIRED = 2 };
+enum tvm_base {
+    TVM_BASE_NONE = 0,
+    TVM_BASE_OPTIONAL = 1,
+    TVM_BASE_REQUIRED = 2
+};
 #define TVM_PARAMS_MAX 16u
 
 struct tvm_param {
@@ -62,7 +68,7 @@ struct tvm_param {
     enum tvm_scope scope;
     enum tvm_type type;
     bool required, has_default;
-    double fallback;     /* default; bools 0/1 */
+    double fallback; /* default; bools 0/1 */
     const char *help;
 };
 
@@ -81,7 +87,8 @@ struct tvm_method_info { /* strings static */
 };
 void tvm_method_info(const struct tvm_method *m, struct tvm_method_info *out);
 
-/* ---- recipe ------------------------------------------------------------------- */
+/* ---- recipe
+ * ------------------------------------------------------------------- */
 
 typedef struct tvm_recipe tvm_recipe;
 /* Syntax errors (YAML, unknown method, wrong types) go into problems with
@@ -97,77 +104,78 @@ void tvm_recipe_free(tvm_recipe *r);
 /* The file's bytes, borrowed. */
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 
-/* ---- plan --------------------------------------------------------------------- */
+/* ---- plan
+ * --------------------------------------------------------------------- */
 
 struct tvm_options {
-    tv_store *store;            /* for store:NAME and --into; may be NULL */
-    const char *out_dir;        /* NULL when planning only or --into */
-    const char *into;           /* object name, else NULL */
-    uint64_t seed;              /* --random-seed, default 0 */
-    uint64_t shard_bytes;       /* --out-shard-size; 0: 5 GB */
-    uint64_t quota_bytes;       /* --quota; 0: none */
-    uint64_t memory_bytes;      /* --memory; default 512 MiB */
-    unsigned threads;           /* 0: tv_cpu_count */
+    tv_store *store;       /* for store:NAME and --into; may be NULL */
+    const char *out_dir;   /* NULL when planning only or --into */
+    const char *into;      /* object name, else NULL */
+    uint64_t seed;         /* --random-seed, default 0 */
+    uint64_t shard_bytes;  /* --out-shard-size; 0: 5 GB */
+    uint64_t quota_bytes;  /* --quota; 0: none */
+    uint64_t memory_bytes; /* --memory; default 512 MiB */
+    unsigned threads;      /* 0: tv_cpu_count */
     const struct tvk_table *kernels; /* NULL: best */
-    bool copy_tokenizer;        /* default true */
-    bool write_model_card;      /* default true */
-    bool sync;                  /* default true; --no-sync clears it */
+    bool copy_tokenizer;             /* default true */
+    bool write_model_card;           /* default true */
+    bool sync;                       /* default true; --no-sync clears it */
     bool force, strict;
-    bool verify_reads;          /* default true */
+    bool verify_reads; /* default true */
     bool verify_inputs;
-    unsigned lock_timeout_ms;   /* default 10000 */
-    uint64_t group_bytes;       /* most bytes worth one commit; 0: default */
-    bool no_cache;              /* leave masks and task vectors of the store
-                                 * alone */
+    unsigned lock_timeout_ms; /* default 10000 */
+    uint64_t group_bytes;     /* most bytes worth one commit; 0: default */
+    bool no_cache;            /* leave masks and task vectors of the store
+                               * alone */
 };
 void tvm_options_init(struct tvm_options *o);
 
 struct tvm_source { /* one input of one output tensor */
-    size_t input;               /* index into plan->inputs */
+    size_t input;   /* index into plan->inputs */
     const struct tv_input_tensor *tensor;
     bool is_base;
-    size_t position;            /* among the non-base models of the slice in
-                                   recipe order, with this tensor or without */
+    size_t position; /* among the non-base models of the slice in
+                        recipe order, with this tensor or without */
     const struct tvm_low_rank *adapters; /* [n_adapters] to add, in order */
     size_t n_adapters;
 };
 struct tvm_low_rank { /* one adapter module on one tensor */
     const struct tv_adapter_module *module;
-    tv_input *from;             /* input that owns module->a and ->b */
-    double weight;              /* of the reference; times module->scaling */
+    tv_input *from; /* input that owns module->a and ->b */
+    double weight;  /* of the reference; times module->scaling */
 };
 
 enum tvm_action {
-    TVM_COPY = 0,   /* bytes of sources[copy_of] as they are */
-    TVM_MERGE = 1   /* method->combine */
+    TVM_COPY = 0, /* bytes of sources[copy_of] as they are */
+    TVM_MERGE = 1 /* method->combine */
 };
 
 struct tvm_tensor {
-    const char *name;           /* output name */
+    const char *name; /* output name */
     const struct tvm_method *method;
     enum tvm_action action;
     size_t copy_of;             /* TVM_COPY: index into sources */
     struct tvm_source *sources; /* recipe order */
     size_t n_sources;
-    int base;                   /* index into sources, -1 when none */
+    int base; /* index into sources, -1 when none */
     /* values[p] of parameter p: SHARED in shared[p]; else of source s in
      * per_source[s * n_params + p]. Bools are 0/1. is-set flags beside. */
     double shared[TVM_PARAMS_MAX];
     bool shared_set[TVM_PARAMS_MAX];
     double *per_source;
     bool *per_source_set;
-    enum tv_dtype dtype;        /* of the output */
+    enum tv_dtype dtype; /* of the output */
     unsigned rank;
     uint64_t shape[TV_RANK_MAX];
     uint64_t n_elems, bytes;
-    size_t shard;               /* place in the output directory */
+    size_t shard; /* place in the output directory */
     uint64_t offset;
-    uint64_t name_hash;         /* XXH3-64 of name, for Philox */
+    uint64_t name_hash; /* XXH3-64 of name, for Philox */
 };
 
 struct tvm_plan_input {
-    const char *ref;            /* as written in the recipe */
-    tv_input *input;            /* the model without adapters */
+    const char *ref; /* as written in the recipe */
+    tv_input *input; /* the model without adapters */
     struct tv_arch *arch;
     struct tv_hash fingerprint; /* of model and adapters */
     tv_adapter **adapters;      /* of ref+adapter */
@@ -179,20 +187,20 @@ struct tvm_side_file { /* what goes beside the weights, config.json last */
     const char *name;
     const char *data;
     size_t n;
-    const char *from;           /* ref it was copied from, or "" when made */
+    const char *from; /* ref it was copied from, or "" when made */
 };
 
 struct tvm_plan { /* owned: tvm_plan_free */
     struct tvm_options options;
-    const char *method_name;    /* top-level merge_method */
+    const char *method_name; /* top-level merge_method */
     struct tvm_plan_input *inputs;
     size_t n_inputs;
     struct tvm_tensor *tensors; /* in output (layer) order */
     size_t n_tensors;
-    struct tv_shards *shards;   /* layout of a directory output */
+    struct tv_shards *shards; /* layout of a directory output */
     struct tvm_side_file *files;
     size_t n_files;
-    const char *architecture;   /* of the output */
+    const char *architecture; /* of the output */
     uint64_t bytes_read, bytes_written;
     uint64_t peak_scratch_bytes, peak_disk_bytes;
     /* Everything the bytes depend on; `identity` is the JSON that was hashed
@@ -200,7 +208,7 @@ struct tvm_plan { /* owned: tvm_plan_free */
      * journal so that a refusal can name what changed. */
     struct tv_hash hash;
     char *identity;
-    const tvm_recipe *recipe;   /* borrowed */
+    const tvm_recipe *recipe; /* borrowed */
     void *storage;
 };
 /* Plans; *out may be non-NULL together with problems (for printing) but is only
@@ -214,19 +222,20 @@ TV_NODISCARD enum tv_err tvm_plan_make(const tvm_recipe *r,
                                        struct tvm_plan **out);
 void tvm_plan_free(struct tvm_plan *p);
 
-/* ---- run ---------------------------------------------------------------------- */
+/* ---- run
+ * ---------------------------------------------------------------------- */
 
 struct tvm_progress {
-    size_t n_done, n_tensors;      /* finished tensors, resumed included */
+    size_t n_done, n_tensors;         /* finished tensors, resumed included */
     uint64_t bytes_done, bytes_total; /* output bytes */
     uint64_t bytes_read;
-    const char *tensor;            /* the one just finished, or NULL */
+    const char *tensor; /* the one just finished, or NULL */
 };
 struct tvm_run_hooks {
     void (*progress)(void *arg, const struct tvm_progress *p); /* may be NULL;
                                     called from one thread at a time */
     void *arg;
-    const volatile int *cancel;    /* non-zero: commit the group and stop */
+    const volatile int *cancel; /* non-zero: commit the group and stop */
 };
 struct tvm_cache_use { /* masks and task vectors of the store */
     size_t masks_used, masks_stored;
@@ -239,7 +248,7 @@ struct tvm_result {
     uint64_t peak_scratch_bytes;
     struct tv_hash digest;
     uint64_t n_nonfinite_in, n_nonfinite_out;
-    bool already_done;             /* the same merge was complete before */
+    bool already_done; /* the same merge was complete before */
     struct tvm_cache_use cache;
     double t_read, t_compute, t_write, t_sync; /* seconds summed over workers */
 };
@@ -255,11 +264,10 @@ struct tvm_status {
     enum { TVM_ABSENT = 0, TVM_UNFINISHED = 1, TVM_FINISHED = 2 } state;
     size_t n_done, n_tensors;
     uint64_t bytes_done, bytes_total;
-    bool running;                  /* a process holds the lock */
+    bool running; /* a process holds the lock */
     struct tv_hash plan_hash, digest;
 };
-TV_NODISCARD enum tv_err tvm_status(const char *out_dir,
-                                    struct tvm_status *out,
+TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
                                     struct tv_error *err);
 /* Drops runs of the store, and with them their pins, that can never go on: the
  * unfinished object or output directory is gone, or is another plan's. To be

@@ -53,7 +53,8 @@ struct tv_derived {
     const char *about;    /* lists only: the group's document */
 };
 
-/* ---- reading -------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------
+ */
 
 /* out->key.tensor is key->tensor. Unfinished items are not found, nor are those
  * of another version of CRoaring. */
@@ -62,7 +63,7 @@ TV_NODISCARD enum tv_err tv_derived_find(tv_read *r,
                                          bool *found, struct tv_derived *out,
                                          struct tv_error *err);
 
-struct tv_derived_list { /* owned: tv_derived_list_free */
+struct tv_derived_list {      /* owned: tv_derived_list_free */
     struct tv_derived *items; /* by group, kind, tensor in layer order */
     size_t n;
     void *storage;
@@ -105,7 +106,8 @@ enum tv_dtype tv_delta_dtype(const tv_delta *d);
 const void *tv_delta_values(const tv_delta *d, uint64_t start, size_t n_elems,
                             size_t *n);
 
-/* ---- writing -------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------
+ */
 
 struct tv_derived_new {
     struct tv_derived_key key;
@@ -139,15 +141,15 @@ TV_NODISCARD enum tv_err tv_derived_release(tv_store *s,
                                             const struct tv_derived_key *keys,
                                             size_t n, struct tv_error *err);
 
-/* ---- room ----------------------------------------------------------------- */
+/* ---- room -----------------------------------------------------------------
+ */
 
 struct tv_derived_room {
     uint64_t evictable; /* bytes of items that nobody has pinned */
     uint64_t pinned;
 };
-TV_NODISCARD enum tv_err tv_derived_room(tv_read *r,
-                                         struct tv_derived_room *out,
-                                         struct tv_error *err);
+TV_NODISCARD enum tv_err
+tv_derived_room(tv_read *r, struct tv_derived_room *out, struct tv_error *err);
 /* Evicts, oldest use first, until `bytes` more of user data fit the quota.
  * NOSPACE says how much is missing and what could go. */
 TV_NODISCARD enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,

@@ -114,6 +114,10 @@ TV_NODISCARD enum tv_err tv_store_compact(const char *path, const char *scratch,
 TV_NODISCARD enum tv_err tv_store_charge_set(tv_store *s, const char *dir,
                                              uint64_t bytes,
                                              struct tv_error *err);
+/* How many bytes would be missing for that, all that can go being gone. */
+TV_NODISCARD enum tv_err tv_store_charge_check(tv_store *s, uint64_t bytes,
+                                               uint64_t *missing,
+                                               struct tv_error *err);
 TV_NODISCARD enum tv_err tv_store_charge_clear(tv_store *s, const char *dir,
                                                struct tv_error *err);
 

@@ -5,7 +5,7 @@ Keeps models, adapters and merges in one memory-mapped store.
 $ tvmerge --help | sed -n '1,2p'
 Usage: tvmerge [OPTION...] COMMAND [ARG...]
   or:  tvmerge [OPTION...] RECIPE OUT [OPTION...]
-$ for c in init import ls info cat export diff stat quota verify rm gc; do tvstore $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tvstore $c" || echo no example $c; grep -q TV_CPU h || echo no environment $c; done
+$ for c in init import ls info cat export diff stat quota verify rm gc mask compact; do tvstore $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tvstore $c" || echo no example $c; grep -q TV_CPU h || echo no environment $c; done
 $ for c in run plan status methods; do tvmerge $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tvmerge" || echo no example $c; grep -q TV_STORE h || echo no environment $c; done
 $ tvstore ls --help
 Usage: tvstore ls [OPTION...] STORE [NAME]

@@ -25,10 +25,10 @@
 #include "tv/store.h"
 #include "tv/view.h"
 
-#define TV_ST_HEADER_MAX (32u << 20)   /* bytes of a safetensors header */
-#define TV_ST_TENSORS_MAX (1u << 18)   /* tensors per file */
-#define TV_JSON_MAX (64u << 20)        /* bytes of any JSON side file */
-#define TV_JSON_DEPTH_MAX 64u          /* nesting of JSON we accept */
+#define TV_ST_HEADER_MAX  (32u << 20) /* bytes of a safetensors header */
+#define TV_ST_TENSORS_MAX (1u << 18)  /* tensors per file */
+#define TV_JSON_MAX       (64u << 20) /* bytes of any JSON side file */
+#define TV_JSON_DEPTH_MAX 64u         /* nesting of JSON we accept */
 
 /* ---- references ------------------------------------------------------------
  * PART[@REV][+ADAPTER[@REV][*WEIGHT]]...; cli.md, 'A model reference is':
@@ -36,14 +36,14 @@
  * else ORG/NAME in the local Hugging Face cache. Resolution does not open
  * anything. */
 struct tv_ref_part {
-    char *text;        /* as written, without @REV and *WEIGHT */
-    char *revision;    /* NULL when none */
-    double weight;     /* adapters: factor, 1 when not written */
-    char *path;        /* resolved file or directory; NULL for store:NAME */
-    char *object;      /* NAME of store:NAME, else NULL */
+    char *text;     /* as written, without @REV and *WEIGHT */
+    char *revision; /* NULL when none */
+    double weight;  /* adapters: factor, 1 when not written */
+    char *path;     /* resolved file or directory; NULL for store:NAME */
+    char *object;   /* NAME of store:NAME, else NULL */
 };
 struct tv_ref { /* owned: tv_ref_free */
-    char *text;        /* the whole reference as written */
+    char *text; /* the whole reference as written */
     struct tv_ref_part model;
     struct tv_ref_part *adapters;
     size_t n_adapters;
@@ -54,7 +54,8 @@ TV_NODISCARD enum tv_err tv_ref_resolve(const char *text, struct tv_error *err,
                                         struct tv_ref **out);
 void tv_ref_free(struct tv_ref *r);
 
-/* ---- inputs --------------------------------------------------------------- */
+/* ---- inputs ---------------------------------------------------------------
+ */
 
 typedef struct tv_input tv_input;
 
@@ -64,15 +65,15 @@ struct tv_input_tensor { /* borrowed from the input */
     unsigned rank;
     uint64_t shape[TV_RANK_MAX];
     uint64_t n_elems, bytes;
-    bool contiguous;       /* false: strided in a .bin; its view is a copy */
+    bool contiguous; /* false: strided in a .bin; its view is a copy */
     bool checksum_known;
     struct tv_hash checksum;
-    size_t file;           /* index for tv_input_file (file inputs) */
-    uint64_t offset;       /* absolute byte offset in that file */
+    size_t file;     /* index for tv_input_file (file inputs) */
+    uint64_t offset; /* absolute byte offset in that file */
 };
 
 struct tv_input_file { /* borrowed from the input */
-    const char *path;      /* absolute */
+    const char *path;  /* absolute */
     uint64_t bytes, mtime_ns, inode;
     struct tv_hash header_digest;
     uint64_t header_bytes; /* 0 for .bin */
@@ -85,16 +86,15 @@ TV_NODISCARD enum tv_err tv_input_open(const struct tv_ref_part *part,
                                        tv_store *store, struct tv_error *err,
                                        tv_input **out);
 /* The same for a plain path. */
-TV_NODISCARD enum tv_err tv_input_open_path(const char *path,
-                                            struct tv_error *err,
-                                            tv_input **out);
+TV_NODISCARD enum tv_err
+tv_input_open_path(const char *path, struct tv_error *err, tv_input **out);
 void tv_input_close(tv_input *in);
 
 enum tv_kind tv_input_kind(const tv_input *in);
-const char *tv_input_label(const tv_input *in);   /* for messages */
+const char *tv_input_label(const tv_input *in); /* for messages */
 bool tv_input_is_store(const tv_input *in);
-uint64_t tv_input_object_id(const tv_input *in);  /* 0 for files */
-const char *tv_input_dir(const tv_input *in);     /* NULL for store objects */
+uint64_t tv_input_object_id(const tv_input *in); /* 0 for files */
+const char *tv_input_dir(const tv_input *in);    /* NULL for store objects */
 size_t tv_input_count(const tv_input *in);
 /* Tensors in layer order (tv_name_compare). */
 const struct tv_input_tensor *tv_input_tensor(const tv_input *in, size_t i);
@@ -124,11 +124,12 @@ TV_NODISCARD enum tv_err tv_input_side_read(tv_input *in, const char *name,
  * config.json and adapter_config.json. */
 TV_NODISCARD enum tv_err tv_input_fingerprint(tv_input *in, struct tv_hash *out,
                                               struct tv_error *err);
-/* The same for the contents of one tensor (its name does not count): checksum of
- * an inline tensor of a store, else the file it lies in and the place there. */
-TV_NODISCARD enum tv_err tv_input_tensor_identity(
-    tv_input *in, const struct tv_input_tensor *t, struct tv_hash *out,
-    struct tv_error *err);
+/* The same for the contents of one tensor (its name does not count): checksum
+ * of an inline tensor of a store, else the file it lies in and the place there.
+ */
+TV_NODISCARD enum tv_err
+tv_input_tensor_identity(tv_input *in, const struct tv_input_tensor *t,
+                         struct tv_hash *out, struct tv_error *err);
 /* Are the files that it was opened from, or that its linked tensors lie in, the
  * ones that they were (size, mtime_ns, inode)? CORRUPT names the first that is
  * not. */
@@ -145,11 +146,11 @@ TV_NODISCARD enum tv_err tv_input_digest(tv_input *in, struct tv_hash *out,
 typedef struct tv_adapter tv_adapter;
 
 struct tv_adapter_module {
-    const char *module;   /* "model.layers.0.self_attn.q_proj" */
+    const char *module;                  /* "model.layers.0.self_attn.q_proj" */
     const struct tv_input_tensor *a, *b; /* (r, in), (out, r) */
     uint64_t r, in_features, out_features;
     double alpha, scaling;
-    bool transposed;      /* fan_in_fan_out: base stored [in, out] */
+    bool transposed; /* fan_in_fan_out: base stored [in, out] */
 };
 TV_NODISCARD enum tv_err tv_adapter_open(tv_input *in, struct tv_error *err,
                                          tv_adapter **out); /* borrows in */
@@ -165,7 +166,8 @@ TV_NODISCARD enum tv_err tv_adapter_bind(const tv_adapter *a,
                                          const tv_input *base, size_t *targets,
                                          struct tv_error *err);
 
-/* ---- safetensors writing --------------------------------------------------- */
+/* ---- safetensors writing ---------------------------------------------------
+ */
 
 struct tv_st_entry {
     const char *name;
@@ -173,18 +175,18 @@ struct tv_st_entry {
     unsigned rank;
     const uint64_t *shape;
     uint64_t bytes;
-    size_t shard;          /* filled by tv_shards_plan */
-    uint64_t offset;       /* filled: absolute byte offset in the shard file */
+    size_t shard;    /* filled by tv_shards_plan */
+    uint64_t offset; /* filled: absolute byte offset in the shard file */
 };
 struct tv_shards { /* owned: tv_shards_free */
     size_t n;
-    char **file_names;     /* final names: model.safetensors or model-0000x-of */
-    char **headers;        /* bytes at the start of each file */
+    char **file_names; /* final names: model.safetensors or model-0000x-of */
+    char **headers;    /* bytes at the start of each file */
     size_t *header_bytes;
-    uint64_t *file_bytes;  /* whole size of each file */
-    char *index_json;      /* NULL for one shard */
+    uint64_t *file_bytes; /* whole size of each file */
+    char *index_json;     /* NULL for one shard */
     size_t index_bytes;
-    uint64_t total_bytes;  /* tensor bytes */
+    uint64_t total_bytes; /* tensor bytes */
 };
 /* Lays entries out in the order given: a new shard starts when the next tensor
  * would pass max_shard_bytes (0: 5 GB); a larger tensor has its own. Stem is
@@ -227,9 +229,9 @@ TV_NODISCARD enum tv_err tv_json_edit(const char *data, size_t n,
  * NULL): INTERRUPTED, resumable. */
 struct tv_transfer {
     bool link, force;
-    uint64_t shard_bytes;     /* export; 0: 5 GB */
+    uint64_t shard_bytes; /* export; 0: 5 GB */
     unsigned lock_timeout_ms;
-    bool sync;                /* export: fsync outputs */
+    bool sync; /* export: fsync outputs */
     tv_bytes_fn progress;
     void *progress_arg;
     const volatile int *cancel;

@@ -20,10 +20,10 @@
 
 enum tv_role {
     TV_ROLE_OTHER = 0,
-    TV_ROLE_EMBED,          /* token embedding [vocab, hidden] */
-    TV_ROLE_POSITION,       /* learned positions */
-    TV_ROLE_EMBED_NORM,     /* BLOOM: norm behind the embedding */
-    TV_ROLE_LM_HEAD,        /* [vocab, hidden] */
+    TV_ROLE_EMBED,      /* token embedding [vocab, hidden] */
+    TV_ROLE_POSITION,   /* learned positions */
+    TV_ROLE_EMBED_NORM, /* BLOOM: norm behind the embedding */
+    TV_ROLE_LM_HEAD,    /* [vocab, hidden] */
     TV_ROLE_FINAL_NORM,
     TV_ROLE_INPUT_NORM,     /* before attention */
     TV_ROLE_POST_ATTN_NORM, /* before the MLP */
@@ -31,14 +31,14 @@ enum tv_role {
     TV_ROLE_ATTN_Q,
     TV_ROLE_ATTN_K,
     TV_ROLE_ATTN_V,
-    TV_ROLE_ATTN_QKV,       /* fused */
+    TV_ROLE_ATTN_QKV, /* fused */
     TV_ROLE_ATTN_O,
     TV_ROLE_MLP_GATE,
     TV_ROLE_MLP_UP,
-    TV_ROLE_MLP_GATE_UP,    /* fused */
+    TV_ROLE_MLP_GATE_UP, /* fused */
     TV_ROLE_MLP_DOWN,
     TV_ROLE_ROUTER,
-    TV_ROLE_BUFFER,         /* rotary caches, causal masks: not weights */
+    TV_ROLE_BUFFER, /* rotary caches, causal masks: not weights */
     TV_ROLE_COUNT
 };
 const char *tv_role_name(enum tv_role role); /* "embed", "attn_q", ... */
@@ -48,31 +48,31 @@ const char *tv_role_name(enum tv_role role); /* "embed", "attn_q", ... */
 enum tv_part { TV_PART_PRE = 0, TV_PART_LAYER = 1, TV_PART_POST = 2 };
 
 struct tv_arch_tensor {
-    const char *name;      /* borrowed from the description */
+    const char *name; /* borrowed from the description */
     enum tv_role role;
     enum tv_part part;
-    int64_t layer;         /* -1 outside layers */
+    int64_t layer;              /* -1 outside layers */
     size_t layer_at, layer_len; /* where the layer number stands in name */
     bool is_bias;
-    int vocab_dim;         /* dimension that counts tokens, -1 when none */
-    bool optional;         /* may be absent (tied lm_head, biases) */
-    const char *tied_to;   /* tensor that supplies it when absent, or NULL */
+    int vocab_dim;       /* dimension that counts tokens, -1 when none */
+    bool optional;       /* may be absent (tied lm_head, biases) */
+    const char *tied_to; /* tensor that supplies it when absent, or NULL */
 };
 
-struct tv_arch { /* owned: tv_arch_free */
-    char *family;          /* "llama", "gpt2", ..., "inferred" */
-    char *architecture;    /* class name of config.json, "" when none */
+struct tv_arch {        /* owned: tv_arch_free */
+    char *family;       /* "llama", "gpt2", ..., "inferred" */
+    char *architecture; /* class name of config.json, "" when none */
     char *model_type;
-    bool inferred;         /* no table knew it: names only */
+    bool inferred; /* no table knew it: names only */
     bool has_config;
-    int64_t n_layers;      /* from the config, checked against the tensors */
+    int64_t n_layers; /* from the config, checked against the tensors */
     int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab,
-        max_positions;     /* 0 when unknown */
-    bool tied;             /* tie_word_embeddings in effect */
+        max_positions;      /* 0 when unknown */
+    bool tied;              /* tie_word_embeddings in effect */
     bool linear_transposed; /* GPT-2 Conv1D: weights stored [in, out] */
     const char *layers_key; /* config key with the layer count, or NULL */
-    char *dtype;           /* config's dtype/torch_dtype, "" when none */
-    bool dtype_key_new;    /* the key is "dtype" (transformers 5) */
+    char *dtype;            /* config's dtype/torch_dtype, "" when none */
+    bool dtype_key_new;     /* the key is "dtype" (transformers 5) */
     struct tv_arch_tensor *tensors; /* in the order of names[] */
     size_t n_tensors;
     void *storage;

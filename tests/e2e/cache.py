@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""cache.py BIN_DIR SYNTH DATA
+
+What a store remembers of earlier merges changes nothing but the time: digests
+with an empty, warm and evicted cache are equal, for any threads, instruction
+set, memory budget and kind of input, adapters included, killed and resumed.
+Store and unfinished output together never take more than the quota, sampled
+all the while, although the merges need far more room for masks than there is.
+"""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from common import check, finish, run, run_json, temp
+
+BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
+TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
+SHAPE = ["--layers", "2", "--hidden", "512", "--kv", "128", "--inter", "1408",
+         "--vocab", "4099"]
+
+
+def recipe(name, base, donors, method="ties", more=""):
+    text = f"merge_method: {method}\nbase_model: {base}\nmodels:\n"
+    for ref, weight, density in donors:
+        text += (f"- model: {ref}\n"
+                 f"  parameters: {{weight: {weight}, density: {density}}}\n")
+    with open(name, "w") as f:
+        f.write(text + more)
+    return name
+
+
+def merge(path, out, *more, env=None, code=0):
+    return run_json(TVMERGE, "run", path, out, "--json", *more, env=env,
+                    code=code)
+
+
+def used(*paths):
+    """Allocated bytes; files may come and go meanwhile."""
+    total = 0
+    for path in paths:
+        for d, _, names in os.walk(path):
+            for n in [""] + names:
+                try:
+                    total += os.lstat(os.path.join(d, n)).st_blocks * 512
+                except OSError:
+                    pass
+    return total
+
+
+class Sampler:
+    """The most that a set of directories has taken at any moment."""
+
+    def __init__(self, *paths):
+        self.paths, self.peak, self.n, self.stop = paths, 0, 0, False
+        self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+
+    def loop(self):
+        while not self.stop:
+            self.peak = max(self.peak, used(*self.paths))
+            self.n += 1
+            time.sleep(0.001)
+
+    def end(self):
+        self.stop = True
+        self.thread.join()
+        self.peak = max(self.peak, used(*self.paths))
+        return self.peak
+
+
+def cache(doc, *want):
+    names = ("masks_used", "masks_stored", "task_vectors_used",
+             "task_vectors_stored")
+    got = tuple(doc.get("cache", {}).get(n) for n in names)
+    check(got == want, f"cache {got}, expected {want}")
+
+
+def same_bytes(tmp):
+    os.chdir(tmp)
+    run(SYNTH, "models", *SHAPE, "--donors", "2", code=0)
+    run(TVSTORE, "init", "s", code=0)
+    for m in ("base", "ft1", "ft2"):
+        run(TVSTORE, "import", "s", m, f"models/{m}", "--link", "-q", code=0)
+    r = recipe("dir.yml", "models/base", [("models/ft1", 0.7, 0.2),
+                                          ("models/ft2", 0.5, 0.35)])
+    linked = recipe("linked.yml", "store:base", [("store:ft1", 0.7, 0.2),
+                                                 ("store:ft2", 0.5, 0.35)])
+    sweep = recipe("sweep.yml", "store:base", [("store:ft1", 0.3, 0.2),
+                                               ("store:ft2", 0.9, 0.35)])
+    none = merge(r, "out-none")
+    cache(none, 0, 0, 0, 0)
+    want, n = none["digest"], none["n_tensors"] * 2
+    first = merge(r, "out-cold", "--store", "s")
+    cache(first, 0, n, 0, 0)
+    second = merge(r, "out-masks", "--store", "s", "--threads", "1")
+    cache(second, n, 0, 0, n)
+    # Linking a file says nothing new about it: the same keys.
+    third = merge(linked, "out-vectors", "--store", "s")
+    cache(third, n, 0, n, 0)
+    check(third["bytes_read"] < second["bytes_read"],
+          "task vectors are read in place of the donors")
+    for d in (first, second, third):
+        check(d["digest"] == want, "digest with cache")
+    for isa in ("ref", "avx2", "avx512"):
+        d = merge(linked, f"out-{isa}", "--store", "s", env={"TV_CPU": isa})
+        check(d["digest"] == want, f"digest with {isa}")
+    small = merge(linked, "out-16", "--store", "s", "--memory", "16MiB")
+    check(small["digest"] == want, "digest in 16 MiB")
+    check(small["peak_scratch_bytes"] <= 16 << 20, "16 MiB are kept to")
+    d = run_json(TVMERGE, "run", linked, "--into", "m", "--store", "s",
+                 "--json")
+    check(d["digest"] == want, "digest of --into")
+    cache(d, n, 0, n, 0)
+    other = merge(sweep, "out-sweep", "--store", "s")
+    cache(other, n, 0, n, 0)
+    check(other["digest"] == merge(sweep, "out-sweep0", "--store", "s",
+                                   "--no-cache")["digest"], "digest of a sweep")
+    again = merge(r, "out-cold", "--store", "s")
+    check(again["already_done"], "a finished merge is left alone")
+
+    ls = run_json(TVSTORE, "mask", "ls", "s", "--json")
+    check(len(ls["sets"]) == 2, "two sets of masks")
+    weights = sum(x["elements"] for x in ls["sets"])
+    check(sum(x["bytes"] for x in ls["sets"]) * 8 <= 1.01 * 1.02 * weights,
+          "masks cost a bit per weight")
+    stat = run_json(TVSTORE, "stat", "s", "--json")
+    check(stat["n_masks"] == n and stat["n_task_vectors"] == n, "stat counts")
+    check(stat["kinds"]["masks"] == sum(x["bytes"] for x in ls["sets"]),
+          "stat and mask ls agree")
+    for x in ls["sets"]:
+        check(abs(x["density"] - x["about"]["density"]) < 1e-3, "density")
+        info = run_json(TVSTORE, "mask", "info", "s", x["id"], "--json")
+        check(len(info["tensors"]) == n // 2, "a mask per tensor")
+        check(sum(t["kept"] for t in info["tensors"]) == x["kept"], "kept")
+    run(TVSTORE, "mask", "info", "s", "nobody", code=10)
+    run(TVSTORE, "mask", "info", "s", code=2)
+    run(TVSTORE, "mask", "size", "s", code=2)
+
+    before = run_json(TVSTORE, "stat", "s", "--json")["file_bytes"]
+    gc = run_json(TVSTORE, "gc", "s", "--derived", "--json")
+    check(gc["n_evicted"] == 2 * n and gc["freed_bytes"] > stat["kinds"]
+          ["task_vectors"], "gc --derived drops them")
+    run_json(TVSTORE, "compact", "s", "--json")
+    after = run_json(TVSTORE, "stat", "s", "--json")
+    check(after["kinds"]["masks"] == 0 and after["file_bytes"] < before,
+          "compact gives the pages back")
+    run(TVSTORE, "verify", "s", "-q", code=0)
+    d = merge(linked, "out-after", "--store", "s")
+    cache(d, 0, n, 0, 0)
+    check(d["digest"] == want, "digest with an evicted cache")
+
+
+def nested(tmp):
+    """Masks are nested in density: their overlap is that of their sizes."""
+    os.chdir(tmp)
+    run(TVSTORE, "init", "n", code=0)
+    for d in (0.1, 0.4):
+        merge(recipe("n.yml", "models/base", [("models/ft1", 1, d)]),
+              f"n{d}", "--store", "n")
+    o = run_json(TVSTORE, "mask", "overlap", "n", "--json")
+    check(len(o["pairs"]) == 1, "one pair")
+    p = o["pairs"][0]
+    check(abs(p["jaccard"] - 0.25) < 1e-3, f"Jaccard {p['jaccard']}")
+    ls = run_json(TVSTORE, "mask", "ls", "n", "--json")["sets"]
+    check(p["both"] == min(x["kept"] for x in ls) and
+          p["either"] == max(x["kept"] for x in ls), "nested masks")
+
+
+def adapters(tmp):
+    os.chdir(tmp)
+    run(TVSTORE, "init", "a", code=0)
+    r = recipe("a.yml", f"{DATA}/base",
+               [(f"{DATA}/ft-code", 0.6, 0.2),
+                (f"{DATA}/base+{DATA}/lora-jargon", 0.5, 0.3)],
+               more="parameters: {rescale: true}\n")
+    want = merge(r, "a0")["digest"]
+    for i in range(1, 4):
+        check(merge(r, f"a{i}", "--store", "a")["digest"] == want,
+              "digest with adapters")
+    u = merge(r, "a4", "--store", "a")["cache"]
+    check(u["task_vectors_used"] == u["masks_used"] > 0, "vectors of adapters")
+
+
+def bounded(tmp):
+    """Store and output within the quota, sampled; with kills in between."""
+    os.chdir(tmp)
+    model = os.path.getsize("models/ft1/model.safetensors")
+    quota = int(model + (3 << 20))
+    run(TVSTORE, "init", "q", "--quota", quota, code=0)
+    for m in ("base", "ft1", "ft2"):
+        run(TVSTORE, "import", "q", m, f"models/{m}", "--link", "-q", code=0)
+    sampler = Sampler("q", "qout")
+    rnd = random.Random(5)
+    kills = evicted = 0
+    stored = 0
+    for i, density in enumerate([0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.2,
+                                 0.9, 0.95, 0.05]):
+        r = recipe("q.yml", "store:base", [("store:ft1", 0.7, density),
+                                           ("store:ft2", 0.5, density)])
+        plain = recipe("plain.yml", "models/base",
+                       [("models/ft1", 0.7, density),
+                        ("models/ft2", 0.5, density)])
+        want = merge(plain, "plain")["digest"] if i % 4 == 0 else None
+        shutil.rmtree("plain", True)
+        argv = [TVMERGE, "run", r, "qout", "--store", "q", "--json",
+                "--threads", "2"]
+        if i % 3 == 1:
+            p = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL,
+                                 env=dict(os.environ, TV_GROUP_BYTES="1MB"))
+            time.sleep(rnd.uniform(0.005, 0.08))
+            p.send_signal(signal.SIGKILL)
+            kills += p.wait() == -signal.SIGKILL
+        d = run_json(*argv)
+        stored += d["cache"]["masks_stored"] + d["cache"]["task_vectors_stored"]
+        if want:
+            check(d["digest"] == want, f"digest under a quota ({density})")
+        sets = run_json(TVSTORE, "mask", "ls", "q", "--json")["sets"]
+        evicted += len(sets) < 2 * (i + 1)
+        shutil.rmtree("qout")
+    peak = sampler.end()
+    check(peak <= quota, f"{peak} bytes at one moment, the quota is {quota}")
+    check(sampler.n > 200 and peak > model, "sampled while something was there")
+    check(stored > 100 and evicted > 0, f"stored {stored}, evicted {evicted}")
+    run(TVSTORE, "verify", "q", "-q", code=0)
+    print(f"quota: {sampler.n} samples, peak {peak} of {quota}, {kills} kills, "
+          f"{stored} items stored")
+
+    # What cannot fit is refused before the work, with numbers.
+    run(TVSTORE, "quota", "q", used("q") + model // 2, code=0)
+    e = run(TVMERGE, "run", r, "qout", "--store", "q", code=5)
+    check("missing" in e.stderr and "could go" in e.stderr, "what is missing")
+    check(not os.path.exists("qout"), "nothing was written")
+    p = run_json(TVMERGE, "plan", r, "qout", "--store", "q", "--json", code=5)
+    check(not p["ok"] and p["peak_disk_bytes"] > model, "plan says so too")
+
+    # User data push derived data out.
+    run(TVSTORE, "quota", "q", used("q") + model, code=0)
+    d = run_json(TVMERGE, "run", r, "--into", "m", "--store", "q", "--json")
+    check(d.get("n_tensors", 0) > 0, "a merge into the store finds room")
+    stat = run_json(TVSTORE, "stat", "q", "--json")
+    check(stat["used_bytes"] <= stat["quota_bytes"], "within the quota")
+    run(TVSTORE, "verify", "q", "-q", code=0)
+
+
+def main():
+    tmp = temp()
+    for part in (same_bytes, nested, adapters, bounded):
+        t = time.time()
+        part(tmp)
+        print(f"{part.__name__}: {time.time() - t:.1f} s", flush=True)
+    finish("cache")
+
+
+main()
