@@ -143,6 +143,7 @@ enum tv_err tv_lmdb_error(struct tv_error *err, int mdb_rc, const char *path,
         code = TV_E_NOSPACE;
         break;
     case EIO:
+    case MDB_PANIC: /* after a meta page that could not be written */
         code = disk_is_full(path) || file_is_at_limit(path) ? TV_E_NOSPACE
                                                             : TV_E_IO;
         break;
@@ -179,7 +180,7 @@ enum tv_err tv_lmdb_error(struct tv_error *err, int mdb_rc, const char *path,
     (void)vsnprintf(what, sizeof what, fmt, ap);
     va_end(ap);
     tv_error_set(err, code, "store %s: %s: %s", path, what,
-                 code == TV_E_NOSPACE && mdb_rc == EIO
+                 code == TV_E_NOSPACE && (mdb_rc == EIO || mdb_rc == MDB_PANIC)
                      ? "no space left on the file system"
                      : mdb_strerror(mdb_rc));
     if (err != NULL) {

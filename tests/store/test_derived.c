@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "faults.h"
 #include "lmdb_seam.h"
 #include "rng.h"
 #include "tv/alloc.h"
@@ -581,6 +582,50 @@ static void charges_count(void **state)
     tv_free(out);
 }
 
+/* Stores, reads, pins and drops a mask: what every failing allocation must
+ * leave whole. */
+static enum tv_err whole_life(void *arg, struct tv_error *err)
+{
+    struct fx *f = (struct fx *)arg;
+    enum tv_err rc = TV_OK;
+    static uint64_t words[200000 / 64 + 1];
+    tv_read *r = NULL;
+    tv_mask *m = NULL;
+    struct tv_derived_list *l = NULL;
+    bool found = false;
+    uint64_t n = 0;
+    struct tv_derived_new p = mask_new(1, "w", words, 200000);
+    for (size_t i = 0; i < 200000 / 64; i++)
+        words[i] = UINT64_C(0x1001001001001001) << (i % 7);
+    TV_TRY(tv_derived_store(f->s, &p, 1, 1u << 16, 0, err));
+    TV_TRY(tv_derived_pin(f->s, &p.key, 1, err));
+    TV_TRY(tv_read_begin(f->s, err, &r));
+    TV_TRY(tv_derived_list(r, err, &l));
+    TV_TRY(tv_mask_open(r, p.key.score, "w", &found, err, &m));
+    if (!found || l->n != 1 || !l->items[0].pinned)
+        rc = tv_error_set(err, TV_E_INTERNAL, "it is not there");
+out:
+    tv_derived_list_free(l);
+    tv_mask_close(m);
+    tv_read_end(r);
+    if (rc == TV_OK)
+        rc = tv_derived_release(f->s, NULL, 0, err);
+    if (rc == TV_OK)
+        rc = tv_derived_evict_all(f->s, &n, err);
+    return rc;
+}
+
+static void allocations_may_fail(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t n = faults_loop_alloc(whole_life, f, true);
+    assert_in_range(n, 20, 10000);
+    uint64_t freed = 0;
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    fx_verify(f);
+    assert_ok(whole_life(f, &f->err), &f->err);
+}
+
 /* A reader of old makes freed pages unusable: nothing is stored, nothing
  * grows. */
 static void old_readers_do_not_push_it_over(void **state)
@@ -632,6 +677,7 @@ int main(void)
         T(damage_is_named),
         T(charges_count),
         T(old_readers_do_not_push_it_over),
+        T(allocations_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
