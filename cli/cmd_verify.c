@@ -225,7 +225,8 @@ static int run(struct tvc *c)
     if (!o.ended)
         add_crash(c, &o, status);
     /* After the first damage LMDB may call the rest a mistake of ours. */
-    if (o.code != TV_OK && json_array_size(o.problems) > 0)
+    if (o.code == TV_E_INTERNAL ||
+        (o.code != TV_OK && json_array_size(o.problems) > 0))
         o.code = TV_E_CORRUPT;
     /* What kept the store from being looked at is no finding. */
     if (o.code != TV_OK && o.code != TV_E_CORRUPT &&
