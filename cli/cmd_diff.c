@@ -19,6 +19,7 @@
 #include "progress.h"
 #include "store_open.h"
 #include "tensor_read.h"
+#include "tv/adapt.h"
 #include "tv/alloc.h"
 #include "tv/format.h"
 #include "tv/hash.h"
@@ -98,95 +99,25 @@ static void side_close(struct side *s)
 /* ---- one tensor of one side
  * ------------------------------------------------------ */
 
-struct low_rank {
-    float *l, *r; /* [rows, rank], [rank, cols] */
-    size_t rank;
-    double scale;
-};
-
 struct operand {
     tv_input *input;
     const struct tv_input_tensor *t;
     const struct tvc_element *e;
     struct tv_view view;
-    struct low_rank *low;
-    size_t n_low;
+    struct tv_adapter_use *uses;
+    size_t n_uses;
+    struct tva_patch patch;
     char *what;
 };
 
 static void operand_close(struct operand *o)
 {
-    for (size_t i = 0; i < o->n_low; i++) {
-        tv_free(o->low[i].l);
-        tv_free(o->low[i].r);
-    }
-    tv_free(o->low);
+    tva_patch_close(&o->patch);
+    tv_free(o->uses);
     tv_free(o->what);
     if (o->input)
         tv_input_release(o->input, &o->view);
     *o = (struct operand){0};
-}
-
-/* A whole factor as fp32, transposed when asked. */
-static enum tv_err factor_load(const struct tvk_table *k, tv_input *in,
-                               const struct tv_input_tensor *t, bool transpose,
-                               struct tv_error *err, float **out)
-{
-    struct tv_view v = {0};
-    struct tvc_reader reader = {0};
-    unsigned char *bytes = NULL;
-    float *values = NULL;
-    float *turned = NULL;
-    enum tv_err rc = TV_OK;
-
-    TV_TRY(tv_input_view(in, t, err, &v));
-    TV_TRY(tvc_reader_open(&reader, &v, t->name, err));
-    bytes = tv_alloc((size_t)t->bytes);
-    values = tv_alloc((size_t)t->n_elems * sizeof *values);
-    if (!bytes || !values) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory for %s", t->name);
-        goto out;
-    }
-    TV_TRY(tvc_reader_read(&reader, 0, t->bytes, bytes, err));
-    tvk_to_f32(k, t->dtype, values, bytes, (size_t)t->n_elems);
-    if (transpose) {
-        const size_t rows = (size_t)t->shape[0];
-        const size_t cols = (size_t)t->shape[1];
-        turned = tv_alloc((size_t)t->n_elems * sizeof *turned);
-        if (!turned) {
-            rc = tv_error_set(err, TV_E_NOMEM, "out of memory for %s", t->name);
-            goto out;
-        }
-        for (size_t r = 0; r < rows; r++)
-            for (size_t c = 0; c < cols; c++)
-                turned[c * rows + r] = values[r * cols + c];
-    }
-    *out = transpose ? turned : values;
-out:
-    if (rc != TV_OK || !transpose)
-        tv_free(turned);
-    if (rc != TV_OK || transpose)
-        tv_free(values);
-    tv_free(bytes);
-    tvc_reader_close(&reader);
-    tv_input_release(in, &v);
-    return rc;
-}
-
-/* [out, in] weights get B A; Conv1D weights [in, out] its transpose. */
-static enum tv_err low_rank_load(const struct tvk_table *k,
-                                 const struct adapter *a,
-                                 const struct tv_adapter_module *m,
-                                 struct low_rank *out, struct tv_error *err)
-{
-    const bool turn = m->transposed;
-    enum tv_err rc = TV_OK;
-    out->rank = (size_t)m->r;
-    out->scale = a->weight * m->scaling;
-    TV_TRY(factor_load(k, a->input, turn ? m->a : m->b, turn, err, &out->l));
-    TV_TRY(factor_load(k, a->input, turn ? m->b : m->a, turn, err, &out->r));
-out:
-    return rc;
 }
 
 static enum tv_err operand_open(const struct tvk_table *k, struct side *s,
@@ -201,8 +132,8 @@ static enum tv_err operand_open(const struct tvk_table *k, struct side *s,
     o->what = tv_asprintf("%s/%s", tv_input_label(s->input), t->name);
     for (size_t i = 0; i < s->n_adapters; i++)
         n_modules += tv_adapter_count(s->adapters[i].adapter);
-    o->low = tv_calloc(n_modules, sizeof *o->low);
-    if (!o->what || !o->low) {
+    o->uses = tv_calloc(n_modules + 1, sizeof *o->uses);
+    if (!o->what || !o->uses) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
@@ -218,13 +149,15 @@ static enum tv_err operand_open(const struct tvk_table *k, struct side *s,
                                   o->what, tv_dtype_name(t->dtype));
                 goto out;
             }
-            o->n_low++;
-            TV_TRY(low_rank_load(k, a, tv_adapter_module(a->adapter, j),
-                                 &o->low[o->n_low - 1], err));
+            if (a->weight != 0)
+                o->uses[o->n_uses++] = (struct tv_adapter_use){
+                    tv_adapter_module(a->adapter, j), a->input, a->weight};
         }
     }
     TV_TRY(tv_input_view(s->input, t, err, &o->view));
     o->input = s->input;
+    TV_TRY(tva_patch_open(&o->patch, o->uses, o->n_uses, t, &o->view, k, true,
+                          err));
 out:
     if (rc != TV_OK)
         operand_close(o);
@@ -249,6 +182,7 @@ struct sums {
 struct worker {
     unsigned char *bytes[2];
     float *values[2];
+    float *scratch[2]; /* of adapters */
     float *delta;
     struct tv_error err;
 };
@@ -271,12 +205,12 @@ static void load(const struct job *j, const struct operand *o, struct worker *w,
     if (j->path != PATH_KERNEL)
         return;
     tvk_to_f32(j->k, o->t->dtype, w->values[i], w->bytes[i], n);
-    if (o->n_low == 0)
+    if (o->n_uses == 0)
         return;
-    for (size_t a = 0; a < o->n_low; a++)
-        j->k->lowrank_add(w->values[i], o->low[a].l, o->low[a].r,
-                          o->low[a].scale, o->low[a].rank, o->t->shape[1], at,
-                          n);
+    for (size_t a = 0; a < n; a += TVA_BLOCK)
+        tva_patch_apply(&o->patch, j->k, at + a,
+                        n - a < TVA_BLOCK ? n - a : TVA_BLOCK, w->values[i] + a,
+                        w->scratch[i]);
     tvk_from_f32(j->k, o->t->dtype, w->bytes[i], w->values[i], n);
     tvk_to_f32(j->k, o->t->dtype, w->values[i], w->bytes[i], n);
 }
@@ -475,11 +409,32 @@ static void workers_close(struct job *j, unsigned n)
         for (int s = 0; s < 2; s++) {
             tv_free(j->workers[i].bytes[s]);
             tv_free(j->workers[i].values[s]);
+            tv_free(j->workers[i].scratch[s]);
         }
         tv_free(j->workers[i].delta);
     }
     tv_free(j->workers);
     j->workers = NULL;
+}
+
+/* Scratch for the adapters of this pair of tensors. */
+static enum tv_err scratch_open(struct job *j, unsigned n, struct tv_error *err)
+{
+    for (unsigned i = 0; i < n; i++) {
+        for (int s = 0; s < 2; s++) {
+            const struct operand *o = &j->side[s];
+            float **at = &j->workers[i].scratch[s];
+            tv_free(*at);
+            *at = NULL;
+            if (o->n_uses == 0)
+                continue;
+            *at = tv_alloc_aligned(tva_patch_floats(o->uses, o->n_uses, o->t) *
+                                   sizeof(float));
+            if (!*at)
+                return tv_error_set(err, TV_E_NOMEM, "out of memory");
+        }
+    }
+    return TV_OK;
 }
 
 /* Both have the same shape; dtypes that cannot be compared are the same. */
@@ -501,6 +456,9 @@ static enum tv_err compare(struct job *j, tv_pool *pool, struct sums *out,
         j->unit_elems = TV_LEAF_BYTES / each;
         units = (size_t)((j->n_elems + j->unit_elems - 1) / j->unit_elems);
     }
+    rc = scratch_open(j, tv_pool_threads(pool), err);
+    if (rc != TV_OK)
+        return rc;
     j->parts = tv_calloc(units, sizeof *j->parts);
     if (!j->parts)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");

@@ -20,6 +20,7 @@
 
 #include <jansson.h>
 
+#include "tv/adapt.h"
 #include "tv/error.h"
 #include "tv/eval.h"
 #include "tv/format.h"
@@ -134,17 +135,11 @@ enum tve_slot_global {
     TVE_GLOBALS
 };
 
-struct tve_lora { /* one adapter module on a weight */
-    const struct tv_adapter_module *module;
-    tv_input *input;
-    double scale; /* scaling times the adapter's weight */
-};
-
 struct tve_weight {
     const struct tv_input_tensor *t; /* NULL: the model has none */
     size_t rows, cols;               /* as stored */
-    struct tve_lora *lora;           /* owned */
-    size_t n_lora;
+    struct tv_adapter_use *changes;  /* owned; what adapters do to it */
+    size_t n_changes;
 };
 struct tve_param { /* a module: weight and bias */
     struct tve_weight w, b;
@@ -174,12 +169,25 @@ static inline struct tve_param *tve_layer_param(const tve_model *m,
 /* A view of t whose stored checksums hold. */
 TV_NODISCARD enum tv_err tve_view(tve_model *m, const struct tv_input_tensor *t,
                                   struct tv_view *out, struct tv_error *err);
-/* Converts n elements from element `at`. */
-void tve_convert(const struct tvk_table *k, const struct tv_view *v,
-                 uint64_t at, size_t n, float *dst);
-/* Whole small tensor as owned fp32 (tv_free); *out NULL when t is. */
-TV_NODISCARD enum tv_err tve_load(tve_model *m, const struct tv_input_tensor *t,
+/* A whole small weight as owned fp32 (tv_free), adapters applied; *out NULL
+ * when the model has none. */
+TV_NODISCARD enum tv_err tve_load(tve_model *m, const struct tve_weight *w,
                                   float **out, struct tv_error *err);
+
+struct tve_rows { /* rows of a weight, adapters applied */
+    const tve_model *m;
+    const struct tve_weight *w;
+    struct tv_view view;
+    struct tva_patch patch;
+    float **scratch; /* [threads] */
+};
+TV_NODISCARD enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
+                                       const struct tve_weight *w,
+                                       struct tv_error *err);
+void tve_rows_close(struct tve_rows *r);
+/* n elements from element `at`; any thread, by its number. */
+void tve_rows_read(const struct tve_rows *r, unsigned worker, uint64_t at,
+                   size_t n, float *dst);
 
 /* ---- linear layers ------------------------------------------------------- */
 

@@ -58,7 +58,7 @@ struct batch {
     const float *from;
     float *to;
     size_t n, ld;
-    const struct tv_view *table, *positions;
+    const struct tve_rows *table; /* of embeddings or positions */
     size_t layer;
 };
 
@@ -188,19 +188,19 @@ static void row_act(struct batch *b, size_t row)
                         b->spec->inner);
 }
 
-static void row_embed(struct batch *b, size_t row)
+static void row_embed(struct batch *b, size_t row, unsigned worker)
 {
     const struct tve_spec *const s = b->spec;
     float *const to = b->to + row * b->ld;
 
-    tve_convert(b->m->kernels, b->table, (uint64_t)b->ids[row] * s->embed_dim,
-                s->embed_dim, to);
+    tve_rows_read(b->table, worker, (uint64_t)b->ids[row] * s->embed_dim,
+                  s->embed_dim, to);
     if (s->embed_scale != 1.0f)
         for (size_t i = 0; i < s->embed_dim; i++)
             to[i] *= s->embed_scale;
 }
 
-static void row_position(struct batch *b, size_t row)
+static void row_position(struct batch *b, size_t row, unsigned worker)
 {
     const struct tve_spec *const s = b->spec;
     float *const h = b->h + row * s->hidden;
@@ -210,10 +210,28 @@ static void row_position(struct batch *b, size_t row)
 
     for (size_t i = 0; i < s->hidden; i += 256) {
         const size_t n = s->hidden - i < 256 ? s->hidden - i : 256;
-        tve_convert(b->m->kernels, b->positions, at + i, n, part);
+        tve_rows_read(b->table, worker, at + i, n, part);
         for (size_t k = 0; k < n; k++)
             h[i + k] += part[k];
     }
+}
+
+static void embed_item(void *arg, size_t item, unsigned worker)
+{
+    struct batch *const b = arg;
+
+    for (size_t i = item * ROWS_AT; i < b->rows && i < (item + 1) * ROWS_AT;
+         i++)
+        row_embed(b, i, worker);
+}
+
+static void position_item(void *arg, size_t item, unsigned worker)
+{
+    struct batch *const b = arg;
+
+    for (size_t i = item * ROWS_AT; i < b->rows && i < (item + 1) * ROWS_AT;
+         i++)
+        row_position(b, i, worker);
 }
 
 /* Norms (w: queries, w2: keys) and rotation of all heads of a row. */
@@ -254,8 +272,8 @@ static enum tv_err norm(struct batch *b, const struct tve_param *p,
     enum tv_err rc = TV_OK;
     float *w = NULL, *bias = NULL;
 
-    TV_TRY(tve_load(b->m, p->w.t, &w, err));
-    TV_TRY(tve_load(b->m, p->b.t, &bias, err));
+    TV_TRY(tve_load(b->m, &p->w, &w, err));
+    TV_TRY(tve_load(b->m, &p->b, &bias, err));
     b->w = w;
     b->b = bias;
     b->from = from;
@@ -309,9 +327,9 @@ static enum tv_err attention(struct batch *b, const float *x, size_t ldx,
         TV_TRY(linear(b, l, 3, err));
     }
     if (s->qk_norm) {
-        TV_TRY(tve_load(b->m, tve_layer_param(b->m, b->layer, TVE_NQ)->w.t, &wq,
+        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NQ)->w, &wq,
                         err));
-        TV_TRY(tve_load(b->m, tve_layer_param(b->m, b->layer, TVE_NK)->w.t, &wk,
+        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NK)->w, &wk,
                         err));
     }
     b->w = wq;
@@ -446,28 +464,29 @@ static enum tv_err embed(struct batch *b, struct tv_error *err)
     enum tv_err rc = TV_OK;
     const struct tve_spec *const s = b->spec;
     const struct tve_param *const g = b->m->globals;
-    struct tv_view table = {.n_chunks = 0}, positions = {.n_chunks = 0};
+    const size_t n_items = (b->rows + ROWS_AT - 1) / ROWS_AT;
+    struct tve_rows table = {.m = NULL}, positions = {.m = NULL};
 
-    TV_TRY(tve_view(b->m, g[TVE_EMBED].w.t, &table, err));
+    TV_TRY(tve_rows_open(&table, b->m, &g[TVE_EMBED].w, err));
     b->table = &table;
     b->to = g[TVE_PROJECT_IN].w.t ? b->x : b->h;
     b->ld = g[TVE_PROJECT_IN].w.t ? b->wide : s->hidden;
-    run_rows(b, row_embed);
+    tv_pool_run(b->m->pool, n_items, embed_item, b);
     if (g[TVE_PROJECT_IN].w.t) {
         const struct tve_linear l = {&g[TVE_PROJECT_IN], b->x, b->wide, b->h,
                                      s->hidden};
         TV_TRY(linear(b, &l, 1, err));
     }
     if (s->positions == TVE_LEARNED) {
-        TV_TRY(tve_view(b->m, g[TVE_POSITION].w.t, &positions, err));
-        b->positions = &positions;
-        run_rows(b, row_position);
+        TV_TRY(tve_rows_open(&positions, b->m, &g[TVE_POSITION].w, err));
+        b->table = &positions;
+        tv_pool_run(b->m->pool, n_items, position_item, b);
     }
     if (g[TVE_EMBED_NORM].w.t)
         TV_TRY(norm(b, &g[TVE_EMBED_NORM], b->h, b->h, s->hidden, err));
 out:
-    tv_input_release(b->m->in, &table);
-    tv_input_release(b->m->in, &positions);
+    tve_rows_close(&table);
+    tve_rows_close(&positions);
     return rc;
 }
 

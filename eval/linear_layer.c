@@ -94,79 +94,83 @@ out:
     return rc;
 }
 
-void tve_convert(const struct tvk_table *k, const struct tv_view *v,
-                 uint64_t at, size_t n, float *dst)
-{
-    const uint64_t each = tv_dtype_bits(v->dtype) / 8;
-
-    while (n > 0) {
-        uint64_t run = 0;
-        const unsigned char *const p = tv_view_at(v, at * each, &run);
-        size_t got = (size_t)(run / each);
-        unsigned char one[8];
-
-        if (got == 0) { /* an element over a chunk border */
-            tv_view_copy(v, at * each, each, one);
-            tvk_to_f32(k, v->dtype, dst, one, 1);
-            got = 1;
-        } else {
-            if (got > n)
-                got = n;
-            tvk_to_f32(k, v->dtype, dst, p, got);
-        }
-        at += got;
-        dst += got;
-        n -= got;
-    }
-}
-
-static enum tv_err load_from(const struct tvk_table *k, tv_input *in,
-                             const struct tv_input_tensor *t, float **out,
-                             struct tv_error *err)
+enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
+                          const struct tve_weight *w, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct tv_view v = {.n_chunks = 0};
+    const unsigned n = tv_pool_threads(m->pool);
+    const size_t floats = tva_patch_floats(w->changes, w->n_changes, w->t);
+
+    *r = (struct tve_rows){.m = m, .w = w};
+    TV_TRY(tve_view(m, w->t, &r->view, err));
+    r->scratch = tv_calloc(n, sizeof(*r->scratch));
+    if (!r->scratch) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    for (unsigned i = 0; i < n && floats > 0; i++) {
+        r->scratch[i] = tv_alloc_aligned(floats * sizeof(float));
+        if (!r->scratch[i]) {
+            rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+            goto out;
+        }
+    }
+    TV_TRY(tva_patch_open(&r->patch, w->changes, w->n_changes, w->t, &r->view,
+                          m->kernels, !m->skip_verify, err));
+out:
+    return rc;
+}
+
+void tve_rows_close(struct tve_rows *r)
+{
+    if (!r->m)
+        return;
+    for (unsigned i = 0; r->scratch && i < tv_pool_threads(r->m->pool); i++)
+        tv_free(r->scratch[i]);
+    tv_free(r->scratch);
+    tva_patch_close(&r->patch);
+    tv_input_release(r->m->in, &r->view);
+    *r = (struct tve_rows){.m = NULL};
+}
+
+void tve_rows_read(const struct tve_rows *r, unsigned worker, uint64_t at,
+                   size_t n, float *dst)
+{
+    const struct tvk_table *const k = r->m->kernels;
+
+    tva_view_f32(k, &r->view, at, n, dst);
+    for (size_t i = 0; r->patch.n > 0 && i < n; i += TVA_BLOCK)
+        tva_patch_apply(&r->patch, k, at + i,
+                        n - i < TVA_BLOCK ? n - i : TVA_BLOCK, dst + i,
+                        r->scratch[worker]);
+}
+
+enum tv_err tve_load(tve_model *m, const struct tve_weight *w, float **out,
+                     struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_rows r = {.m = NULL};
     size_t bytes = 0;
     float *p = NULL;
 
     *out = NULL;
-    if (!tv_dtype_is_math(t->dtype)) {
-        rc = tv_error_set(err, TV_E_UNSUPPORTED,
-                          "tensor \"%s\" is %s; only F32, F16 and BF16 can be "
-                          "evaluated",
-                          t->name, tv_dtype_name(t->dtype));
-        goto out;
-    }
-    if (tv_mul_size((size_t)t->n_elems, sizeof(*p), &bytes))
+    if (!w->t)
+        return TV_OK;
+    if (tv_mul_size((size_t)w->t->n_elems, sizeof(*p), &bytes))
         p = tv_alloc_aligned(bytes ? bytes : 1);
     if (!p) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    TV_TRY(tv_input_view(in, t, err, &v));
-    for (uint64_t i = 0; v.leaves && i < tv_leaf_count(v.bytes); i++) {
-        if (!tv_hash_equal(tv_view_leaf(&v, i), v.leaves[i])) {
-            rc = tv_error_set(err, TV_E_CORRUPT,
-                              "tensor \"%s\" of %s is damaged (checksum)",
-                              t->name, tv_input_label(in));
-            goto out;
-        }
-    }
-    if (t->n_elems > 0)
-        tve_convert(k, &v, 0, (size_t)t->n_elems, p);
+    TV_TRY(tve_rows_open(&r, m, w, err));
+    if (w->t->n_elems > 0)
+        tve_rows_read(&r, 0, 0, (size_t)w->t->n_elems, p);
     *out = p;
     p = NULL;
 out:
-    tv_input_release(in, &v);
+    tve_rows_close(&r);
     tv_free(p);
     return rc;
-}
-
-enum tv_err tve_load(tve_model *m, const struct tv_input_tensor *t, float **out,
-                     struct tv_error *err)
-{
-    *out = NULL;
-    return t ? load_from(m->kernels, m->in, t, out, err) : TV_OK;
 }
 
 /* ---- tiles --------------------------------------------------------------- */
@@ -197,123 +201,48 @@ size_t tve_tile_rows(size_t in, size_t out)
     return rows;
 }
 
-struct lowrank { /* fp32 factors of one adapter module, as lowrank_add wants */
-    float *l, *r;
-    size_t rank;
-    double scale;
-};
-
 struct job { /* one weight, ready to be cut into tiles */
     const struct tve_linear *item;
-    const struct tve_weight *w;
-    struct tv_view view;
+    struct tve_rows rows;
     float *bias;
-    struct lowrank *lr;
-    size_t n_lr, in, out, tile_rows, n_tiles, first_tile;
+    size_t in, out, tile_rows, n_tiles, first_tile;
     bool columns; /* stored [in, out] */
 };
-
-static void transpose(const float *src, size_t rows, size_t cols, float *dst)
-{
-    for (size_t i = 0; i < rows; i++)
-        for (size_t k = 0; k < cols; k++)
-            dst[k * rows + i] = src[i * cols + k];
-}
-
-/* delta = s B A for [out, in]; stored [in, out] it is s A^T B^T. */
-static enum tv_err open_lowrank(tve_model *m, const struct tve_lora *lora,
-                                bool columns, struct lowrank *out,
-                                struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    const struct tv_adapter_module *const mod = lora->module;
-    const size_t rank = (size_t)mod->r;
-    float *a = NULL, *b = NULL;
-
-    out->rank = rank;
-    out->scale = lora->scale;
-    TV_TRY(load_from(m->kernels, lora->input, mod->a, &a, err));
-    TV_TRY(load_from(m->kernels, lora->input, mod->b, &b, err));
-    if (!columns) {
-        out->l = b;
-        out->r = a;
-        a = b = NULL;
-        goto out;
-    }
-    out->l = tv_alloc_aligned((size_t)mod->in_features * rank * sizeof(float));
-    out->r = tv_alloc_aligned((size_t)mod->out_features * rank * sizeof(float));
-    if (!out->l || !out->r) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
-    transpose(a, rank, (size_t)mod->in_features, out->l);
-    transpose(b, (size_t)mod->out_features, rank, out->r);
-out:
-    tv_free(a);
-    tv_free(b);
-    return rc;
-}
 
 static enum tv_err job_open(tve_model *m, const struct tve_param *p,
                             struct job *j, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
-    j->w = &p->w;
     j->in = tve_linear_in(m, p);
     j->out = tve_linear_out(m, p);
     j->columns = m->spec.transposed && p != &m->globals[TVE_HEAD];
     j->tile_rows = tve_tile_rows(j->in, j->out);
     j->n_tiles = (j->out + j->tile_rows - 1) / j->tile_rows;
-    TV_TRY(tve_view(m, p->w.t, &j->view, err));
-    TV_TRY(tve_load(m, p->b.t, &j->bias, err));
-    j->lr = tv_calloc(p->w.n_lora ? p->w.n_lora : 1, sizeof(*j->lr));
-    if (!j->lr) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
-    for (; j->n_lr < p->w.n_lora; j->n_lr++)
-        TV_TRY(open_lowrank(m, &p->w.lora[j->n_lr], j->columns, &j->lr[j->n_lr],
-                            err));
+    TV_TRY(tve_rows_open(&j->rows, m, &p->w, err));
+    TV_TRY(tve_load(m, &p->b, &j->bias, err));
 out:
     return rc;
 }
 
-static void job_close(tve_model *m, struct job *j)
+static void job_close(struct job *j)
 {
-    tv_input_release(m->in, &j->view);
+    tve_rows_close(&j->rows);
     tv_free(j->bias);
-    for (size_t i = 0; j->lr && i < j->w->n_lora; i++) {
-        tv_free(j->lr[i].l);
-        tv_free(j->lr[i].r);
-    }
-    tv_free(j->lr);
 }
 
 /* dst: [n_out, in], or [in, n_out] when stored that way. */
-static void job_tile(const tve_model *m, const struct job *j, size_t out0,
+static void job_tile(const struct job *j, unsigned worker, size_t out0,
                      size_t n_out, float *dst)
 {
-    const struct tvk_table *const k = m->kernels;
-
     if (!j->columns) {
-        const uint64_t at = (uint64_t)out0 * j->in;
-
-        tve_convert(k, &j->view, at, n_out * j->in, dst);
-        for (size_t i = 0; i < j->n_lr; i++)
-            k->lowrank_add(dst, j->lr[i].l, j->lr[i].r, j->lr[i].scale,
-                           j->lr[i].rank, j->in, at, n_out * j->in);
+        tve_rows_read(&j->rows, worker, (uint64_t)out0 * j->in, n_out * j->in,
+                      dst);
         return;
     }
-    for (size_t row = 0; row < j->in; row++) {
-        const uint64_t at = (uint64_t)row * j->out + out0;
-        float *const to = dst + row * n_out;
-
-        tve_convert(k, &j->view, at, n_out, to);
-        for (size_t i = 0; i < j->n_lr; i++)
-            k->lowrank_add(to, j->lr[i].l, j->lr[i].r, j->lr[i].scale,
-                           j->lr[i].rank, j->out, at, n_out);
-    }
+    for (size_t row = 0; row < j->in; row++)
+        tve_rows_read(&j->rows, worker, (uint64_t)row * j->out + out0, n_out,
+                      dst + row * n_out);
 }
 
 static void job_gemm(const struct job *j, size_t n_out, const float *tile,
@@ -360,7 +289,7 @@ static void run_tile(void *arg, size_t item, unsigned worker)
         j->out - out0 < j->tile_rows ? j->out - out0 : j->tile_rows;
     const struct tve_linear *const l = j->item;
 
-    job_tile(r->m, j, out0, n_out, tile);
+    job_tile(j, worker, out0, n_out, tile);
     for (size_t g = 0; g < r->n_groups; g++) {
         const struct tve_group *const group = &r->groups[g];
         const float *const x = l->x + group->start * l->ldx;
@@ -423,7 +352,7 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
     tv_pool_run(m->pool, n_tiles, run_tile, r);
 out:
     for (size_t i = 0; i < r->n_jobs; i++)
-        job_close(m, &r->jobs[i]);
+        job_close(&r->jobs[i]);
     for (unsigned i = 0; r->tiles && i < n_workers; i++)
         tv_free(r->tiles[i]);
     for (unsigned i = 0; r->logits && i < n_workers; i++)

@@ -299,15 +299,30 @@ out:
 
 /* ---- adapters ------------------------------------------------------------ */
 
+static struct tve_weight *in_param(struct tve_param *p,
+                                   const struct tv_input_tensor *t)
+{
+    if (p->w.t == t)
+        return &p->w;
+    return p->b.t == t ? &p->b : NULL;
+}
+
+/* A tied head is the embedding; add_adapter's caller shares its changes. */
 static struct tve_weight *weight_of(struct tve_model *m,
                                     const struct tv_input_tensor *t)
 {
-    for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS; i++)
-        if (m->layers[i].w.t == t && i % TVE_SLOTS >= TVE_Q)
-            return &m->layers[i].w;
-    if (m->globals[TVE_HEAD].w.t == t && m->globals[TVE_EMBED].w.t != t)
-        return &m->globals[TVE_HEAD].w;
-    return NULL;
+    struct tve_weight *w = NULL;
+
+    for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS && !w; i++)
+        w = in_param(&m->layers[i], t);
+    for (size_t i = 0; i < TVE_GLOBALS && !w; i++)
+        w = in_param(&m->globals[i], t);
+    return w;
+}
+
+static bool is_head_tied(const struct tve_model *m)
+{
+    return m->globals[TVE_HEAD].w.t == m->globals[TVE_EMBED].w.t;
 }
 
 static enum tv_err add_adapter(struct tve_model *m, tv_adapter *a,
@@ -322,27 +337,30 @@ static enum tv_err add_adapter(struct tve_model *m, tv_adapter *a,
         goto out;
     }
     TV_TRY(tv_adapter_bind(a, m->in, targets, err));
+    TV_TRY(tva_adapter_check(a, m->kernels, err));
     for (size_t i = 0; i < n; i++) {
         const struct tv_adapter_module *const mod = tv_adapter_module(a, i);
         struct tve_weight *const w =
             weight_of(m, tv_input_tensor(m->in, targets[i]));
-        struct tve_lora *p = NULL;
+        struct tv_adapter_use *p = NULL;
 
         if (!w) {
             rc = tv_error_set(err, TV_E_UNSUPPORTED,
-                              "adapter module \"%s\" changes no linear layer "
-                              "of the forward pass",
+                              "adapter module \"%s\" changes no weight of the "
+                              "forward pass",
                               mod->module);
             goto out;
         }
-        p = tv_realloc(w->lora, (w->n_lora + 1) * sizeof(*p));
+        if (weight == 0)
+            continue;
+        p = tv_realloc(w->changes, (w->n_changes + 1) * sizeof(*p));
         if (!p) {
             rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
             goto out;
         }
-        w->lora = p;
-        p[w->n_lora++] =
-            (struct tve_lora){mod, tv_adapter_input(a), mod->scaling * weight};
+        w->changes = p;
+        p[w->n_changes++] =
+            (struct tv_adapter_use){mod, tv_adapter_input(a), weight};
     }
 out:
     tv_free(targets);
@@ -439,6 +457,8 @@ enum tv_err tve_model_open(tv_input *in,
     TV_TRY(check_globals(m, err));
     for (size_t i = 0; i < n_adapters; i++)
         TV_TRY(add_adapter(m, adapters[i].adapter, adapters[i].weight, err));
+    if (is_head_tied(m))
+        m->globals[TVE_HEAD].w = m->globals[TVE_EMBED].w;
     TV_TRY(tv_pool_open(opt->n_threads ? opt->n_threads : tv_cpu_count(), err,
                         &m->pool));
     /* Our workers call BLAS side by side; more threads inside would only change
@@ -455,9 +475,15 @@ void tve_model_close(tve_model *m)
 {
     if (!m)
         return;
-    for (size_t i = 0; m->layers && i < m->spec.n_layers * TVE_SLOTS; i++)
-        tv_free(m->layers[i].w.lora);
-    tv_free(m->globals[TVE_HEAD].w.lora);
+    for (size_t i = 0; m->layers && i < m->spec.n_layers * TVE_SLOTS; i++) {
+        tv_free(m->layers[i].w.changes);
+        tv_free(m->layers[i].b.changes);
+    }
+    for (size_t i = 0; i < TVE_GLOBALS; i++) {
+        if (i != TVE_HEAD || !is_head_tied(m))
+            tv_free(m->globals[i].w.changes);
+        tv_free(m->globals[i].b.changes);
+    }
     tv_free(m->layers);
     tve_spec_free(&m->spec);
     tv_arch_free(m->arch);

@@ -96,6 +96,34 @@ static void add_hash(struct tv_buf *b, struct tv_hash h)
     tv_buf_le64(b, h.hi);
 }
 
+/* Everything of a change that its effect depends on. */
+static enum tv_err add_change(struct tv_buf *b, const struct tv_adapter_use *a,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tv_adapter_module *m = a->module;
+    const struct tv_input_tensor *const of[] = {m->a, m->b, m->magnitude};
+    struct tv_hash h;
+
+    for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
+        if (!of[i])
+            continue;
+        tv_buf_le64(b, i);
+        TV_TRY(tv_input_tensor_identity(a->from, of[i], &h, err));
+        add_hash(b, h);
+    }
+    tv_buf_le64(b, m->kind);
+    tv_buf_le64(b, m->r);
+    tv_buf_le64(b, m->n_experts);
+    tv_buf_le64(b, m->transposed);
+    tv_buf_le64(b, double_bits(m->scaling));
+    tv_buf_le64(b, double_bits(a->weight));
+    for (size_t i = 0; i < m->n_rows; i++)
+        tv_buf_le64(b, m->rows[i]);
+out:
+    return rc;
+}
+
 static enum tv_err add_source(struct tv_buf *b, const struct tvm_plan *p,
                               const struct tvm_source *s, struct tv_error *err)
 {
@@ -105,17 +133,8 @@ static enum tv_err add_source(struct tv_buf *b, const struct tvm_plan *p,
                                     err));
     add_hash(b, h);
     tv_buf_le64(b, s->n_adapters);
-    for (size_t i = 0; i < s->n_adapters; i++) {
-        const struct tvm_low_rank *a = &s->adapters[i];
-        TV_TRY(tv_input_tensor_identity(a->from, a->module->a, &h, err));
-        add_hash(b, h);
-        TV_TRY(tv_input_tensor_identity(a->from, a->module->b, &h, err));
-        add_hash(b, h);
-        tv_buf_le64(b, a->module->r);
-        tv_buf_le64(b, a->module->transposed);
-        tv_buf_le64(b, double_bits(a->module->scaling));
-        tv_buf_le64(b, double_bits(a->weight));
-    }
+    for (size_t i = 0; i < s->n_adapters; i++)
+        TV_TRY(add_change(b, &s->adapters[i], err));
 out:
     return rc;
 }

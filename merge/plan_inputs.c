@@ -13,6 +13,7 @@
 
 #include <sys/stat.h>
 
+#include "tv/adapt.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -91,6 +92,11 @@ static enum tv_err open_new(struct planner *pl, const struct tv_ref_part *part,
             goto out;
         }
         TV_TRY(tv_adapter_open(o->input, err, &o->adapter));
+        TV_TRY(tva_adapter_check(o->adapter,
+                                 pl->plan->options.kernels != NULL
+                                     ? pl->plan->options.kernels
+                                     : tvk_table_best(),
+                                 err));
     } else {
         if (tv_input_kind(o->input) == TV_KIND_ADAPTER) {
             rc = tv_error_set(err, TV_E_INPUT,

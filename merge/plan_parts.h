@@ -31,13 +31,13 @@ struct plan_open {
 
 struct plan_bound { /* an adapter module on tensor `target` of the model */
     size_t target, order;
-    struct tvm_low_rank low_rank;
+    struct tv_adapter_use low_rank;
 };
 
 struct plan_ref { /* beside plan->inputs[i] */
     const struct tvm_recipe_ref *where;
-    const struct plan_bound *bound; /* sorted by target, then order */
-    struct tvm_low_rank *low_rank;  /* the same order, what sources point at */
+    const struct plan_bound *bound;  /* sorted by target, then order */
+    struct tv_adapter_use *low_rank; /* the same order, what sources point at */
     size_t n_bound;
     bool usable;
     const char *hub;      /* "ORG/NAME" when it came from the hub cache */

@@ -14,35 +14,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tv/adapt.h"
 #include "tv/format.h"
 #include "tv/kernels.h"
 #include "tv/merge.h"
-
-struct reader_adapter { /* adds scale * L R, L row by row from its view */
-    const struct tv_adapter_module *module;
-    tv_input *from;
-    struct tv_view l_view, r_view;
-    bool transposed;
-    double scale;
-    size_t rank;
-    uint64_t cols;
-    const float *r; /* [rank, cols] */
-    float *r_owned; /* NULL when r points into the view */
-};
 
 struct tvm_reader {
     const char *tensor; /* output name, for messages */
     const char *label;  /* input's label */
     tv_input *input;
     struct tv_view view;
-    size_t elem_bytes; /* 0: not a math dtype, copied only */
-    struct reader_adapter *adapters;
-    size_t n_adapters;
+    size_t elem_bytes;      /* 0: not a math dtype, copied only */
+    struct tva_patch patch; /* what adapters change */
 };
 
 /* Heap bytes that opening a reader of the source takes. */
 uint64_t tvm_source_bytes(const struct tvm_tensor *t, size_t source);
-/* Floats of scratch for one row block of the factor L. */
+/* Floats of scratch that applying its adapters to a block takes. */
 size_t tvm_source_l_floats(const struct tvm_tensor *t, size_t source);
 
 /* Opens views, prepares adapters. With `verify` the factors of adapters are

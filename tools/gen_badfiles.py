@@ -616,21 +616,20 @@ def adapter_bad():
 
     no("ia3.json", "peft_type IA3", peft_type="IA3")
     no("adalora.json", "peft_type ADALORA", peft_type="ADALORA")
-    no("dora.json", "DoRA (use_dora)", use_dora=True)
-    no("lora_bias.json", "(lora_bias)", lora_bias=True)
-    no("bias_all.json", "(bias)", bias="all")
-    no("bias_lora_only.json", "(bias)", bias="lora_only")
-    no("modules_to_save.json", "(modules_to_save)", modules_to_save=["lm_head"])
-    no("target_parameters.json", "(target_parameters)",
-       target_parameters=["experts.down_proj"])
-    no("trainable_tokens.json", "(trainable_token_indices)",
-       trainable_token_indices=[3])
-    no("trainable_tokens_map.json", "(trainable_token_indices)",
-       trainable_token_indices={"embed_tokens": [3]})
     for name in ["pissa", "pissa_niter_16", "olora", "corda", "loftq",
                  "lora_ga", "PiSSA", "something_new"]:
         no(f"init_{name}.json" if name != "PiSSA" else "init_pissa_case.json",
            f'init_lora_weights "{name}"', init_lora_weights=name)
+    no("bias_some.json", 'bias "some"', bias="some")
+    broken("lora_bias_number.json", "lora_bias is no boolean", lora_bias=1)
+    broken("saved_numbers.json", "modules_to_save holds no names",
+           modules_to_save=[1])
+    broken("parameters_map.json", "target_parameters is no list",
+           target_parameters={"a": 1})
+    broken("tokens_text.json", "trainable_token_indices is no list",
+           trainable_token_indices="all")
+    broken("tokens_negative.json", "something that is no token id",
+           trainable_token_indices={"embed_tokens": [3, -1]})
     no("kasa.json", "KaSA (kasa_config)", kasa_config={"beta": 1})
     no("qalora.json", "QA-LoRA (use_qalora)", use_qalora=True)
     no("bdlora.json", "BD-LoRA (use_bdlora)", use_bdlora={"x": 1})
@@ -671,6 +670,13 @@ def adapter_good():
     good(d + "patterns.json",
          adapter(rank_pattern={"layers.0.q_proj": 2, "^model.*k_proj": 6},
                  alpha_pattern={"q_proj": 32}))
+    good(d + "dora.json", adapter(use_dora=True, lora_bias=True, bias="all"))
+    good(d + "saved.json",
+         adapter(modules_to_save=["lm_head"], bias="lora_only",
+                 target_modules=".*q_proj", target_parameters=["e.down"]))
+    good(d + "tokens.json", adapter(trainable_token_indices=[3, 4]))
+    good(d + "tokens_map.json",
+         adapter(trainable_token_indices={"embed_tokens": [3]}))
     good(d + "real.json", adapter(
         use_dora=False, lora_bias=False, bias="none", modules_to_save=None,
         target_parameters=None, trainable_token_indices=None,

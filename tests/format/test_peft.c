@@ -285,33 +285,31 @@ static void test_broken(void **state)
     t[0].rank = 4;
     t[0].shape[2] = t[0].shape[3] = 1;
     tensors(t, 2);
-    refuse(TV_E_UNSUPPORTED, "LoRA on a convolution");
+    refuse(TV_E_CORRUPT, "has not as many dimensions as its lora_A");
+    t[1].rank = 4;
+    t[1].shape[2] = 1;
+    t[1].shape[3] = 3;
+    tensors(t, 2);
+    refuse(TV_E_UNSUPPORTED, "is a convolution that is wider than 1");
     tensors(pair, 0);
     refuse(TV_E_INPUT, "the adapter has no tensors");
 }
 
-static void test_variants(void **state)
+/* Names that are no part of any change. */
+static void test_refused(void **state)
 {
     static const struct {
         const char *name, *part;
     } cases[] = {
-        {P "0.self_attn.q_proj.lora_magnitude_vector", "DoRA"},
-        {P "0.self_attn.q_proj.lora_magnitude_vector.default.weight", "DoRA"},
-        {"base_model.model.model.embed_tokens.lora_embedding_A",
-         "LoRA on an embedding"},
-        {P "0.self_attn.q_proj.lora_B.bias", "lora_bias"},
-        {"base_model.model.model.embed_tokens.token_adapter."
-         "trainable_tokens_delta",
-         "trained tokens"},
-        {P "0.mlp.experts.base_layer.lora_A.weight", "expert parameters"},
-        {"base_model.model.model.embed_tokens.base_layer.weight",
-         "saved base layer"},
-        {"base_model.model.lm_head.weight", "modules_to_save"},
-        {"base_model.model.lm_head.modules_to_save.weight", "modules_to_save"},
-        {P "0.self_attn.q_proj.bias", "modules_to_save or bias"},
+        {P "0.self_attn.q_proj.lora_A.bias", "a bias in lora_A"},
+        {P "0.mlp.experts.base_layer.lora_C.weight", "unknown LoRA variant"},
+        {P "0.self_attn.q_proj.bias", "neither modules_to_save nor bias"},
+        {"base_model.model.head.weight", "neither modules_to_save nor bias"},
         {P "0.self_attn.q_proj.lora_diag.weight", "KaSA"},
         {P "0.self_attn.q_proj.lora_C.weight", "unknown LoRA variant"},
         {P "0.self_attn.q_proj.lora_A.other.weight", "unknown LoRA variant"},
+        {"base_model.model.e.token_adapter.base_layer.weight",
+         "trained tokens"},
     };
 
     (void)state;
@@ -327,9 +325,174 @@ static void test_variants(void **state)
         ff_print(part, sizeof part, "tensor '%s'", cases[i].name);
         refuse(TV_E_UNSUPPORTED, part);
     }
+}
+
+/* Parts that do not belong together. */
+static void test_incomplete(void **state)
+{
+    static const struct {
+        const char *config, *name;
+        enum tv_err code;
+        const char *part;
+        unsigned rank;
+        uint64_t shape[2];
+    } cases[] = {
+        {"{\"r\": 4}",
+         P "0.self_attn.q_proj.lora_magnitude_vector",
+         TV_E_INPUT,
+         "belongs to DoRA",
+         1,
+         {12}},
+        {"{\"r\": 4, \"use_dora\": true}",
+         P "0.self_attn.q_proj.lora_magnitude_vector",
+         TV_E_CORRUPT,
+         "one element per output feature",
+         1,
+         {8}},
+        {"{\"r\": 4, \"use_dora\": true}",
+         P "1.self_attn.q_proj.lora_magnitude_vector.default.weight",
+         TV_E_INPUT,
+         "has no lora_magnitude_vector beside it",
+         1,
+         {12}},
+        {"{\"r\": 4}",
+         P "1.self_attn.q_proj.lora_magnitude_vector",
+         TV_E_CORRUPT,
+         "has no lora_A beside it",
+         1,
+         {12}},
+        {"{\"r\": 4}",
+         P "0.self_attn.q_proj.lora_B.bias",
+         TV_E_INPUT,
+         "lora_bias",
+         1,
+         {12}},
+        {"{\"r\": 4, \"lora_bias\": true}",
+         P "0.self_attn.q_proj.lora_B.bias",
+         TV_E_CORRUPT,
+         "one element per output feature",
+         1,
+         {8}},
+        {"{\"r\": 4}",
+         "base_model.model.embed_tokens.lora_embedding_A",
+         TV_E_CORRUPT,
+         "has no lora_embedding_B",
+         2,
+         {4, 8}},
+        {"{\"r\": 4}",
+         "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+         TV_E_INPUT,
+         "trainable_token_indices",
+         2,
+         {2, 8}},
+        {"{\"r\": 4, \"trainable_token_indices\": [1]}",
+         "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+         TV_E_CORRUPT,
+         "one row per token",
+         2,
+         {2, 8}},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct ff_tensor t[3];
+
+        config(cases[i].config);
+        memcpy(t, pair, sizeof pair);
+        t[2] = (struct ff_tensor){cases[i].name,
+                                  TV_F32,
+                                  cases[i].rank,
+                                  {cases[i].shape[0], cases[i].shape[1]},
+                                  9};
+        tensors(t, 3);
+        refuse(cases[i].code, cases[i].part);
+    }
     tensors(pair, 2);
     config("{\"r\": 4, \"use_dora\": true}");
-    refuse(TV_E_UNSUPPORTED, "DoRA (use_dora)");
+    refuse(TV_E_INPUT, "says DoRA (use_dora)");
+    config("{\"r\": 4, \"lora_bias\": true}");
+    refuse(TV_E_INPUT, "says lora_bias");
+    config("{\"r\": 3, \"target_parameters\": [\"q_proj.w\"]}");
+    refuse(TV_E_INPUT, "says 3 for each expert");
+}
+
+/* Every kind of change: kind, target, order. */
+static void test_changes(void **state)
+{
+    static const struct ff_tensor t[] = {
+        {P "0.self_attn.q_proj.lora_A.weight", TV_F32, 2, {4, 8}, 1},
+        {P "0.self_attn.q_proj.lora_B.weight", TV_F32, 2, {12, 4}, 2},
+        {P "0.self_attn.q_proj.lora_B.bias", TV_F32, 1, {12}, 3},
+        {P "0.self_attn.q_proj.lora_magnitude_vector", TV_F32, 1, {12}, 4},
+        {P "0.self_attn.q_proj.base_layer.bias", TV_F32, 1, {12}, 5},
+        {"base_model.model.model.embed_tokens.lora_embedding_A.default",
+         TV_F32,
+         2,
+         {4, 32},
+         6},
+        {"base_model.model.model.embed_tokens.lora_embedding_B.default",
+         TV_F32,
+         2,
+         {8, 4},
+         7},
+        {"base_model.model.model.embed_tokens.lora_magnitude_vector.default."
+         "weight",
+         TV_F32,
+         1,
+         {8},
+         8},
+        {"base_model.model.model.embed_tokens.base_layer.weight",
+         TV_F32,
+         2,
+         {32, 8},
+         9},
+        {"base_model.model.model.embed_tokens.token_adapter."
+         "trainable_tokens_delta",
+         TV_F32,
+         2,
+         {2, 8},
+         10},
+        {"base_model.model.lm_head.modules_to_save.default.weight",
+         TV_F32,
+         2,
+         {32, 8},
+         11},
+    };
+    static const struct {
+        const char *target;
+        enum tv_change_kind kind;
+    } want[] = {
+        {"lm_head.weight", TV_CHANGE_REPLACE},
+        {"model.embed_tokens.weight", TV_CHANGE_REPLACE},
+        {"model.embed_tokens.weight", TV_CHANGE_ROWS},
+        {"model.embed_tokens.weight", TV_CHANGE_LOW_RANK},
+        {"model.layers.0.self_attn.q_proj.bias", TV_CHANGE_REPLACE},
+        {"model.layers.0.self_attn.q_proj.bias", TV_CHANGE_ADD},
+        {"model.layers.0.self_attn.q_proj.weight", TV_CHANGE_LOW_RANK},
+    };
+    const size_t n = sizeof want / sizeof *want;
+    tv_adapter *a = NULL;
+
+    (void)state;
+    config("{\"r\": 4, \"lora_alpha\": 6, \"lora_bias\": true,"
+           "\"use_dora\": true, \"bias\": \"lora_only\","
+           "\"modules_to_save\": [\"lm_head\"],"
+           "\"trainable_token_indices\": {\"embed_tokens\": [7, 31]}}");
+    tensors(t, sizeof t / sizeof *t);
+    a = open_adapter();
+    assert_int_equal(tv_adapter_count(a), n);
+    for (size_t i = 0; i < n; i++) {
+        const struct tv_adapter_module *m = tv_adapter_module(a, i);
+
+        assert_string_equal(m->target, want[i].target);
+        assert_int_equal(m->kind, want[i].kind);
+        assert_true((m->magnitude != NULL) == (m->kind == TV_CHANGE_LOW_RANK));
+    }
+    assert_int_equal(tv_adapter_module(a, 2)->n_rows, 2);
+    assert_int_equal(tv_adapter_module(a, 2)->rows[1], 31);
+    assert_true(tv_adapter_module(a, 3)->transposed);
+    assert_float_equal(tv_adapter_module(a, 5)->scaling, 1.5, 0);
+    close_adapter(a);
 }
 
 /* ---- binding
@@ -432,6 +595,99 @@ static void test_bind_shapes(void **state)
     assert_code(bind_to(b, 1, targets, &err), TV_E_INPUT, &err);
 }
 
+/* Stacked experts: the shape says which parameter and which way. */
+static void test_experts(void **state)
+{
+    static const struct ff_tensor t[] = {
+        {P "0.mlp.experts.base_layer.lora_A.weight", TV_F32, 2, {6, 8}, 1},
+        {P "0.mlp.experts.base_layer.lora_B.weight", TV_F32, 2, {10, 6}, 2},
+        {P "0.mlp.experts.lora_A.weight", TV_F32, 2, {6, 5}, 3},
+        {P "0.mlp.experts.lora_B.weight", TV_F32, 2, {8, 6}, 4},
+    };
+    struct ff_tensor b[] = {
+        {"model.layers.0.mlp.experts.gate_up_proj", TV_F32, 3, {3, 10, 8}, 1},
+        {"model.layers.0.mlp.experts.down_proj", TV_F32, 3, {3, 5, 8}, 2},
+    };
+    size_t targets[2] = {0};
+    tv_adapter *a = NULL;
+    struct tv_error err;
+
+    (void)state;
+    config("{\"r\": 2, \"lora_alpha\": 4, \"target_parameters\":"
+           "[\"experts.down_proj\", \"mlp.experts.gate_up_proj\"]}");
+    tensors(t, 4);
+    a = open_adapter();
+    assert_int_equal(tv_adapter_count(a), 2);
+    assert_int_equal(tv_adapter_module(a, 0)->n_experts, 3);
+    assert_int_equal(tv_adapter_module(a, 0)->r, 2);
+    assert_int_equal(tv_adapter_module(a, 0)->in_features, 5);
+    assert_float_equal(tv_adapter_module(a, 0)->scaling, 2, 0);
+    close_adapter(a);
+    assert_ok(bind_to(b, 2, targets, &err), &err);
+    assert_int_equal(targets[0], 1);
+    assert_int_equal(targets[1], 0);
+    b[0].shape[0] = 4;
+    assert_code(bind_to(b, 2, targets, &err), TV_E_INPUT, &err);
+    assert_message(&err, "of each expert");
+    b[0].shape[0] = 3;
+    b[1].name = "model.layers.0.mlp.experts.w2";
+    assert_code(bind_to(b, 2, targets, &err), TV_E_INPUT, &err);
+    /* Both parameters fit both levels. */
+    b[1].name = "model.layers.0.mlp.experts.down_proj";
+    b[1].shape[1] = 10;
+    assert_code(bind_to(b, 2, targets, &err), TV_E_INPUT, &err);
+    tensors(t, 2);
+    assert_code(bind_to(b, 2, targets, &err), TV_E_UNSUPPORTED, &err);
+    assert_message(&err, "in more than one way");
+    config("{\"r\": 2}");
+    refuse(TV_E_UNSUPPORTED, "target_parameters");
+}
+
+/* Changes that are no products: shapes, rows, biases that are not there. */
+static void test_bind_changes(void **state)
+{
+    static const struct ff_tensor t[] = {
+        {"base_model.model.lm_head.weight", TV_F32, 2, {32, 8}, 1},
+        {"base_model.model.model.embed_tokens.token_adapter."
+         "trainable_tokens_delta",
+         TV_F32,
+         2,
+         {2, 8},
+         2},
+    };
+    struct ff_tensor b[] = {
+        {"lm_head.weight", TV_BF16, 2, {32, 8}, 1},
+        {"model.embed_tokens.weight", TV_BF16, 2, {32, 8}, 2},
+        {"model.layers.0.self_attn.q_proj.weight", TV_BF16, 2, {12, 8}, 3},
+    };
+    static const struct ff_tensor bias[] = {
+        {P "0.self_attn.q_proj.lora_A.weight", TV_F32, 2, {4, 8}, 1},
+        {P "0.self_attn.q_proj.lora_B.weight", TV_F32, 2, {12, 4}, 2},
+        {P "0.self_attn.q_proj.lora_B.bias", TV_F32, 1, {12}, 3},
+    };
+    size_t targets[2] = {0};
+    struct tv_error err;
+
+    (void)state;
+    config("{\"trainable_token_indices\": [0, 31]}");
+    tensors(t, 2);
+    assert_ok(bind_to(b, 3, targets, &err), &err);
+    assert_int_equal(targets[0], 0);
+    assert_int_equal(targets[1], 1);
+    config("{\"trainable_token_indices\": [0, 32]}");
+    assert_code(bind_to(b, 3, targets, &err), TV_E_INPUT, &err);
+    assert_message(&err, "has trained tokens [2, 8], but "
+                         "model.embed_tokens.weight in");
+    config("{\"trainable_token_indices\": [0, 31]}");
+    b[0].shape[0] = 33;
+    assert_code(bind_to(b, 3, targets, &err), TV_E_INPUT, &err);
+    assert_message(&err, "changes a weight [32, 8], but lm_head.weight in");
+    config("{\"r\": 4, \"lora_bias\": true}");
+    tensors(bias, 3);
+    assert_code(bind_to(b, 3, targets, &err), TV_E_INPUT, &err);
+    assert_message(&err, "q_proj' has no bias in");
+}
+
 static void test_bind_twice(void **state)
 {
     static const struct ff_tensor t[] = {
@@ -518,7 +774,11 @@ int main(void)
         cmocka_unit_test(test_slow_pattern),
         cmocka_unit_test_setup_teardown(test_spellings, setup, teardown),
         cmocka_unit_test_setup_teardown(test_broken, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_variants, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_incomplete, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_changes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_experts, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_bind_changes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind_shapes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind_twice, setup, teardown),

@@ -202,7 +202,7 @@ static void test_adapters(void **state)
     const struct tvm_tensor *t = planned_tensor(&p, Q(1));
     assert_int_equal(t->n_sources, 4);
     assert_int_equal(t->sources[0].n_adapters, 1);
-    const struct tvm_low_rank *l = &t->sources[0].adapters[0];
+    const struct tv_adapter_use *l = &t->sources[0].adapters[0];
     assert_string_equal(l->module->module, "model.layers.1.self_attn.q_proj");
     assert_int_equal(l->module->r, 2);
     assert_true(l->weight == 1 && l->module->scaling == 2);

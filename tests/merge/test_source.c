@@ -42,6 +42,7 @@ static void adapters_are_added(void **state)
     float *ta = fx_values(&f, 1, "ta", &n);
     float *tb = fx_values(&f, 1, "tb", &n);
     const struct tv_adapter_module plain = {.module = "w",
+                                            .kind = TV_CHANGE_LOW_RANK,
                                             .a = tv_input_find(f.input[1], "a"),
                                             .b = tv_input_find(f.input[1], "b"),
                                             .r = RANK,
@@ -50,6 +51,7 @@ static void adapters_are_added(void **state)
                                             .scaling = 2.0};
     const struct tv_adapter_module turned = {
         .module = "w",
+        .kind = TV_CHANGE_LOW_RANK,
         .a = tv_input_find(f.input[1], "ta"),
         .b = tv_input_find(f.input[1], "tb"),
         .r = RANK,
@@ -57,8 +59,8 @@ static void adapters_are_added(void **state)
         .out_features = COLS,
         .scaling = -1.0,
         .transposed = true};
-    const struct tvm_low_rank both[] = {{&plain, f.input[1], 0.5},
-                                        {&turned, f.input[1], 3.0}};
+    const struct tv_adapter_use both[] = {{&plain, f.input[1], 0.5},
+                                          {&turned, f.input[1], 3.0}};
     f.n_models = 1;
     fx_plan(&f, "passthrough", -1, one, 1, TV_F32);
     f.n_models = 2;

@@ -136,13 +136,8 @@ struct tvm_source { /* one input of one output tensor */
     bool is_base;
     size_t position; /* among the non-base models of the slice in
                         recipe order, with this tensor or without */
-    const struct tvm_low_rank *adapters; /* [n_adapters] to add, in order */
+    const struct tv_adapter_use *adapters; /* [n_adapters] to add, in order */
     size_t n_adapters;
-};
-struct tvm_low_rank { /* one adapter module on one tensor */
-    const struct tv_adapter_module *module;
-    tv_input *from; /* input that owns module->a and ->b */
-    double weight;  /* of the reference; times module->scaling */
 };
 
 enum tvm_action {

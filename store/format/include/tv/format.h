@@ -140,31 +140,68 @@ TV_NODISCARD enum tv_err tv_input_digest(tv_input *in, struct tv_hash *out,
                                          struct tv_error *err);
 
 /* ---- adapters --------------------------------------------------------------
- * PEFT LoRA: delta = scaling * B A for [out, in] weights, its transpose with
- * fan_in_fan_out. scaling = alpha/r, or alpha/sqrt(r) with use_rslora; rank and
- * alpha patterns apply. What is not handled is refused by name. */
+ * PEFT LoRA as a list of changes, each of one base tensor W:
+ *
+ *   LOW_RANK  W + s B A for [out, in] weights, its transpose where the base is
+ *             stored [in, out] (fan_in_fan_out, embeddings), per expert for
+ *             stacked experts; s = alpha/r, or alpha/sqrt(r) with use_rslora,
+ *             by rank and alpha patterns. With a magnitude m (DoRA) every
+ *             output row of that sum is scaled to the norm m.
+ *   ADD       W + s a                      (lora_bias)
+ *   REPLACE   a                            (modules_to_save, trained biases)
+ *   ROWS      a[i] in the place of row rows[i]  (trainable tokens)
+ *
+ * Several changes of one tensor by one adapter apply in this order: REPLACE,
+ * ROWS, ADD, LOW_RANK. What is not handled is refused by name. */
 typedef struct tv_adapter tv_adapter;
 
-struct tv_adapter_module {
-    const char *module;                  /* "model.layers.0.self_attn.q_proj" */
-    const struct tv_input_tensor *a, *b; /* (r, in), (out, r) */
-    uint64_t r, in_features, out_features;
+enum tv_change_kind {
+    TV_CHANGE_REPLACE = 0,
+    TV_CHANGE_ROWS = 1,
+    TV_CHANGE_ADD = 2,
+    TV_CHANGE_LOW_RANK = 3
+};
+struct tv_adapter_module { /* one change */
+    const char *module;    /* "model.layers.0.self_attn.q_proj" */
+    const char *target;    /* name looked for in the base: module + ".weight" */
+    enum tv_change_kind kind;
+    const struct tv_input_tensor *a, *b;     /* LOW_RANK: (r, in), (out, r) with
+                                              * further dimensions of the input
+                                              * folded into `in`; else a alone */
+    const struct tv_input_tensor *magnitude; /* DoRA: (out), else NULL */
+    uint64_t r, in_features, out_features;   /* LOW_RANK */
+    uint64_t n_experts; /* LOW_RANK on stacked experts: A is (r*E, in) with the
+                         * expert outermost, B (out, r*E) with it innermost;
+                         * else 0 */
     double alpha, scaling;
-    bool transposed; /* fan_in_fan_out: base stored [in, out] */
+    bool transposed; /* base stored [in, out]; of experts: tv_adapter_turned */
+    const uint64_t *rows; /* ROWS */
+    size_t n_rows;
+};
+/* A change with the factor that a reference gives it. */
+struct tv_adapter_use {
+    const struct tv_adapter_module *module;
+    tv_input *from; /* owns the change's tensors */
+    double weight;  /* of the reference; W + weight * (changed W - W) */
 };
 TV_NODISCARD enum tv_err tv_adapter_open(tv_input *in, struct tv_error *err,
                                          tv_adapter **out); /* borrows in */
 void tv_adapter_close(tv_adapter *a);
 tv_input *tv_adapter_input(const tv_adapter *a);
+/* Changes in layer order. */
 size_t tv_adapter_count(const tv_adapter *a);
 const struct tv_adapter_module *tv_adapter_module(const tv_adapter *a,
                                                   size_t i);
-/* Which base tensor each module changes: targets[i] = index of the tensor in
- * `base` (longest suffix match of module + ".weight"). INPUT (exit 4) naming
+/* Which base tensor each change is of: targets[i] = index of the tensor in
+ * `base` (longest suffix match of the change's target). INPUT (exit 4) naming
  * the module when one has no target or the shapes do not fit. */
 TV_NODISCARD enum tv_err tv_adapter_bind(const tv_adapter *a,
                                          const tv_input *base, size_t *targets,
                                          struct tv_error *err);
+/* Is the change's product stored transposed, [in, out], in this base tensor?
+ * Only of tensors that tv_adapter_bind found to fit. */
+bool tv_adapter_turned(const struct tv_adapter_module *m,
+                       const struct tv_input_tensor *base);
 
 /* ---- safetensors writing ---------------------------------------------------
  */

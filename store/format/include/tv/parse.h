@@ -94,15 +94,30 @@ struct tv_lora_pattern {
     double value;
     void *code; /* compiled */
 };
+struct tv_lora_names {
+    char **items;
+    size_t n;
+};
+struct tv_lora_tokens { /* trainable_token_indices of one module */
+    char *module;       /* NULL: the input embedding */
+    uint64_t *ids;
+    size_t n;
+};
 struct tv_lora_config { /* owned: tv_lora_config_free */
     char *label;        /* of its file, for messages */
     uint64_t r;
     double alpha;
-    bool rslora, fan_in_fan_out;
+    bool rslora, fan_in_fan_out, dora, lora_bias;
+    bool bias; /* trained biases are in the file: all or lora_only */
     struct tv_lora_pattern *ranks, *alphas;
     size_t n_ranks, n_alphas;
+    struct tv_lora_names saved;      /* modules_to_save */
+    struct tv_lora_names parameters; /* target_parameters */
+    struct tv_lora_tokens *tokens;
+    size_t n_tokens;
 };
-/* UNSUPPORTED, naming the key, for every variant that is not plain LoRA. */
+/* UNSUPPORTED, naming the key, for every variant whose arithmetic is not one of
+ * adapter.c's. */
 TV_NODISCARD enum tv_err tv_lora_config_parse(const char *data, size_t n,
                                               const char *label,
                                               struct tv_error *err,
