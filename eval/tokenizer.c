@@ -444,14 +444,14 @@ static enum tv_err bos_of_tokenizer(const char *data, size_t n,
                                     const tve_tokenizer *t, int32_t *bos,
                                     struct tv_error *err)
 {
-    json_error_t je;
-    json_t *const j = json_loadb(data, n, 0, &je);
+    json_t *j = NULL;
+    /* Its model_max_length may be too large for jansson. */
+    const enum tv_err rc =
+        tv_json_parse_exact(data, n, "tokenizer_config.json", err, &j);
     const json_t *v = json_object_get(j, "bos_token");
 
-    if (!j)
-        return tv_error_set(err, TV_E_CORRUPT,
-                            "tokenizer_config.json, line %d: %s", je.line,
-                            je.text);
+    if (rc != TV_OK)
+        return rc;
     if (json_is_object(v))
         v = json_object_get(v, "content");
     if (json_is_string(v))
@@ -463,13 +463,12 @@ static enum tv_err bos_of_tokenizer(const char *data, size_t n,
 static enum tv_err bos_of_config(const char *data, size_t n, int32_t *bos,
                                  struct tv_error *err)
 {
-    json_error_t je;
-    json_t *const j = json_loadb(data, n, 0, &je);
+    json_t *j = NULL;
+    const enum tv_err rc = tv_json_parse_exact(data, n, "config.json", err, &j);
     const json_t *v = json_object_get(j, "bos_token_id");
 
-    if (!j)
-        return tv_error_set(err, TV_E_CORRUPT, "config.json, line %d: %s",
-                            je.line, je.text);
+    if (rc != TV_OK)
+        return rc;
     if (!v)
         v = json_object_get(json_object_get(j, "text_config"), "bos_token_id");
     if (json_is_array(v))

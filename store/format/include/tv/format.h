@@ -243,11 +243,22 @@ struct json_t;
 TV_NODISCARD enum tv_err tv_json_parse(const char *data, size_t n,
                                        const char *label, struct tv_error *err,
                                        struct json_t **out);
+/* The same for a document that is to be written again: numbers that jansson
+ * would round or refuse (fractions, exponents, more than 18 digits) stand in
+ * the tree as strings that only tv_json_write_exact understands. */
+TV_NODISCARD enum tv_err tv_json_parse_exact(const char *data, size_t n,
+                                             const char *label,
+                                             struct tv_error *err,
+                                             struct json_t **out);
+/* Owned text (tv_free), NUL-terminated, indented by two, a newline behind. */
+TV_NODISCARD enum tv_err tv_json_write_exact(const struct json_t *json,
+                                             struct tv_error *err, char **out,
+                                             size_t *n_out);
 
 /* ---- JSON edits ------------------------------------------------------------
- * Changes top-level keys of a JSON document and keeps the rest; the shortest
- * real precision that round-trips is used. With no effective change the bytes
- * come back as they were. */
+ * Changes top-level keys of a JSON document and keeps the rest; numbers stay as
+ * they are written. With no effective change the bytes come back as they were.
+ */
 enum tv_edit_kind { TV_EDIT_INT, TV_EDIT_STRING, TV_EDIT_BOOL, TV_EDIT_REMOVE };
 struct tv_json_edit {
     const char *key;
