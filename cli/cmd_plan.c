@@ -76,6 +76,20 @@ static json_t *tensor_json(const struct tvm_plan *p, const struct tvm_tensor *t)
         "bytes", tvc_json_u64(t->bytes));
 }
 
+static json_t *vocabulary_json(const struct tvm_vocabulary *v)
+{
+    if (!v)
+        return json_null();
+    json_t *notes = json_array();
+    for (size_t i = 0; i < v->n_notes; i++)
+        (void)json_array_append_new(notes, tvc_json_string(v->notes[i]));
+    return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o}", "source",
+                     tvc_json_string(v->source), "from",
+                     tvc_json_string(v->from), "tokens",
+                     tvc_json_u64(v->n_tokens), "rows", tvc_json_u64(v->n_rows),
+                     "added", tvc_json_u64(v->n_added), "notes", notes);
+}
+
 static void document(struct tvc *c, const struct tvc_merge *m)
 {
     const struct tvm_plan *p = m->plan;
@@ -94,6 +108,8 @@ static void document(struct tvc *c, const struct tvc_merge *m)
         char hex[33];
         (void)json_object_set_new(doc, "method",
                                   tvc_json_string(p->method_name));
+        (void)json_object_set_new(doc, "vocabulary",
+                                  vocabulary_json(p->vocabulary));
         (void)json_object_set_new(doc, "seed", tvc_json_u64(p->options.seed));
         (void)json_object_set_new(doc, "plan_hash",
                                   json_string(tv_hash_hex(p->hash, hex)));
@@ -282,6 +298,11 @@ static void totals(struct tvc *c, const struct tvm_plan *p)
     for (size_t i = 0; i < p->n_inputs; i++)
         tvc_out(&c->out, "input          %s (fingerprint %s)\n",
                 p->inputs[i].ref, tv_hash_hex(p->inputs[i].fingerprint, hex));
+    if (p->vocabulary)
+        tvc_out(&c->out,
+                "vocabulary     %" PRIu64 " tokens, %" PRIu64 " rows (%s)\n",
+                p->vocabulary->n_tokens, p->vocabulary->n_rows,
+                p->vocabulary->source);
     tvc_out(&c->out, "tensors        %zu\n", p->n_tensors);
     tvc_out(&c->out, "reads          %s\n",
             tv_format_bytes(p->bytes_read, a, sizeof a));

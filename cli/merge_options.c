@@ -37,6 +37,7 @@ enum {
     KEY_TRUST,
     KEY_CRIMES,
     KEY_NO_CACHE,
+    KEY_TRUNCATE,
 };
 
 const struct argp_option tvc_merge_options[] = {
@@ -69,6 +70,8 @@ const struct argp_option tvc_merge_options[] = {
     {NULL, 0, NULL, 0, "Taken as mergekit has them:", 1},
     {"copy-tokenizer", KEY_COPY_TOKENIZER, NULL, 0, "The default", 1},
     {"write-model-card", KEY_CARD, NULL, 0, "The default", 1},
+    {"unsafe-truncate-embeddings", KEY_TRUNCATE, NULL, 0,
+     "Without a tokenizer block: keep the first rows that all models have", 1},
     {"cuda", KEY_CUDA, NULL, 0, "Use the GPU where there is one", 1},
     {"lazy-unpickle", KEY_LAZY_UNPICKLE, NULL, 0, "No effect", 1},
     {"low-cpu-memory", KEY_LOW_CPU, NULL, 0, "No effect", 1},
@@ -145,6 +148,9 @@ static error_t option_flag(struct tvc_merge_opts *o, int key)
         return 0;
     case KEY_NO_CACHE:
         m->no_cache = true;
+        return 0;
+    case KEY_TRUNCATE:
+        m->truncate_embeddings = true;
         return 0;
     case KEY_CUDA:
         o->cuda_wanted = true;

@@ -24,6 +24,7 @@
 
 #include <jansson.h>
 
+#include "gather.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/text.h"
@@ -129,6 +130,12 @@ static enum tv_err add_source(struct tv_buf *b, const struct tvm_plan *p,
 {
     enum tv_err rc = TV_OK;
     struct tv_hash h;
+    if (s->gather) {
+        add_hash(b, s->gather->rows->hash);
+        for (size_t i = 0; i < s->gather->n_from; i++)
+            TV_TRY(add_source(b, p, &s->gather->from[i], err));
+        goto out;
+    }
     TV_TRY(tv_input_tensor_identity(p->inputs[s->input].input, s->tensor, &h,
                                     err));
     add_hash(b, h);
@@ -421,8 +428,10 @@ static void prepare_values(struct tvm_cache *c, const struct tvm_tensor *t,
     const uint64_t blocks = n_blocks(t->n_elems);
     uint64_t scratch[TV_DELTA_BLOCK / 64];
     uint64_t count = 0;
-    /* With adapters the donor's values are nobody's stored values. */
-    s->dtype = from->n_adapters > 0 ? TV_F32 : from->tensor->dtype;
+    /* With adapters, or means for rows, the donor's values are nobody's stored
+     * values. */
+    s->dtype =
+        from->n_adapters > 0 || from->gather ? TV_F32 : from->tensor->dtype;
     const uint64_t value_bytes =
         tv_mask_set(s->mask) * (tv_dtype_bits(s->dtype) / 8u);
     const uint64_t before_bytes = (blocks + 1) * sizeof *s->before;

@@ -258,6 +258,23 @@ out:
     return rc;
 }
 
+static void vocabulary_part(const struct tvm_vocabulary *v, struct tv_buf *b)
+{
+    if (v == NULL)
+        return;
+    tv_buf_str(b, "\n## Vocabulary\n\nSource: ");
+    inline_code(b, v->source);
+    tv_buf_fmt(b, "; %llu tokens, %llu rows.\n",
+               (unsigned long long)v->n_tokens, (unsigned long long)v->n_rows);
+    if (v->n_notes > 0)
+        tv_buf_str(b, "\n");
+    for (size_t i = 0; i < v->n_notes; i++) {
+        tv_buf_str(b, "- ");
+        inline_code(b, v->notes[i]);
+        tv_buf_str(b, "\n");
+    }
+}
+
 enum tv_err plan_card_make(struct planner *pl, const char **out, size_t *n)
 {
     const struct tvm_plan *const plan = pl->plan;
@@ -270,6 +287,7 @@ enum tv_err plan_card_make(struct planner *pl, const char **out, size_t *n)
     tv_buf_str(&b, "Made with tvmerge " TV_VERSION ".\n");
     method_line(pl, &b);
     TV_TRY(models_part(pl, &b));
+    vocabulary_part(plan->vocabulary, &b);
     tv_buf_str(&b, "\n## Recipe\n\n");
     fenced(&b, pl->r->text, pl->r->n_text);
     tv_buf_fmt(&b, "\nRandom seed: %llu.\n",

@@ -33,6 +33,7 @@
 #include <time.h>
 
 #include "cache.h"
+#include "gather.h"
 #include "method.h"
 #include "source.h"
 #include "tv/alloc.h"
@@ -757,7 +758,11 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
         if (is_replaced(s, i))
             continue;
         w->bytes_read += tile.n * in_each;
-        if (ex->p->options.verify_reads)
+        if (!ex->p->options.verify_reads)
+            continue;
+        if (s->readers[i].gather)
+            TV_TRY(tvm_gather_verify(&s->readers[i], number, s->n_tiles, err));
+        else
             TV_TRY(tvm_reader_verify(&s->readers[i], tile.first * in_each,
                                      tile.n * in_each, err));
     }

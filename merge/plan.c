@@ -66,6 +66,7 @@ static enum tv_err add_inputs(struct planner *pl)
 
     for (size_t s = 0; s < r->n_slices; s++)
         n += r->slices[s].n_sources + 1;
+    n += r->vocab.n_tokens + 1;
     pl->cap_refs = n;
     pl->refs = tvm_arena_get(plan_arena(pl), n, sizeof(*pl->refs));
     pl->plan->inputs =
@@ -83,6 +84,12 @@ static enum tv_err add_inputs(struct planner *pl)
     }
     if (r->base.text != NULL)
         TV_TRY(plan_input_add(pl, &r->base, &index));
+    if (r->vocab.model.text != NULL)
+        TV_TRY(plan_input_add(pl, &r->vocab.model, &index));
+    for (size_t i = 0; i < r->vocab.n_tokens; i++) {
+        if (r->vocab.tokens[i].model.text != NULL)
+            TV_TRY(plan_input_add(pl, &r->vocab.tokens[i].model, &index));
+    }
 out:
     return rc;
 }
@@ -782,6 +789,7 @@ static enum tv_err make(struct planner *pl)
         plan->architecture = plan->inputs[pl->st->donor].arch->architecture;
     if (!pl->agree)
         goto out;
+    TV_TRY(plan_vocab_make(pl));
     TV_TRY(plan_tensors_make(pl));
     if (pl->oom)
         goto out;
@@ -838,6 +846,7 @@ enum tv_err tvm_plan_make(const tvm_recipe *r, const struct tvm_options *o,
     *out = pl.plan;
     pl.plan = NULL;
 out:
+    plan_vocab_free(pl.vocab);
     tv_free(pl.causes);
     tvm_plan_free(pl.plan);
     return rc;

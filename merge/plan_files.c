@@ -6,7 +6,7 @@
  * must change is edited: dtype, number of layers, tie_word_embeddings. It is
  * the last file, since a directory without it loads nowhere.
  */
-#include "plan_parts.h"
+#include "plan_vocab.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -18,6 +18,7 @@
 
 #define N_OF(a)   (sizeof(a) / sizeof((a)[0]))
 #define FILES_MAX 40u
+#define OWNED_MAX (2 * FILES_MAX + 2)
 
 /* Any of the first N_TELLING files makes an input one "with a tokenizer". */
 #define N_TELLING 7u
@@ -60,8 +61,8 @@ static enum tv_err own(struct planner *pl, char *data)
 {
     struct plan_storage *const st = pl->st;
     if (st->owned == NULL)
-        st->owned = tv_calloc(FILES_MAX + 2, sizeof(*st->owned));
-    if (st->owned == NULL || st->n_owned == FILES_MAX + 2) {
+        st->owned = tv_calloc(OWNED_MAX, sizeof(*st->owned));
+    if (st->owned == NULL || st->n_owned == OWNED_MAX) {
         tv_free(data);
         return plan_oom(pl);
     }
@@ -90,6 +91,21 @@ static enum tv_err read_side(struct planner *pl, size_t input, const char *name,
         plan_report(pl, name, 1, true, rc, in->ref, "%s", e.msg);
     *found = false;
     return TV_OK;
+}
+
+/* Puts an edited text in the place of data. */
+static enum tv_err replace(struct planner *pl, char *edited, size_t n_edited,
+                           char **data, size_t *n)
+{
+    struct plan_storage *const st = pl->st;
+    if (edited == NULL)
+        return TV_OK;
+    /* The last one owned is what was edited. */
+    if (st->n_owned > 0 && st->owned[st->n_owned - 1] == *data)
+        tv_free(st->owned[--st->n_owned]);
+    *data = edited;
+    *n = n_edited;
+    return own(pl, edited);
 }
 
 /* Copies a side file of an input into the list when it has one. */
@@ -126,11 +142,44 @@ static bool has_tokenizer(const struct planner *pl, size_t input)
     return false;
 }
 
+/* Has the vocabulary been decided? */
+static bool has_vocab(const struct planner *pl)
+{
+    return pl->vocab != NULL && !pl->vocab_bad;
+}
+
+static bool is_aligned(const struct planner *pl)
+{
+    return has_vocab(pl) && !pl->vocab->truncate;
+}
+
+/* A file of the tokenizer with the output's tokens and chat template. */
+static enum tv_err tokenizer_file(struct planner *pl, size_t from,
+                                  const char *name)
+{
+    char *data = NULL;
+    char *edited = NULL;
+    size_t n = 0;
+    size_t n_edited = 0;
+    bool found = false;
+    bool leave_out = false;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(read_side(pl, from, name, &found, &data, &n));
+    if (!found)
+        goto out;
+    TV_TRY(plan_vocab_file(pl, name, data, n, &edited, &n_edited, &leave_out));
+    TV_TRY(replace(pl, edited, n_edited, &data, &n));
+    if (!leave_out)
+        rc = add_file(pl, name, data, n, pl->plan->inputs[from].ref);
+out:
+    return rc;
+}
+
 static enum tv_err add_tokenizer(struct planner *pl)
 {
     const struct tvm_plan *const plan = pl->plan;
-    size_t from = pl->st->donor;
-    bool found = false;
+    size_t from = is_aligned(pl) ? pl->vocab->from : pl->st->donor;
     enum tv_err rc = TV_OK;
 
     for (size_t i = 0; i < plan->n_inputs && !has_tokenizer(pl, from); i++) {
@@ -143,14 +192,17 @@ static enum tv_err add_tokenizer(struct planner *pl)
                     "none");
         return TV_OK;
     }
-    if (from != pl->st->donor)
+    if (from != pl->st->donor && !is_aligned(pl))
         plan_report(pl, "tokenizer", 1, false, TV_OK, "",
                     "'%s' has no tokenizer files; those of '%s' are copied",
                     plan->inputs[pl->st->donor].ref, plan->inputs[from].ref);
     for (size_t i = 0; i < N_OF(tokenizer_files); i++) {
         if (has_side(pl, from, tokenizer_files[i]))
-            TV_TRY(copy_side(pl, from, tokenizer_files[i], &found));
+            TV_TRY(tokenizer_file(pl, from, tokenizer_files[i]));
     }
+    if (pl->chat_template != NULL)
+        TV_TRY(add_file(pl, "chat_template.jinja", pl->chat_template,
+                        strlen(pl->chat_template), "the recipe"));
 out:
     return rc;
 }
@@ -282,11 +334,39 @@ static enum tv_err add_config(struct planner *pl)
             }
             goto out;
         }
-        TV_TRY(own(pl, edited));
-        data = edited;
-        n = n_edited;
+        TV_TRY(replace(pl, edited, n_edited, &data, &n));
+    }
+    if (has_vocab(pl)) {
+        edited = NULL;
+        TV_TRY(plan_vocab_config(pl, from, false, data, n, &edited, &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
     TV_TRY(add_file(pl, "config.json", data, n, plan->inputs[from].ref));
+out:
+    return rc;
+}
+
+static enum tv_err add_generation(struct planner *pl)
+{
+    static const char name[] = "generation_config.json";
+    size_t from = pl->st->donor;
+    char *data = NULL;
+    char *edited = NULL;
+    size_t n = 0;
+    size_t n_edited = 0;
+    bool found = false;
+    enum tv_err rc = TV_OK;
+
+    if (is_aligned(pl) && has_side(pl, pl->vocab->from, name))
+        from = pl->vocab->from;
+    if (!has_vocab(pl))
+        return copy_side(pl, from, name, &found);
+    TV_TRY(read_side(pl, from, name, &found, &data, &n));
+    if (!found)
+        goto out;
+    TV_TRY(plan_vocab_config(pl, from, true, data, n, &edited, &n_edited));
+    TV_TRY(replace(pl, edited, n_edited, &data, &n));
+    rc = add_file(pl, name, data, n, pl->plan->inputs[from].ref);
 out:
     return rc;
 }
@@ -296,16 +376,18 @@ enum tv_err plan_files_make(struct planner *pl)
     struct tvm_plan *const plan = pl->plan;
     const char *card = NULL;
     size_t n = 0;
-    bool found = false;
     enum tv_err rc = TV_OK;
 
     plan->files =
         tvm_arena_get(plan_arena(pl), FILES_MAX, sizeof(*plan->files));
     if (plan->files == NULL)
         return plan_oom(pl);
-    TV_TRY(copy_side(pl, pl->st->donor, "generation_config.json", &found));
-    if (plan->options.copy_tokenizer)
+    TV_TRY(add_generation(pl));
+    if (plan->options.copy_tokenizer || is_aligned(pl))
         TV_TRY(add_tokenizer(pl));
+    else if (pl->chat_template != NULL)
+        plan_report(pl, "chat template", 1, false, TV_OK, "chat_template",
+                    "not written: the tokenizer files are left out");
     if (plan->options.write_model_card) {
         TV_TRY(plan_card_make(pl, &card, &n));
         TV_TRY(add_file(pl, "README.md", card, n, ""));

@@ -10,6 +10,7 @@
  * last part of absolute references), threads, memory, and texts that only
  * describe the run (model card, copy of the recipe).
  */
+#include "gather.h"
 #include "plan_parts.h"
 
 #include <math.h>
@@ -89,6 +90,14 @@ static void describe_tensor(struct tv_buf *b, const struct tvm_tensor *t)
         tv_buf_le64(b, src->position);
         add_string(b, src->tensor->name);
         tv_buf_le64(b, src->n_adapters);
+        for (size_t i = 0; src->gather != NULL && i < src->gather->n_from;
+             i++) {
+            const struct tvm_source *const from = &src->gather->from[i];
+            tv_buf_le64(b, src->gather->rows->hash.lo);
+            tv_buf_le64(b, src->gather->rows->hash.hi);
+            tv_buf_le64(b, from->input);
+            add_string(b, from->tensor->name);
+        }
         for (size_t p = 0; p < n; p++) {
             const bool set = t->per_source_set[s * n + p];
             tv_buf_le32(b, set);

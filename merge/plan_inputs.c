@@ -393,6 +393,15 @@ enum tv_err plan_input_add(struct planner *pl, const struct tvm_recipe_ref *ref,
     return rc;
 }
 
+size_t plan_input_find(const struct planner *pl, const char *ref)
+{
+    for (size_t i = 0; i < pl->plan->n_inputs; i++) {
+        if (strcmp(pl->plan->inputs[i].ref, ref) == 0)
+            return i;
+    }
+    return SIZE_MAX;
+}
+
 /* ---- agreement ------------------------------------------------------------
  */
 

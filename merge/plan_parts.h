@@ -6,6 +6,7 @@
  *   plan.c           order of work, slices, totals, space and memory checks
  *   plan_report.c    problems with a limit per cause
  *   plan_inputs.c    references -> opened models, adapters, fingerprints
+ *   plan_vocab.c     tokens, ids and rows of the output (plan_vocab.h)
  *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
  *   plan_files.c     side files, config.json edits
  *   plan_identity.c  what the bytes depend on, as JSON and hash
@@ -74,6 +75,8 @@ struct plan_storage { /* plan->storage */
     size_t n_owned;
 };
 
+struct plan_vocab;
+
 struct planner {
     const struct tvm_recipe *r;
     struct tvm_plan *plan;
@@ -84,8 +87,11 @@ struct planner {
     size_t cap_refs;
     struct plan_slice *slices;
     size_t n_slices;
-    int64_t n_layers; /* of the output */
-    bool agree;       /* the inputs are of one architecture */
+    int64_t n_layers;          /* of the output */
+    bool agree;                /* the inputs are of one architecture */
+    struct plan_vocab *vocab;  /* plan_vocab.h; NULL: nothing to align */
+    bool vocab_bad;            /* it could not be decided: reported */
+    const char *chat_template; /* of the output; NULL: as it is */
     struct plan_cause *causes;
     size_t n_causes, cap_causes;
     bool oom;
@@ -116,6 +122,12 @@ TV_NODISCARD enum tv_err plan_input_add(struct planner *pl,
                                         size_t *index);
 /* Do all usable inputs describe the same architecture? Sets pl->agree. */
 TV_NODISCARD enum tv_err plan_inputs_agree(struct planner *pl);
+/* Index of the input for a reference, SIZE_MAX when there is none. */
+size_t plan_input_find(const struct planner *pl, const char *ref);
+/* Tokens, ids and rows of the output, when the recipe asks for it; sets
+ * pl->vocab and pl->chat_template. */
+TV_NODISCARD enum tv_err plan_vocab_make(struct planner *pl);
+void plan_vocab_free(struct plan_vocab *v); /* NULL allowed */
 TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_identity_make(struct planner *pl);

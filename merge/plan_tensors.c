@@ -7,7 +7,7 @@
  * is dropped. Then, per output tensor: who supplies it, do shapes and dtypes
  * fit, the value of every parameter, and copy or merge.
  */
-#include "plan_parts.h"
+#include "plan_vocab.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -141,24 +141,16 @@ static bool find_index(const struct tv_arch *a, const char *name, size_t *out)
     return false;
 }
 
-static void add_source(struct build *b, size_t slice_source, size_t index)
+void plan_source_fill(struct planner *pl, size_t input, size_t index,
+                      struct tvm_source *s)
 {
-    struct tvm_tensor *const t = b->t;
-    struct planner *const pl = b->pl;
-    const size_t input = b->slice->input[slice_source];
     const struct plan_ref *const ref = &pl->refs[input];
-    struct tvm_source *const s = &t->sources[t->n_sources];
     size_t lo = 0;
     size_t hi = ref->n_bound;
 
+    memset(s, 0, sizeof(*s));
     s->input = input;
     s->tensor = tv_input_tensor(pl->plan->inputs[input].input, index);
-    s->is_base = (int)slice_source == b->slice->base;
-    if (s->is_base)
-        t->base = (int)t->n_sources;
-    s->position = slice_source;
-    if (b->slice->base >= 0 && slice_source > (size_t)b->slice->base)
-        s->position--;
     while (lo < hi) {
         const size_t mid = lo + (hi - lo) / 2;
         if (ref->bound[mid].target < index)
@@ -170,6 +162,20 @@ static void add_source(struct build *b, size_t slice_source, size_t index)
            ref->bound[lo + s->n_adapters].target == index)
         s->n_adapters++;
     s->adapters = s->n_adapters == 0 ? NULL : &ref->low_rank[lo];
+}
+
+static void add_source(struct build *b, size_t slice_source, size_t index)
+{
+    struct tvm_tensor *const t = b->t;
+    struct tvm_source *const s = &t->sources[t->n_sources];
+
+    plan_source_fill(b->pl, b->slice->input[slice_source], index, s);
+    s->is_base = (int)slice_source == b->slice->base;
+    if (s->is_base)
+        t->base = (int)t->n_sources;
+    s->position = slice_source;
+    if (b->slice->base >= 0 && slice_source > (size_t)b->slice->base)
+        s->position--;
     b->at[t->n_sources] = slice_source;
     t->n_sources++;
 }
@@ -252,6 +258,12 @@ static void check_present(struct build *b)
 /* ---- shape and dtype ------------------------------------------------------
  */
 
+/* Is dimension d one of tokens that the planner puts in order itself? */
+static bool is_aligned(const struct build *b, unsigned d)
+{
+    return b->pl->vocab != NULL && b->like->vocab_dim == 0 && d == 0;
+}
+
 static void check_shapes(struct build *b)
 {
     const struct tv_input_tensor *const a = b->t->sources[0].tensor;
@@ -263,7 +275,7 @@ static void check_shapes(struct build *b)
         bool same = ranks;
         bool only_vocab = ranks && b->like->vocab_dim >= 0;
         for (unsigned d = 0; ranks && d < a->rank; d++) {
-            const bool equal = a->shape[d] == o->shape[d];
+            const bool equal = a->shape[d] == o->shape[d] || is_aligned(b, d);
             same = same && equal;
             only_vocab = only_vocab && (equal || (int)d == b->like->vocab_dim);
         }
@@ -277,13 +289,27 @@ static void check_shapes(struct build *b)
                     tv_shape_format(o->shape, o->rank, so, sizeof(so)),
                     source_ref(b, i),
                     only_vocab
-                        ? " (different vocabularies; aligning them with a "
-                          "tokenizer block arrives in a later version)"
+                        ? " (different vocabularies: add 'tokenizer: {source: "
+                          "union}' to the recipe to match rows by token, or "
+                          "'tokenizer: {source: base}' to keep the base's "
+                          "tokens only)"
                         : "");
     }
     b->t->rank = a->rank;
     memcpy(b->t->shape, a->shape, sizeof(a->shape));
     b->t->n_elems = a->n_elems;
+}
+
+/* Rows in the order of the output's tokens. */
+static enum tv_err align_rows(struct build *b)
+{
+    if (b->pl->vocab == NULL || b->like->vocab_dim != 0 || b->t->rank == 0)
+        return TV_OK;
+    if (b->pl->vocab_bad || !b->ok) {
+        b->ok = false;
+        return TV_OK;
+    }
+    return plan_rows_gather(b->pl, b->like, b->t, &b->ok);
 }
 
 static bool all_math(const struct tvm_tensor *t)
@@ -570,6 +596,25 @@ static void ask_method(struct build *b)
 /* ---- one tensor -----------------------------------------------------------
  */
 
+/* One source is the result, but not byte for byte: its rows in order. */
+static enum tv_err pass_rows(struct build *b, size_t source)
+{
+    struct tvm_tensor *const t = b->t;
+    const size_t n = tvm_method_passthrough.n_params;
+
+    t->sources[0] = t->sources[source];
+    b->at[0] = b->at[source];
+    t->n_sources = 1;
+    t->base = -1;
+    t->method = &tvm_method_passthrough;
+    memset(t->shared_set, 0, sizeof(t->shared_set));
+    t->per_source = tvm_arena_get(plan_arena(b->pl), n, sizeof(double));
+    t->per_source_set = tvm_arena_get(plan_arena(b->pl), n, sizeof(bool));
+    if (t->per_source == NULL || t->per_source_set == NULL)
+        return plan_oom(b->pl);
+    return TV_OK;
+}
+
 static enum tv_err choose_dtype(struct build *b)
 {
     struct tvm_tensor *const t = b->t;
@@ -586,6 +631,8 @@ static enum tv_err choose_dtype(struct build *b)
         return TV_OK;
     if (t->method->fold != NULL)
         fold = t->method->fold(t);
+    if (fold >= 0 && t->sources[fold].gather != NULL)
+        return pass_rows(b, (size_t)fold);
     if (fold >= 0 && t->sources[fold].n_adapters == 0 &&
         t->sources[fold].tensor->dtype == t->dtype) {
         t->action = TVM_COPY;
@@ -609,7 +656,9 @@ static enum tv_err count_bytes(struct build *b)
     for (size_t i = 0; i < t->n_sources; i++) {
         const struct tvm_source *const s = &t->sources[i];
         /* As a run counts it: what each source feeds. */
-        if (t->action != TVM_COPY || i == t->copy_of)
+        if (s->gather != NULL)
+            read += t->n_elems * (tv_dtype_bits(s->tensor->dtype) / 8u);
+        else if (t->action != TVM_COPY || i == t->copy_of)
             read += s->tensor->bytes;
     }
     if (!tv_add_u64(b->pl->plan->bytes_read, read, &b->pl->plan->bytes_read) ||
@@ -649,6 +698,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     find_sources(&b);
     check_present(&b);
     check_shapes(&b);
+    TV_TRY(align_rows(&b));
     TV_TRY(resolve_parameters(&b, cands[0].k));
     if (b.ok && !slice->broken && all_math(t) && b.like->role != TV_ROLE_BUFFER)
         ask_method(&b);

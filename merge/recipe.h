@@ -37,6 +37,42 @@ struct tvm_recipe_slice {
     bool bad_parameters;
 };
 
+enum tvm_token_from { /* whose row a token gets where its own is not taken */
+                      TVM_TOKEN_DEFAULT =
+                          0, /* the only one, the base's, the mean */
+                      TVM_TOKEN_ZERO = 1,
+                      TVM_TOKEN_MODEL = 2, /* the same token of a model */
+                      TVM_TOKEN_OTHER = 3  /* another token of a model */
+};
+
+struct tvm_recipe_token {
+    const char *token;
+    unsigned line, col;
+    enum tvm_token_from from;
+    struct tvm_recipe_ref model;
+    const char *other; /* TVM_TOKEN_OTHER: text, or NULL: other_id */
+    int64_t other_id;
+    bool force; /* in every model */
+};
+
+enum tvm_vocab_source {
+    TVM_VOCAB_NONE = 0, /* no alignment asked for */
+    TVM_VOCAB_UNION = 1,
+    TVM_VOCAB_BASE = 2,
+    TVM_VOCAB_MODEL = 3
+};
+
+struct tvm_recipe_vocab {
+    enum tvm_vocab_source source;
+    unsigned line, col;
+    struct tvm_recipe_ref model; /* TVM_VOCAB_MODEL */
+    struct tvm_recipe_token *tokens;
+    size_t n_tokens;
+    int64_t pad_to;            /* 0: not given */
+    const char *chat_template; /* "auto", a name, Jinja; NULL: not given */
+    unsigned chat_line, chat_col;
+};
+
 struct tvm_recipe {
     char *path; /* as given */
     char *text; /* the file's bytes, NUL-terminated */
@@ -55,6 +91,7 @@ struct tvm_recipe {
     bool whole_models; /* written as `models:` */
     struct tvm_recipe_slice *slices;
     size_t n_slices;
+    struct tvm_recipe_vocab vocab;
     bool mergekit_syntax; /* mergekit itself could read it */
 };
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * source.c - views, dtype conversion and adapters as one stream of fp32.
+ * source.c - views, dtype conversion, adapters and gathered rows as one stream
+ * of fp32.
  *
  * An adapter's contribution is never formed as a matrix: what it makes of a
  * block of the base is computed when the block is read (tv/adapt.h).
@@ -10,6 +11,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "gather.h"
 #include "method.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
@@ -23,9 +25,10 @@ _Static_assert(TVM_BLOCK <= TVA_BLOCK, "a block is patched in one call");
 
 /* ---- adapters ------------------------------------------------------------ */
 
-uint64_t tvm_source_bytes(const struct tvm_tensor *t, size_t source)
+uint64_t tvm_source_bytes_of(const struct tvm_source *s)
 {
-    const struct tvm_source *s = &t->sources[source];
+    if (s->gather)
+        return tvm_gather_bytes(s->gather);
     const uint64_t bytes =
         tva_patch_bytes(s->adapters, s->n_adapters, s->tensor);
 
@@ -33,22 +36,33 @@ uint64_t tvm_source_bytes(const struct tvm_tensor *t, size_t source)
     return bytes + (s->tensor->contiguous ? 0 : s->tensor->bytes);
 }
 
+size_t tvm_source_l_floats_of(const struct tvm_source *s)
+{
+    if (s->gather)
+        return tvm_gather_l_floats(s->gather);
+    return tva_patch_floats(s->adapters, s->n_adapters, s->tensor);
+}
+
+uint64_t tvm_source_bytes(const struct tvm_tensor *t, size_t source)
+{
+    return tvm_source_bytes_of(&t->sources[source]);
+}
+
 size_t tvm_source_l_floats(const struct tvm_tensor *t, size_t source)
 {
-    const struct tvm_source *s = &t->sources[source];
-
-    return tva_patch_floats(s->adapters, s->n_adapters, s->tensor);
+    return tvm_source_l_floats_of(&t->sources[source]);
 }
 
 /* ---- readers ------------------------------------------------------------- */
 
-enum tv_err tvm_reader_open(struct tvm_reader *out, const struct tvm_plan *plan,
-                            const struct tvm_tensor *t, size_t source,
-                            const struct tvk_table *k, bool verify,
-                            struct tv_error *err)
+enum tv_err tvm_reader_open_source(struct tvm_reader *out,
+                                   const struct tvm_plan *plan,
+                                   const struct tvm_tensor *t,
+                                   const struct tvm_source *s,
+                                   const struct tvk_table *k, bool verify,
+                                   struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_source *s = &t->sources[source];
 
     *out = (struct tvm_reader){
         .tensor = s->tensor->name,
@@ -56,6 +70,10 @@ enum tv_err tvm_reader_open(struct tvm_reader *out, const struct tvm_plan *plan,
         .elem_bytes = math_bytes(s->tensor->dtype),
     };
     out->label = tv_input_label(out->input);
+    if (s->gather) {
+        TV_TRY(tvm_gather_open(out, plan, t, s->gather, k, verify, err));
+        goto out;
+    }
     TV_TRY(tv_input_view(out->input, s->tensor, err, &out->view));
     if (t->action == TVM_COPY || s->n_adapters == 0)
         goto out;
@@ -67,8 +85,18 @@ out:
     return rc;
 }
 
+enum tv_err tvm_reader_open(struct tvm_reader *out, const struct tvm_plan *plan,
+                            const struct tvm_tensor *t, size_t source,
+                            const struct tvk_table *k, bool verify,
+                            struct tv_error *err)
+{
+    return tvm_reader_open_source(out, plan, t, &t->sources[source], k, verify,
+                                  err);
+}
+
 void tvm_reader_close(struct tvm_reader *r)
 {
+    tvm_gather_close(r);
     tva_patch_close(&r->patch);
     if (r->input)
         tv_input_release(r->input, &r->view);
@@ -79,6 +107,8 @@ const float *tvm_reader_block(const struct tvm_reader *r,
                               const struct tvk_table *k, uint64_t start,
                               size_t n, float *scratch, float *l_scratch)
 {
+    if (r->gather)
+        return tvm_gather_block(r, k, start, n, scratch, l_scratch);
     if (r->view.dtype == TV_F32 && r->patch.n == 0) {
         uint64_t run = 0;
         const unsigned char *at =

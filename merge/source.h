@@ -3,7 +3,8 @@
  * source.h - one input of one output tensor as blocks of fp32 values.
  *
  * A reader stacks what lies between the bytes of a view and a method: chunk
- * borders, dtype conversion, adapters added on the fly. It is opened once per
+ * borders, dtype conversion, adapters added on the fly, and on top of these
+ * rows of a vocabulary in another order (gather.h). It is opened once per
  * tensor and then read by all workers at the same time, each with scratch of
  * its own.
  */
@@ -24,14 +25,22 @@ struct tvm_reader {
     const char *label;  /* input's label */
     tv_input *input;
     struct tv_view view;
-    size_t elem_bytes;      /* 0: not a math dtype, copied only */
-    struct tva_patch patch; /* what adapters change */
+    size_t elem_bytes;               /* 0: not a math dtype, copied only */
+    struct tva_patch patch;          /* what adapters change */
+    const struct tvm_gather *gather; /* NULL: the view's own order */
+    struct tvm_reader *below;        /* [n_below] what rows come from */
+    size_t n_below;
+    float *pad; /* the padding row, NULL when none */
 };
 
 /* Heap bytes that opening a reader of the source takes. */
 uint64_t tvm_source_bytes(const struct tvm_tensor *t, size_t source);
 /* Floats of scratch that applying its adapters to a block takes. */
 size_t tvm_source_l_floats(const struct tvm_tensor *t, size_t source);
+
+/* The same of a source by itself. */
+uint64_t tvm_source_bytes_of(const struct tvm_source *s);
+size_t tvm_source_l_floats_of(const struct tvm_source *s);
 
 /* Opens views, prepares adapters. With `verify` the factors of adapters are
  * checked against their leaves: CORRUPT. *out is closed by tvm_reader_close
@@ -40,6 +49,11 @@ TV_NODISCARD enum tv_err
 tvm_reader_open(struct tvm_reader *out, const struct tvm_plan *plan,
                 const struct tvm_tensor *t, size_t source,
                 const struct tvk_table *k, bool verify, struct tv_error *err);
+TV_NODISCARD enum tv_err
+tvm_reader_open_source(struct tvm_reader *out, const struct tvm_plan *plan,
+                       const struct tvm_tensor *t, const struct tvm_source *s,
+                       const struct tvk_table *k, bool verify,
+                       struct tv_error *err);
 void tvm_reader_close(struct tvm_reader *r);
 
 /* Elements [start, start + n), n <= TVM_BLOCK: a pointer into the view when it

@@ -19,7 +19,7 @@
 static const char *const kinds[] = {
     "gpt2",   "gpt2-prefix", "llama3", "qwen2",   "bloom",
     "falcon", "starcoder",   "llama2", "mistral", "metaspace",
-    "gemma",  "suffix",      "prefix", "removed",
+    "gemma",  "suffix",      "prefix", "removed", "union",
 };
 
 static char *read_data(const char *name, const char *suffix, size_t *n)
@@ -81,10 +81,15 @@ static void test_kinds(void **state)
                       json_object_get(c, "special"));
             }
         }
-        assert_int_equal(tve_tokenizer_id(t, "<|endoftext|>"),
-                         tve_tokenizer_id(t, "<|x|>") + 1);
         assert_int_equal(tve_tokenizer_id(t, "no such token"), -1);
-        assert_true(tve_tokenizer_vocab(t) > 700);
+        if (strcmp(kinds[k], "union") == 0) {
+            /* Of merge/: two vocabularies in one. */
+            assert_int_equal(tve_tokenizer_vocab(t), 349);
+        } else {
+            assert_int_equal(tve_tokenizer_id(t, "<|endoftext|>"),
+                             tve_tokenizer_id(t, "<|x|>") + 1);
+            assert_true(tve_tokenizer_vocab(t) > 700);
+        }
         tve_tokenizer_close(t);
         json_decref(cases);
         tv_free(text);

@@ -285,12 +285,11 @@ static void test_dtypes(void **state)
 static void test_later(void **state)
 {
     (void)state;
-    refused(HEAD AB "tokenizer_source: union\n", TV_E_UNSUPPORTED, "7:1",
-            "later version");
-    refused(HEAD AB "tokenizer:\n  source: base\n", TV_E_UNSUPPORTED, "7:1",
-            "later version");
-    refused(HEAD AB "chat_template: auto\n", TV_E_UNSUPPORTED, "7:1",
-            "later version");
+    accepted(HEAD AB "tokenizer_source: union\n", 0);
+    accepted(HEAD AB "tokenizer:\n  source: base\n", 0);
+    accepted(HEAD AB "chat_template: auto\n", 0);
+    refused(HEAD AB "chat_template: auto1\n", TV_E_USAGE, "7:16",
+            "did you mean");
     refused(HEAD "modules:\n  text_decoder:\n    models: []\n",
             TV_E_UNSUPPORTED, "2:1", "later version");
     refused(HEAD AB "---\n" HEAD AB, TV_E_UNSUPPORTED, "7:1",
@@ -462,13 +461,13 @@ static void test_all_at_once(void **state)
     struct loaded l;
     (void)state;
     load(&l, "merge_method: lineer\nmodels:\n- model: a\n  x: 1\n- model: a\n"
-             "dtype: bf16\ntokenizer_source: union\nfoo: 1\n");
+             "dtype: bf16\ntokenizer_source: [1]\nfoo: 1\n");
     assert_int_equal(l.rc, TV_E_USAGE);
     assert_int_equal(l.problems.n_errors, 4);
     expect(&l, true, "1:15", "linear");
     expect(&l, true, "5:10", "twice");
     expect(&l, true, "6:8", "bfloat16");
-    expect(&l, true, "7:1", "tokenizer_source");
+    expect(&l, true, "7:19", "a model reference");
     expect(&l, false, "4:3", "unknown key 'x'");
     expect(&l, false, "8:1", "unknown key 'foo'");
     unload(&l);

@@ -123,6 +123,7 @@ struct tvm_options {
     bool force, strict;
     bool verify_reads; /* default true */
     bool verify_inputs;
+    bool truncate_embeddings; /* --unsafe-truncate-embeddings */
     unsigned lock_timeout_ms; /* default 10000 */
     uint64_t group_bytes;     /* most bytes worth one commit; 0: default */
     bool no_cache;            /* leave masks and task vectors of the store
@@ -130,6 +131,7 @@ struct tvm_options {
 };
 void tvm_options_init(struct tvm_options *o);
 
+struct tvm_gather;
 struct tvm_source { /* one input of one output tensor */
     size_t input;   /* index into plan->inputs */
     const struct tv_input_tensor *tensor;
@@ -138,6 +140,9 @@ struct tvm_source { /* one input of one output tensor */
                         recipe order, with this tensor or without */
     const struct tv_adapter_use *adapters; /* [n_adapters] to add, in order */
     size_t n_adapters;
+    const struct tvm_gather *gather; /* merge/gather.h: rows in the order of
+                                        the output's tokens; NULL: as they
+                                        are */
 };
 
 enum tvm_action {
@@ -178,6 +183,14 @@ struct tvm_plan_input {
     size_t n_adapters;
 };
 
+struct tvm_vocabulary { /* of the output, when a recipe says how to make it */
+    const char *source; /* "union", "base", a model; "truncated" */
+    const char *from;   /* ref of the model whose tokenizer it begins with */
+    uint64_t n_tokens, n_rows, n_added; /* added: beyond that tokenizer */
+    const char *const *notes;           /* what was decided, for people */
+    size_t n_notes;
+};
+
 struct tvm_side_file { /* what goes beside the weights, config.json last */
     const char *name;
     const char *data;
@@ -195,7 +208,8 @@ struct tvm_plan { /* owned: tvm_plan_free */
     struct tv_shards *shards; /* layout of a directory output */
     struct tvm_side_file *files;
     size_t n_files;
-    const char *architecture; /* of the output */
+    const char *architecture;                /* of the output */
+    const struct tvm_vocabulary *vocabulary; /* NULL: not touched */
     uint64_t bytes_read, bytes_written;
     uint64_t peak_scratch_bytes, peak_disk_bytes;
     /* Everything the bytes depend on; `identity` is the JSON that was hashed

@@ -1,0 +1,692 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_vocab.c - tokenizer blocks: tokens, ids, rows and files of the output,
+ * and that its bytes depend on nothing else.
+ *
+ * Models are tiny_model.h's with tokenizers written here: "<unk>", "<s>",
+ * "</s>", "t3", "t4", ... and added tokens behind them.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include <jansson.h>
+
+#include "fixture.h"
+#include "plan_fixture.h"
+#include "tv/alloc.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+#define EMBED "model.embed_tokens.weight"
+#define HEAD  "lm_head.weight"
+#define WIDTH 8u
+
+static char *dir;
+
+static int set_up(void **state)
+{
+    (void)state;
+    dir = tmpdir_make();
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    tmpdir_remove(dir);
+    return 0;
+}
+
+static void write_text(const char *model, const char *name, const char *text)
+{
+    tv_free(tmpdir_write(model, name, text, strlen(text)));
+}
+
+static void put_tokenizer(const char *model, unsigned n,
+                          const char *const *added, unsigned n_added,
+                          const char *type)
+{
+    struct tv_buf b;
+    tv_buf_init(&b, 1u << 16);
+    tv_buf_fmt(&b, "{\"version\": \"1.0\", \"model\": {\"type\": \"%s\", ",
+               type);
+    tv_buf_str(&b, "\"merges\": [], \"dropout\": 1e-01, \"vocab\": {\"<unk>\": "
+                   "0, \"<s>\": 1, \"</s>\": 2");
+    for (unsigned i = 3; i < n; i++)
+        tv_buf_fmt(&b, ", \"t%u\": %u", i, i);
+    tv_buf_str(&b, "}}, \"added_tokens\": [");
+    for (unsigned i = 0; i < n_added; i++)
+        tv_buf_fmt(&b, "%s{\"id\": %u, \"content\": \"%s\", \"special\": true}",
+                   i == 0 ? "" : ", ", n + i, added[i]);
+    tv_buf_str(&b, "]}");
+    assert_false(b.failed);
+    write_text(model, "tokenizer.json", b.data);
+    tv_buf_free(&b);
+    write_text(model, "tokenizer_config.json",
+               "{\"bos_token\": \"<s>\", \"pad_token\": \"<pad>\", "
+               "\"model_max_length\": 1000000000000000019884624838656}\n");
+}
+
+/* A model of `rows` rows whose tokenizer has n ordinary tokens. */
+static void put_model(const char *name, unsigned rows, unsigned n,
+                      const char *const *added, unsigned n_added, uint64_t seed,
+                      bool tied)
+{
+    struct tiny_model m;
+    tiny_model_init(&m);
+    m.layers = 1;
+    m.vocab = rows;
+    m.seed = seed;
+    m.tied = tied;
+    m.config_more = "\"bos_token_id\": 1, \"eos_token_id\": [2, 15]";
+    char *const path = tiny_model_write(dir, name, &m);
+    put_tokenizer(path, n, added, n_added, "BPE");
+    tv_free(path);
+}
+
+static const char *const chatml[] = {"<|im_start|>", "<|im_end|>"};
+static const char *const unused[] = {"<u0>", "<u1>"};
+static const char *const padded[] = {"<pad>"};
+
+static void put_models(void)
+{
+    put_model("base", 16, 16, NULL, 0, 1, false);
+    put_model("chatml", 18, 16, chatml, 2, 2, false);
+    put_model("beyond", 16, 16, unused, 2, 3, false);
+    put_model("padded", 24, 16, padded, 1, 4, false);
+}
+
+/* Plans, runs into dir/name, and leaves the plan for looking into. */
+static void merge(struct planned *p, const char *name, const char *recipe,
+                  struct tvm_options *o)
+{
+    struct tvm_options defaults;
+    struct tvm_result result;
+    struct tv_error err;
+    char *const out = tv_path_join(dir, name);
+
+    if (o == NULL) {
+        tvm_options_init(&defaults);
+        o = &defaults;
+    }
+    o->sync = false;
+    o->out_dir = out;
+    plan_good(p, dir, recipe, o);
+    assert_ok(tvm_run(p->plan, NULL, &result, &err), &err);
+    tv_free(out);
+}
+
+static float *read_of(const char *model, const char *tensor, uint64_t *n_rows)
+{
+    uint64_t n = 0;
+    char *const path = tv_path_join(dir, model);
+    float *const x = fx_read(path, tensor, &n);
+    *n_rows = n / WIDTH;
+    tv_free(path);
+    return x;
+}
+
+/* Row of an output equals `weight` times that of a model. */
+static void assert_row(const char *out, uint64_t row, const char *model,
+                       uint64_t from, const char *tensor)
+{
+    uint64_t n_out = 0;
+    uint64_t n_model = 0;
+    float *const a = read_of(out, tensor, &n_out);
+    float *const b = read_of(model, tensor, &n_model);
+    assert_true(row < n_out && from < n_model);
+    for (unsigned i = 0; i < WIDTH; i++)
+        assert_true(a[row * WIDTH + i] == b[from * WIDTH + i]);
+    tv_free(a);
+    tv_free(b);
+}
+
+static uint64_t n_rows(const char *out)
+{
+    uint64_t n = 0;
+    uint64_t m = 0;
+    float *const a = read_of(out, EMBED, &n);
+    float *const b = read_of(out, HEAD, &m);
+    assert_int_equal(n, m);
+    tv_free(a);
+    tv_free(b);
+    return n;
+}
+
+static json_t *json_of(const struct planned *p, const char *name)
+{
+    const struct tvm_side_file *const f = planned_file(p, name);
+    struct tv_error err;
+    json_t *j = NULL;
+    assert_non_null(f);
+    assert_ok(tv_json_parse_exact(f->data, f->n, name, &err, &j), &err);
+    return j;
+}
+
+/* Id of a token in the output's tokenizer.json, -1 when it has none. */
+static int id_of(const struct planned *p, const char *token)
+{
+    json_t *const j = json_of(p, "tokenizer.json");
+    const json_t *const added = json_object_get(j, "added_tokens");
+    const json_t *id = json_object_get(
+        json_object_get(json_object_get(j, "model"), "vocab"), token);
+    for (size_t i = 0; i < json_array_size(added) && id == NULL; i++) {
+        const json_t *const a = json_array_get(added, i);
+        if (strcmp(json_string_value(json_object_get(a, "content")), token) ==
+            0)
+            id = json_object_get(a, "id");
+    }
+    const int n = id == NULL ? -1 : (int)json_integer_value(id);
+    json_decref(j);
+    return n;
+}
+
+static int64_t config_int(const struct planned *p, const char *key)
+{
+    json_t *const j = json_of(p, "config.json");
+    const int64_t n = json_integer_value(json_object_get(j, key));
+    json_decref(j);
+    return n;
+}
+
+#define LINEAR3                                                                \
+    "merge_method: linear\nbase_model: $/base\nparameters: {weight: 1}\n"      \
+    "models: [{model: $/base}, {model: $/beyond}, {model: $/chatml}]\n"
+#define LINEAR2                                                                \
+    "merge_method: linear\nbase_model: $/base\nparameters: {weight: 1}\n"      \
+    "models: [{model: $/base}, {model: $/chatml}]\n"
+
+/* ---- sources --------------------------------------------------------------
+ */
+
+static void test_union(void **state)
+{
+    struct planned p;
+    (void)state;
+    put_models();
+    merge(&p, "out", LINEAR3 "tokenizer_source: union\n", NULL);
+    assert_int_equal(n_rows("out"), 18);
+    assert_int_equal(id_of(&p, "<|im_start|>"), 16);
+    assert_int_equal(id_of(&p, "<|im_end|>"), 17);
+    assert_int_equal(id_of(&p, "<u0>"), -1);
+    assert_int_equal(config_int(&p, "vocab_size"), 18);
+    /* Only one model has them: in all three they are its rows. */
+    assert_row("out", 16, "chatml", 16, EMBED);
+    assert_row("out", 17, "chatml", 17, HEAD);
+    assert_int_equal(p.plan->vocabulary->n_tokens, 18);
+    assert_int_equal(p.plan->vocabulary->n_added, 2);
+    assert_int_equal(count_problems(&p, true, ""), 0);
+    planned_free(&p);
+}
+
+static void test_base(void **state)
+{
+    struct planned p;
+    (void)state;
+    put_models();
+    merge(&p, "out", LINEAR3 "tokenizer: {source: base}\n", NULL);
+    assert_int_equal(n_rows("out"), 16);
+    assert_int_equal(id_of(&p, "<|im_start|>"), -1);
+    /* The tokenizer needs no change and keeps its bytes. */
+    {
+        char *const path = tv_path_join(dir, "base/tokenizer.json");
+        const struct tvm_side_file *const f =
+            planned_file(&p, "tokenizer.json");
+        struct tv_error err;
+        char *data = NULL;
+        size_t n = 0;
+        assert_ok(tv_file_read(path, 1u << 20, &err, &data, &n), &err);
+        assert_int_equal(n, f->n);
+        assert_memory_equal(data, f->data, n);
+        tv_free(data);
+        tv_free(path);
+    }
+    planned_free(&p);
+}
+
+static void test_model(void **state)
+{
+    struct planned p;
+    json_t *j = NULL;
+    (void)state;
+    put_models();
+    write_text(dir, "chatml/generation_config.json", "{\"eos_token_id\": 17}");
+    merge(&p, "out", LINEAR3 "tokenizer_source: $/chatml\n", NULL);
+    assert_int_equal(n_rows("out"), 18);
+    assert_int_equal(id_of(&p, "<|im_end|>"), 17);
+    assert_row("out", 17, "chatml", 17, EMBED);
+    /* What begins and ends a text follows the tokenizer. */
+    j = json_of(&p, "generation_config.json");
+    assert_int_equal(json_integer_value(json_object_get(j, "eos_token_id")),
+                     17);
+    json_decref(j);
+    planned_free(&p);
+}
+
+/* Only the base's row beside a donor's own: task vectors must be zero. */
+static void test_task_vector(void **state)
+{
+    struct planned p;
+    (void)state;
+    put_models();
+    merge(&p, "out",
+          "merge_method: task_arithmetic\nbase_model: $/base\n"
+          "models: [{model: $/chatml, parameters: {weight: 0.3}}]\n"
+          "tokenizer_source: union\n",
+          NULL);
+    assert_row("out", 16, "chatml", 16, EMBED);
+    assert_row("out", 17, "chatml", 17, EMBED);
+    planned_free(&p);
+}
+
+/* Present in two donors, not in the base. */
+static void test_mean(void **state)
+{
+    struct planned p;
+    uint64_t n = 0;
+    float *a = NULL;
+    float *b = NULL;
+    float *c = NULL;
+    (void)state;
+    put_models();
+    put_model("chatml2", 18, 16, chatml, 2, 9, false);
+    merge(&p, "out",
+          "merge_method: task_arithmetic\nbase_model: $/base\n"
+          "models: [{model: $/chatml, parameters: {weight: 1}},\n"
+          "         {model: $/chatml2, parameters: {weight: 0}}]\n"
+          "dtype: float32\ntokenizer_source: union\n",
+          NULL);
+    a = read_of("chatml", EMBED, &n);
+    b = read_of("chatml2", EMBED, &n);
+    c = read_of("out", EMBED, &n);
+    /* mean + 1 * (chatml - mean) + 0 * (...) */
+    for (unsigned i = 16 * WIDTH; i < 18 * WIDTH; i++)
+        assert_true(c[i] == a[i]);
+    tv_free(a);
+    tv_free(b);
+    tv_free(c);
+    planned_free(&p);
+}
+
+static void test_padding(void **state)
+{
+    struct planned p;
+    uint64_t n = 0;
+    float *x = NULL;
+    (void)state;
+    put_models();
+    merge(&p, "out",
+          LINEAR2 "dtype: float32\n"
+                  "tokenizer: {source: union, pad_to_multiple_of: 10}\n",
+          NULL);
+    assert_int_equal(n_rows("out"), 20);
+    x = read_of("out", HEAD, &n);
+    for (unsigned c = 0; c < WIDTH; c++) {
+        double sum = 0;
+        for (unsigned r = 0; r < 18; r++)
+            sum += (double)x[r * WIDTH + c];
+        for (unsigned r = 18; r < 20; r++)
+            assert_float_equal(x[r * WIDTH + c], sum / 18, 1e-6);
+    }
+    tv_free(x);
+    planned_free(&p);
+
+    /* Padded embeddings stay padded, with the rows that they have ... */
+    merge(&p, "out2",
+          "merge_method: linear\nparameters: {weight: 1}\n"
+          "models: [{model: $/padded}]\ntokenizer: {source: base}\n",
+          NULL);
+    assert_int_equal(n_rows("out2"), 24);
+    assert_int_equal(config_int(&p, "vocab_size"), 24);
+    assert_row("out2", 23, "padded", 23, EMBED);
+    assert_int_equal(planned_tensor(&p, EMBED)->action, TVM_COPY);
+    planned_free(&p);
+    /* ... also where another model has fewer ... */
+    merge(&p, "out3",
+          "merge_method: linear\nbase_model: $/base\nparameters: {weight: 1}\n"
+          "models: [{model: $/base}, {model: $/padded}]\n"
+          "tokenizer: {source: union}\n",
+          NULL);
+    assert_int_equal(n_rows("out3"), 24);
+    assert_int_equal(id_of(&p, "<pad>"), 16);
+    assert_row("out3", 16, "padded", 16, EMBED);
+    planned_free(&p);
+    /* ... unless the recipe says how many. */
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/padded}]\n"
+              "tokenizer: {source: base, pad_to_multiple_of: 4}\n",
+              NULL);
+    assert_int_equal(planned_tensor(&p, EMBED)->shape[0], 20);
+    expect_problem(&p, false, TV_OK, "tokenizer", "20 rows instead of 24");
+    planned_free(&p);
+}
+
+/* ---- rules for tokens -----------------------------------------------------
+ */
+
+static void test_tokens(void **state)
+{
+    struct planned p;
+    uint64_t n = 0;
+    float *x = NULL;
+    (void)state;
+    put_models();
+    merge(&p, "out",
+          LINEAR2 "tokenizer:\n  source: union\n  tokens:\n"
+                  "    t10: {source: $/chatml, force: true}\n"
+                  "    t11: {source: $/base, force: true}\n"
+                  "    t12: {source: {kind: zero}, force: true}\n"
+                  "    t13: {source: {kind: model_token, model: $/chatml, "
+                  "token_id: 17}, force: true}\n"
+                  "    <new>: {source: {kind: model_token, model: $/base, "
+                  "token: \"</s>\"}}\n"
+                  "    <|im_end|>: {source: {kind: zero}}\n"
+                  "    <none>:\n",
+          NULL);
+    assert_int_equal(n_rows("out"), 20);
+    assert_row("out", 10, "chatml", 10, EMBED);
+    assert_row("out", 11, "base", 11, HEAD);
+    assert_row("out", 13, "chatml", 17, EMBED);
+    assert_int_equal(id_of(&p, "<new>"), 18);
+    assert_row("out", 18, "base", 2, EMBED);
+    x = read_of("out", EMBED, &n);
+    {
+        float *const c = read_of("chatml", EMBED, &n);
+        for (unsigned i = 0; i < WIDTH; i++) {
+            assert_true(x[12 * WIDTH + i] == 0);
+            assert_true(x[19 * WIDTH + i] == 0);
+            /* Own row in chatml, zeros where it is missing. */
+            assert_true(x[17 * WIDTH + i] == c[17 * WIDTH + i] / 2);
+        }
+        tv_free(c);
+    }
+    tv_free(x);
+    expect_problem(&p, false, TV_OK, "tokenizer", "'<none>'");
+    planned_free(&p);
+}
+
+static void test_bad_rules(void **state)
+{
+    struct planned p;
+    (void)state;
+    put_models();
+    plan_text(&p, dir,
+              LINEAR2 "tokenizer:\n  tokens:\n"
+                      "    <|im_end|>: {source: $/base, force: true}\n",
+              NULL);
+    expect_problem(&p, true, TV_E_INPUT, ":7:", "has no such token");
+    planned_free(&p);
+    plan_text(&p, dir,
+              LINEAR2 "tokenizer:\n  tokens:\n"
+                      "    t3: {source: {kind: model_token, model: $/base, "
+                      "token_id: 16}, force: true}\n",
+              NULL);
+    expect_problem(&p, true, TV_E_INPUT, ":7:", "no row of that token_id");
+    planned_free(&p);
+    plan_text(&p, dir,
+              LINEAR2 "tokenizer: {source: union, pad_to_multiple_of: 0,\n"
+                      "  tokens: {t3: {source: {kind: nil}}, t4: 7,\n"
+                      "    t5: {source: {kind: model_token, model: $/base}}}}\n"
+                      "tokenizer_source: base\n",
+              NULL);
+    expect_problem(&p, true, TV_E_USAGE, ":5:", "from 1 to");
+    expect_problem(&p, true, TV_E_USAGE, ":6:", "zero or model_token");
+    expect_problem(&p, true, TV_E_USAGE, ":6:", "takes a map");
+    expect_problem(&p, true, TV_E_USAGE, ":7:", "either 'token' or");
+    expect_problem(&p, true, TV_E_USAGE, ":8:", "not both");
+    planned_free(&p);
+}
+
+/* ---- refusals -------------------------------------------------------------
+ */
+
+static void test_no_block(void **state)
+{
+    struct planned p;
+    struct tvm_options o;
+    (void)state;
+    put_models();
+    plan_text(&p, dir, LINEAR2, NULL);
+    expect_problem(&p, true, TV_E_INPUT, EMBED, "tokenizer: {source: union}");
+    planned_free(&p);
+    tvm_options_init(&o);
+    o.truncate_embeddings = true;
+    merge(&p, "out", LINEAR2, &o);
+    assert_int_equal(n_rows("out"), 16);
+    assert_int_equal(config_int(&p, "vocab_size"), 16);
+    planned_free(&p);
+}
+
+static void test_kinds(void **state)
+{
+    struct planned p;
+    char *path = NULL;
+    (void)state;
+    put_models();
+    path = tv_path_join(dir, "chatml");
+    put_tokenizer(path, 16, chatml, 2, "WordPiece");
+    plan_text(&p, dir, LINEAR2 "tokenizer_source: union\n", NULL);
+    expect_problem(&p, true, TV_E_INPUT, "", "different kinds");
+    assert_int_equal(tvm_problems_code(&p.problems), TV_E_INPUT);
+    planned_free(&p);
+    write_text(path, "tokenizer.json", "{\"model\": {\"vocab\": {\"a\": -1}}}");
+    plan_text(&p, dir, LINEAR2 "tokenizer_source: union\n", NULL);
+    expect_problem(&p, true, TV_E_CORRUPT, "chatml", "impossible id");
+    planned_free(&p);
+    tv_free(path);
+    /* GPT-2's files without tokenizer.json. */
+    path = tv_path_join(dir, "base");
+    write_text(path, "vocab.json", "{}");
+    {
+        char *const file = tv_path_join(path, "tokenizer.json");
+        assert_int_equal(remove(file), 0);
+        tv_free(file);
+    }
+    plan_text(&p, dir, LINEAR2 "tokenizer_source: base\n", NULL);
+    expect_problem(&p, true, TV_E_INPUT, ":4:", "(only vocab.json)");
+    planned_free(&p);
+    tv_free(path);
+}
+
+/* Tokens that have no row do not come back through the other files. */
+static void test_beyond(void **state)
+{
+    struct planned p;
+    json_t *j = NULL;
+    (void)state;
+    put_models();
+    {
+        static const char *const extra[] = {"<pad>"};
+        put_model("short", 16, 16, extra, 1, 5, false);
+    }
+    write_text(dir, "short/special_tokens_map.json",
+               "{\"pad_token\": {\"content\": \"<pad>\"}, \"bos_token\": "
+               "\"<s>\", \"additional_special_tokens\": [\"<pad>\", \"t3\"]}");
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/short}]\ntokenizer: {source: base}\n",
+              NULL);
+    assert_int_equal(id_of(&p, "<pad>"), -1);
+    expect_problem(&p, false, TV_OK, "short", "beyond the 16 rows");
+    j = json_of(&p, "tokenizer_config.json");
+    assert_null(json_object_get(j, "pad_token"));
+    assert_non_null(json_object_get(j, "bos_token"));
+    json_decref(j);
+    /* Numbers stay what they were. */
+    assert_non_null(strstr(planned_file(&p, "tokenizer_config.json")->data,
+                           ": 1000000000000000019884624838656"));
+    assert_non_null(
+        strstr(planned_file(&p, "tokenizer.json")->data, ": 1e-01"));
+    j = json_of(&p, "special_tokens_map.json");
+    assert_null(json_object_get(j, "pad_token"));
+    assert_int_equal(
+        json_array_size(json_object_get(j, "additional_special_tokens")), 1);
+    json_decref(j);
+    planned_free(&p);
+}
+
+/* ---- bytes ----------------------------------------------------------------
+ */
+
+/* Two byte-level tokenizers against the union that was checked with the Rust
+ * library (tools/check_vocabulary.py). */
+static void test_bpe_union(void **state)
+{
+    static const char *const names[] = {"a", "b"};
+    struct planned p;
+    struct tv_error err;
+    char *want = NULL;
+    size_t n_want = 0;
+    (void)state;
+    for (unsigned i = 0; i < 2; i++) {
+        struct tiny_model m;
+        char name[40];
+        char *data = NULL;
+        size_t n = 0;
+        tiny_model_init(&m);
+        m.layers = 1;
+        m.vocab = 340;
+        char *const path = tiny_model_write(dir, names[i], &m);
+        (void)snprintf(name, sizeof(name), "tokenizers/union-%s.json",
+                       names[i]);
+        char *const file = test_data(name);
+        assert_ok(tv_file_read(file, 1u << 20, &err, &data, &n), &err);
+        tv_free(tmpdir_write(path, "tokenizer.json", data, n));
+        tv_free(data);
+        tv_free(file);
+        tv_free(path);
+    }
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/a}, {model: $/b}]\n"
+              "tokenizer: {source: union}\n",
+              NULL);
+    char *const file = test_data("tokenizers/union.json");
+    assert_ok(tv_file_read(file, 1u << 20, &err, &want, &n_want), &err);
+    const struct tvm_side_file *const f = planned_file(&p, "tokenizer.json");
+    assert_int_equal(f->n, n_want);
+    assert_memory_equal(f->data, want, n_want);
+    tv_free(want);
+    tv_free(file);
+    planned_free(&p);
+}
+
+static void test_independence(void **state)
+{
+    static const char recipe[] =
+        "merge_method: ties\nbase_model: $/base\nparameters: {density: 0.5}\n"
+        "models: [{model: $/chatml, parameters: {weight: 0.6}},\n"
+        "         {model: $/padded, parameters: {weight: 0.4}}]\n"
+        "tokenizer: {source: union, pad_to_multiple_of: 32}\n";
+    struct tv_hash first = {0, 0};
+    struct tv_hash plan_hash = {0, 0};
+    (void)state;
+    put_models();
+    for (unsigned i = 0; i < 4; i++) {
+        struct planned p;
+        struct tvm_options o;
+        struct tvm_result result;
+        struct tv_error err;
+        char name[16];
+        tvm_options_init(&o);
+        o.sync = false;
+        o.threads = 1 + i;
+        o.memory_bytes = i % 2 == 0 ? 16u << 20 : 512u << 20;
+        o.kernels = i < 2 ? tvk_table_for(TVK_REF) : NULL;
+        (void)snprintf(name, sizeof(name), "i%u", i);
+        char *const out = tv_path_join(dir, name);
+        o.out_dir = out;
+        plan_good(&p, dir, recipe, &o);
+        assert_ok(tvm_run(p.plan, NULL, &result, &err), &err);
+        if (i == 0) {
+            first = result.digest;
+            plan_hash = p.plan->hash;
+        }
+        assert_true(tv_hash_equal(first, result.digest));
+        assert_true(tv_hash_equal(plan_hash, p.plan->hash));
+        /* The same again: nothing to do. */
+        planned_free(&p);
+        plan_good(&p, dir, recipe, &o);
+        assert_ok(tvm_run(p.plan, NULL, &result, &err), &err);
+        assert_true(result.already_done);
+        planned_free(&p);
+        tv_free(out);
+    }
+    {
+        struct planned p;
+        /* Another rule is another plan. */
+        plan_good(&p, dir,
+                  "merge_method: ties\nbase_model: $/base\n"
+                  "parameters: {density: 0.5}\n"
+                  "models: [{model: $/chatml, parameters: {weight: 0.6}},\n"
+                  "         {model: $/padded, parameters: {weight: 0.4}}]\n"
+                  "tokenizer: {source: union, pad_to_multiple_of: 32,\n"
+                  "  tokens: {t3: {source: $/chatml, force: true}}}\n",
+                  NULL);
+        assert_false(tv_hash_equal(plan_hash, p.plan->hash));
+        planned_free(&p);
+    }
+}
+
+/* ---- chat templates -------------------------------------------------------
+ */
+
+static void test_chat(void **state)
+{
+    struct planned p;
+    json_t *j = NULL;
+    (void)state;
+    put_models();
+    plan_good(&p, dir,
+              LINEAR2 "tokenizer_source: union\nchat_template: chatml\n", NULL);
+    assert_non_null(
+        strstr(planned_file(&p, "chat_template.jinja")->data, "<|im_start|>"));
+    j = json_of(&p, "tokenizer_config.json");
+    assert_string_equal(json_string_value(json_object_get(j, "chat_template")),
+                        planned_file(&p, "chat_template.jinja")->data);
+    json_decref(j);
+    assert_int_equal(count_problems(&p, false, "no token of the output"), 0);
+    planned_free(&p);
+    plan_good(&p, dir,
+              LINEAR2 "tokenizer_source: base\nchat_template: chatml\n", NULL);
+    assert_int_equal(count_problems(&p, false, "no token of the output"), 2);
+    planned_free(&p);
+    write_text(dir, "base/chat_template.jinja", "{{ one }}");
+    write_text(dir, "chatml/tokenizer_config.json",
+               "{\"chat_template\": \"{{ two }}\"}");
+    write_text(dir, "beyond/tokenizer_config.json",
+               "{\"chat_template\": [{\"name\": \"default\", \"template\": "
+               "\" {{ two }}\\n\"}]}");
+    plan_good(&p, dir, LINEAR3 "tokenizer_source: base\nchat_template: auto\n",
+              NULL);
+    assert_string_equal(planned_file(&p, "chat_template.jinja")->data,
+                        "{{ two }}");
+    planned_free(&p);
+    plan_text(&p, dir,
+              LINEAR2 "tokenizer_source: base\nchat_template: chatlm\n", NULL);
+    expect_problem(&p, true, TV_E_USAGE, ":6:", "did you mean 'chatml'");
+    planned_free(&p);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_union, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_base, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_model, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_task_vector, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_mean, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_padding, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_tokens, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_bad_rules, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_no_block, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_kinds, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_beyond, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_bpe_union, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_independence, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_chat, set_up, tear_down),
+    };
+    json_set_alloc_funcs(tv_alloc, tv_free);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

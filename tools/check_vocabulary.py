@@ -1,0 +1,436 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""check_vocabulary.py TVMERGE TVEVAL [DATA_DIR]
+
+Makes small models with different vocabularies and heads, merges them with
+tokenizer blocks, and checks the results: against mergekit where its rules are
+kept, row by row by token, and by loading model and tokenizer with transformers
+(encode, decode, a forward pass); tveval must read the same tokenizers. Prints
+one line per check. With DATA_DIR two tokenizers, their union and what the Rust
+library makes of texts with it are written there (tests/data/tokenizers/union*).
+For developers: needs torch, transformers, tokenizers and
+mergekit from PyPI in a throw-away environment; nothing at run time or in the
+test suite does.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import tokenizers
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
+                          LlamaForCausalLM, LlamaTokenizerFast,
+                          PreTrainedTokenizerFast)
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TEXTS = ["Hello world, this is a test.", "  two  spaces\nand\ttabs 12345 ",
+         "größe naïve 你好 🙂", "<|im_start|>user\nhi<|im_end|>\n",
+         "for (i = 0; i < n; i++) sum += x[i];", "the cat sat on the mat"]
+failed = 0
+
+
+def check(name, ok, detail=""):
+    global failed
+    failed += not ok
+    print(f"{'ok ' if ok else 'BAD'} {name} {'' if ok else detail}")
+
+
+def quiet(f, *args):
+    """mergekit logs much."""
+    with open(os.devnull, "w") as null:
+        saved = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            return f(*args)
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def model(path, vocab, seed, tied=False, dtype=torch.float32, **more):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48,
+        num_attention_heads=4, num_hidden_layers=2,
+        tie_word_embeddings=tied, **more)
+    m = LlamaForCausalLM(config).to(dtype)
+    m.save_pretrained(path)
+    return path
+
+
+def list_tokenizer(n, added):
+    names = ["<unk>", "<s>", "</s>"] + [f"_tok_{i}" for i in range(3, n)]
+    data = {"version": "1.0",
+            "model": {"type": "BPE", "vocab": {s: i for i, s in
+                                               enumerate(names)},
+                      "merges": []}, "added_tokens": []}
+    with tempfile.TemporaryDirectory() as p:
+        path = os.path.join(p, "tokenizer.json")
+        with open(path, "w") as f:
+            json.dump(data, f)
+        t = LlamaTokenizerFast(tokenizer_file=path)
+    t.add_tokens(added)
+    return t
+
+
+def trained(size, corpus, special, byte_level=True):
+    t = tokenizers.Tokenizer(models.BPE(byte_fallback=not byte_level))
+    if byte_level:
+        t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        t.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        t.pre_tokenizer = pre_tokenizers.Metaspace()
+        t.decoder = decoders.Sequence([decoders.ByteFallback(),
+                                       decoders.Metaspace()])
+        alphabet = []
+        special = special + [f"<0x{i:02X}>" for i in range(256)]
+    t.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[], initial_alphabet=alphabet,
+        show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, bos_token=special[0], eos_token=special[1],
+        additional_special_tokens=special[2:])
+
+
+class Merged:
+    def __init__(self, path):
+        self.path = path
+        self.w = load_file(os.path.join(path, "model.safetensors"))
+        with open(os.path.join(path, "config.json")) as f:
+            self.config = json.load(f)
+        self.tok = AutoTokenizer.from_pretrained(path)
+        self.vocab = self.tok.get_vocab()
+
+    def row(self, token, name=EMBED):
+        return self.w[name][self.vocab[token]]
+
+
+class Bench:
+    def __init__(self, root, tvmerge, tveval):
+        self.root, self.tvmerge, self.tveval = root, tvmerge, tveval
+        self.data = None
+        self.n = 0
+
+    def run(self, recipe, *options):
+        self.n += 1
+        path = os.path.join(self.root, f"r{self.n}.yml")
+        out = os.path.join(self.root, f"o{self.n}")
+        with open(path, "w") as f:
+            yaml.safe_dump(recipe, f, sort_keys=False)
+        r = subprocess.run([self.tvmerge, "run", path, out, "-q",
+                            "--progress=none", *options], cwd=self.root,
+                           capture_output=True, text=True)
+        return r, out
+
+    def merge(self, name, recipe, *options):
+        r, out = self.run(recipe, *options)
+        check(f"{name}: exit 0", r.returncode == 0, r.stderr)
+        return Merged(out) if r.returncode == 0 else None
+
+    def mergekit(self, recipe):
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+        out = os.path.join(self.root, f"k{self.n}")
+        cwd = os.getcwd()
+        os.chdir(self.root)
+        try:
+            quiet(run_merge, MergeConfiguration.model_validate(recipe), out,
+                  MergeOptions(write_model_card=False))
+        except KeyError as e:  # a token beyond some model's rows
+            print(f"    mergekit fails: KeyError {e}")
+            return None
+        finally:
+            os.chdir(cwd)
+        return Merged(out)
+
+    def same(self, name, ours, theirs):
+        """By token, since ids of unions are in an order of their own there."""
+        if theirs is None:
+            return
+        check(f"{name}: tokens as mergekit",
+              set(ours.vocab) == set(theirs.vocab),
+              set(ours.vocab) ^ set(theirs.vocab))
+        check(f"{name}: vocab_size as mergekit", ours.config["vocab_size"]
+              == theirs.config["vocab_size"])
+        worst = 0.0
+        for key in sorted(theirs.w):
+            a, b = ours.w[key].float(), theirs.w[key].float()
+            if key in (EMBED, HEAD):
+                order = sorted(set(ours.vocab) & set(theirs.vocab))
+                n = max(ours.vocab.values()) + 1
+                a = torch.cat([a[[ours.vocab[t] for t in order]], a[n:]])
+                b = torch.cat([b[[theirs.vocab[t] for t in order]], b[n:]])
+            if a.shape != b.shape:
+                check(f"{name}: shape of {key}", False, (a.shape, b.shape))
+                continue
+            worst = max(worst, (a - b).abs().max().item())
+        check(f"{name}: rows as mergekit (max difference {worst:.1e})",
+              worst < 2e-6)
+
+    def loads(self, name, m):
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            m.path, output_loading_info=True)
+        bad = {k: v for k, v in info.items() if v and k != "error_msgs"}
+        n = len(lm.get_input_embeddings().weight)
+        check(f"{name}: loads, {n} rows", not bad
+              and n == m.config["vocab_size"] and max(m.vocab.values()) < n,
+              bad)
+        ids = torch.tensor([[1, 2, 3, n - 1]])
+        check(f"{name}: finite logits",
+              bool(torch.isfinite(lm(ids).logits).all()))
+        return lm
+
+    def reads(self, name, m):
+        """transformers and tveval give the same ids, and text comes back."""
+        bad = []
+        for text in TEXTS:
+            ids = m.tok(text, add_special_tokens=False)["input_ids"]
+            r = subprocess.run([self.tveval, "tokenize", m.path, "--json"],
+                               input=text, capture_output=True, text=True)
+            doc = json.loads(r.stdout) if r.returncode == 0 else {}
+            ours = doc.get("ids", doc.get("tokens"))
+            if ours != ids:
+                bad.append((text, ids, ours, r.stderr))
+            if m.tok.decode(ids, clean_up_tokenization_spaces=False) != text:
+                bad.append((text, m.tok.decode(ids)))
+        check(f"{name}: tveval reads it alike, text comes back", not bad, bad)
+
+
+def linear(names, base=None, weight=1.0, **more):
+    return {"merge_method": "linear", "dtype": "float32",
+            **({"base_model": base} if base else {}),
+            "models": [{"model": m, "parameters": {"weight": weight}}
+                       for m in names], **more}
+
+
+def mergekit_cases(b):
+    p = b.root
+    list_tokenizer(64, []).save_pretrained(model(f"{p}/base", 64, 1))
+    list_tokenizer(64, ["<|im_start|>", "<|im_end|>"]).save_pretrained(
+        model(f"{p}/chatml", 66, 2))
+    list_tokenizer(64, [f"<UNUSED_{i}>" for i in range(4)]).save_pretrained(
+        model(f"{p}/padded", 64, 3))
+    base, chatml = Merged(f"{p}/base"), Merged(f"{p}/chatml")
+    three = ["base", "padded", "chatml"]
+    r, _ = b.run(linear(three, "base"))
+    check("no block: refused with the block to add", r.returncode == 4
+          and "tokenizer: {source: union}" in r.stderr, r.stderr)
+    m = b.merge("truncated", linear(three, "base"),
+                "--unsafe-truncate-embeddings")
+    if m:
+        check("truncated: 64 rows", m.w[EMBED].shape[0] == 64
+              and m.config["vocab_size"] == 64)
+        b.loads("truncated", m)
+    cases = {
+        "base": (linear(three, "base", tokenizer_source="base"), 64, 64),
+        "union": (linear(three, "base", tokenizer_source="union"), 66, 66),
+        "model": (linear(three, "base", tokenizer_source="chatml"), 66, 66),
+        "slerp union": ({
+            "merge_method": "slerp", "base_model": "base", "dtype": "float32",
+            "models": [{"model": "base"}, {"model": "chatml"}],
+            "parameters": {"t": 0.5}, "tokenizer_source": "union"}, 66, 66),
+        "ties union": ({
+            "merge_method": "ties", "base_model": "base", "dtype": "float32",
+            "models": [{"model": "base"},
+                       {"model": "padded", "parameters": {"weight": 0.5}},
+                       {"model": "chatml", "parameters": {"weight": 0.5}}],
+            "tokenizer_source": "union"}, 66, 66),
+        "force": (linear(["base", "chatml"], "base", tokenizer={
+            "source": "union", "tokens": {
+                "_tok_10": {"source": "chatml", "force": True},
+                "_tok_11": {"source": "base", "force": True}}}), 66, 66),
+        "model_token": (linear(["base", "chatml"], "base", tokenizer={
+            "source": "base", "tokens": {
+                "_tok_20": {"source": {"kind": "model_token",
+                                       "model": "chatml", "token_id": 64},
+                            "force": True},
+                "_tok_21": {"source": {"kind": "model_token",
+                                       "model": "base", "token": "<s>"},
+                            "force": True}}}), 64, 64),
+        "zero": (linear(["base", "chatml"], "base", tokenizer={
+            "source": "union", "tokens": {
+                "_tok_5": {"source": {"kind": "zero"}, "force": True},
+                "<|im_end|>": {"source": {"kind": "zero"}}}}), 66, 66),
+        "new token": (linear(["base", "chatml"], "base", tokenizer={
+            "source": "base", "tokens": {
+                "<new>": {"source": {"kind": "model_token", "model": "chatml",
+                                     "token": "<|im_end|>"}}}}), 65, 65),
+        "pad": (linear(["chatml"], "chatml", tokenizer={
+            "source": "base", "pad_to_multiple_of": 16}), 66, 80),
+    }
+    got = {}
+    for name, (recipe, n_tokens, n_rows) in cases.items():
+        m = got[name] = b.merge(name, recipe)
+        if m is None:
+            continue
+        check(f"{name}: {n_tokens} tokens, {n_rows} rows",
+              len(m.vocab) == n_tokens and m.w[EMBED].shape[0] == n_rows
+              and m.w[HEAD].shape[0] == n_rows
+              and m.config["vocab_size"] == n_rows)
+        b.loads(name, m)
+        b.same(name, m, b.mergekit(recipe))
+    eq = torch.equal
+    u = got["union"]
+    for key in (EMBED, HEAD):
+        check(f"union: rows of chatml's tokens in {key}", all(
+            torch.allclose(u.row(t, key), chatml.row(t, key), atol=1e-6)
+            for t in ("<|im_start|>", "<|im_end|>")))
+    f = got["force"]
+    check("force: rows of the named models",
+          eq(f.row("_tok_10"), chatml.row("_tok_10"))
+          and eq(f.row("_tok_11"), base.row("_tok_11")))
+    f = got["model_token"]
+    check("model_token: rows of other tokens",
+          eq(f.row("_tok_20"), chatml.w[EMBED][64])
+          and eq(f.row("_tok_21"), base.row("<s>")))
+    f = got["pad"]
+    check("pad: mean of the real rows", torch.allclose(
+        f.w[EMBED][66:], f.w[EMBED][:66].mean(0).expand(14, -1), atol=1e-6))
+    for src, code in ((["nowhere"], 4), ("tokens", 2)):
+        r, _ = b.run(linear(["base"], tokenizer_source=src[0])
+                     if code == 4 else
+                     linear(["base"], tokenizer={"tokens": [1]}))
+        check(f"wrong block: exit {code}", r.returncode == code, r.stderr)
+
+
+def corpora():
+    english = ["the cat sat on the mat and the dog sat on the log"] * 50 + [
+        "this is a test of the hello world program, hello there"] * 50
+    code = ["for (int i = 0; i < n; i++) { sum += x[i]; }"] * 50 + [
+        "if (x == NULL) return -1; while (true) printf(x);"] * 50
+    return english, code
+
+
+def keep(b, m):
+    for src, name in ((f"{b.root}/ba", "union-a"), (f"{b.root}/bc", "union-b"),
+                      (m.path, "union")):
+        with open(f"{src}/tokenizer.json", "rb") as f, \
+                open(f"{b.data}/{name}.json", "wb") as g:
+            g.write(f.read())
+    t = tokenizers.Tokenizer.from_file(f"{m.path}/tokenizer.json")
+    texts = TEXTS + corpora()[0][:1] + corpora()[1][:1] + [
+        "", " ", "\n\n", "if (hello) return sum; else while (the cat)",
+        "<s>hi</s>", "<|im_end|><|im_end|>", "NULL test"]
+    with open(f"{b.data}/union.cases.json", "w") as f:
+        json.dump([{"text": s, "plain":
+                    t.encode(s, add_special_tokens=False).ids,
+                    "special": t.encode(s).ids} for s in texts], f,
+                  ensure_ascii=False, separators=(",", ":"))
+        f.write("\n")
+
+
+def real_cases(b):
+    p = b.root
+    english, code = corpora()
+    a = trained(300, english, ["<s>", "</s>"])
+    a.save_pretrained(model(f"{p}/ba", len(a), 4))
+    c = trained(320, code, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    c.save_pretrained(model(f"{p}/bc", len(c) + 12, 5))
+    s = trained(400, english, ["<s>", "</s>"], byte_level=False)
+    s.save_pretrained(model(f"{p}/sp", len(s), 6))
+    ma, mc = Merged(f"{p}/ba"), Merged(f"{p}/bc")
+    for method in ("linear", "task_arithmetic"):
+        recipe = {**linear(["ba", "bc"], "ba", 0.5, tokenizer_source="union"),
+                  "merge_method": method}
+        m = b.merge(f"byte-level {method}", recipe)
+        if m is None:
+            continue
+        check(f"byte-level {method}: union of the tokens, ids of the base kept",
+              set(m.vocab) == set(ma.vocab) | set(mc.vocab)
+              and all(m.vocab[t] == i for t, i in ma.vocab.items()))
+        check(f"byte-level {method}: no fewer rows than any input",
+              m.w[EMBED].shape[0] >= max(len(m.vocab), mc.w[EMBED].shape[0]))
+        only = [t for t in mc.vocab if t not in ma.vocab]
+        check(f"byte-level {method}: {len(only)} rows of the donor's tokens",
+              all(torch.allclose(m.row(t), mc.row(t), atol=1e-6)
+                  for t in only))
+        if method == "linear":
+            both = [t for t in mc.vocab if t in ma.vocab]
+            check(f"byte-level: {len(both)} shared rows are means", all(
+                torch.allclose(m.row(t), (ma.row(t) + mc.row(t)) / 2,
+                               atol=1e-6) for t in both))
+        b.loads(f"byte-level {method}", m)
+        b.reads(f"byte-level {method}", m)
+        if method == "linear" and b.data:
+            keep(b, m)
+        ids = m.tok(TEXTS[4], add_special_tokens=False)["input_ids"]
+        check("byte-level: merges of both are used", len(ids) < len(
+            ma.tok(TEXTS[4], add_special_tokens=False)["input_ids"]))
+    r, _ = b.run(linear(["ba", "sp"], "ba", tokenizer_source="union"))
+    check("kinds differ: refused", r.returncode == 4
+          and "different kinds" in r.stderr, r.stderr)
+    m = b.merge("same tokenizer", linear(["ba", "ba/"], "ba",
+                                         tokenizer_source="union"))
+    if m:
+        with open(f"{p}/ba/tokenizer.json", "rb") as f, \
+                open(f"{m.path}/tokenizer.json", "rb") as g:
+            check("same tokenizer: same bytes", f.read() == g.read())
+    m = b.merge("chat", linear(["ba", "bc"], "ba", tokenizer_source="union",
+                               chat_template="chatml"))
+    if m:
+        text = m.tok.apply_chat_template(
+            [{"role": "user", "content": "hi"}], tokenize=False,
+            add_generation_prompt=True)
+        check("chat: template of chatml", text == "<|im_start|>user\nhi"
+              "<|im_end|>\n<|im_start|>assistant\n", repr(text))
+    for name in ("alpaca", "exaone", "llama3", "mistral"):
+        m = b.merge(f"chat {name}", linear(["ba"], chat_template=name))
+        if m:
+            text = m.tok.apply_chat_template(
+                [{"role": "user", "content": "hi"},
+                 {"role": "assistant", "content": "yes"}], tokenize=False)
+            check(f"chat {name}: renders", "hi" in text and "yes" in text,
+                  repr(text))
+
+
+def tied_cases(b):
+    p = b.root
+    tok = list_tokenizer(64, [])
+    for name, tied, seed in (("t1", True, 7), ("t2", True, 8),
+                             ("u1", False, 9), ("u2", False, 10)):
+        tok.save_pretrained(model(f"{p}/{name}", 64, seed, tied))
+    heads = {n: load_file(f"{p}/{n}/model.safetensors") for n in
+             ("t1", "t2", "u1", "u2")}
+    for x, y in (("t1", "t2"), ("t1", "u1"), ("u1", "t1"), ("u1", "u2")):
+        for block in ({}, {"tokenizer_source": "union"}):
+            name = f"tied {x}+{y} {'union' if block else ''}"
+            m = b.merge(name, linear([x, y], x, **block))
+            if m is None:
+                continue
+            tied = x[0] == "t" and y[0] == "t"
+            check(f"{name}: config says {tied}",
+                  m.config["tie_word_embeddings"] == tied
+                  and (HEAD in m.w) == (not tied))
+            lm = b.loads(name, m)
+            want = sum(heads[n].get(HEAD, heads[n][EMBED]) for n in (x, y)) / 2
+            got = lm.get_output_embeddings().weight
+            check(f"{name}: the head is the mean of the heads",
+                  torch.allclose(got, want, atol=1e-6))
+
+
+def main():
+    tvmerge, tveval = map(os.path.abspath, sys.argv[1:3])
+    with tempfile.TemporaryDirectory() as root:
+        b = Bench(root, tvmerge, tveval)
+        b.data = sys.argv[3] if len(sys.argv) > 3 else None
+        mergekit_cases(b)
+        real_cases(b)
+        tied_cases(b)
+    print(f"{failed} failed")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
