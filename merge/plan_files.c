@@ -306,21 +306,16 @@ static enum tv_err add_config(struct planner *pl)
     }
     /* mergekit leaves the flag alone: a written head would then be ignored by
      * whoever loads the model. */
-    if (pl->st->head_written ? a->tied && pl->st->head_untied : !a->tied) {
-        bool had_head = pl->st->head_written;
-        for (size_t i = 0; i < a->n_tensors && !had_head; i++)
-            had_head = a->tensors[i].role == TV_ROLE_LM_HEAD;
-        if (had_head) {
-            edits[n_edits].key = "tie_word_embeddings";
-            edits[n_edits].kind = TV_EDIT_BOOL;
-            edits[n_edits].i = pl->st->head_written ? 0 : 1;
-            n_edits++;
-            plan_report(pl, "tied", 1, false, TV_OK, "config.json",
-                        "tie_word_embeddings becomes %s, because the output "
-                        "has %s lm_head of its own",
-                        pl->st->head_written ? "false" : "true",
-                        pl->st->head_written ? "an" : "no");
-        }
+    if (pl->st->head_written ? a->tied : pl->tied && !a->tied) {
+        edits[n_edits].key = "tie_word_embeddings";
+        edits[n_edits].kind = TV_EDIT_BOOL;
+        edits[n_edits].i = pl->st->head_written ? 0 : 1;
+        n_edits++;
+        plan_report(pl, "tied", 1, false, TV_OK, "config.json",
+                    "tie_word_embeddings becomes %s, because the output has "
+                    "%s lm_head of its own",
+                    pl->st->head_written ? "false" : "true",
+                    pl->st->head_written ? "an" : "no");
     }
     if (n_edits > 0) {
         rc = tv_json_edit(data, n, edits, n_edits, &e, &edited, &n_edited);

@@ -7,6 +7,7 @@
  *   plan_report.c    problems with a limit per cause
  *   plan_inputs.c    references -> opened models, adapters, fingerprints
  *   plan_vocab.c     tokens, ids and rows of the output (plan_vocab.h)
+ *   plan_ties.c      does the output have a head of its own?
  *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
  *   plan_files.c     side files, config.json edits
  *   plan_identity.c  what the bytes depend on, as JSON and hash
@@ -41,6 +42,8 @@ struct plan_ref { /* beside plan->inputs[i] */
     struct tv_adapter_use *low_rank; /* the same order, what sources point at */
     size_t n_bound;
     bool usable;
+    size_t embed, head;   /* tensors, SIZE_MAX: none */
+    bool tied;            /* its head is its embedding */
     const char *hub;      /* "ORG/NAME" when it came from the hub cache */
     const char *revision; /* the commit when known, else as written, or NULL */
 };
@@ -69,8 +72,7 @@ struct plan_storage { /* plan->storage */
     struct plan_open *opens;
     size_t n_opens, cap_opens;
     size_t donor;      /* input that gives config.json */
-    bool head_written; /* the output has an lm_head ... */
-    bool head_untied;  /* ... and an untied input supplies it */
+    bool head_written; /* the output has an lm_head */
     char **owned;      /* side files read from inputs */
     size_t n_owned;
 };
@@ -92,6 +94,9 @@ struct planner {
     struct plan_vocab *vocab;  /* plan_vocab.h; NULL: nothing to align */
     bool vocab_bad;            /* it could not be decided: reported */
     const char *chat_template; /* of the output; NULL: as it is */
+    bool tied;                 /* the output has no head of its own */
+    bool lend_head; /* tied inputs lend their embedding to a written head ... */
+    const char *head_name; /* ... of this name, NULL when unknown */
     struct plan_cause *causes;
     size_t n_causes, cap_causes;
     bool oom;
@@ -128,6 +133,13 @@ size_t plan_input_find(const struct planner *pl, const char *ref);
  * pl->vocab and pl->chat_template. */
 TV_NODISCARD enum tv_err plan_vocab_make(struct planner *pl);
 void plan_vocab_free(struct plan_vocab *v); /* NULL allowed */
+/* Tied or not: refs[].tied, pl->tied, lend_head, head_name. */
+TV_NODISCARD enum tv_err plan_ties_make(struct planner *pl);
+/* Have two tensors the same bytes? */
+TV_NODISCARD enum tv_err plan_views_equal(struct planner *pl,
+                                          const struct tvm_source *a,
+                                          const struct tvm_source *b,
+                                          struct tv_error *err, bool *equal);
 TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_identity_make(struct planner *pl);

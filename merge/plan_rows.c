@@ -386,7 +386,8 @@ static bool find_from(struct planner *pl, const struct tv_arch_tensor *like,
                       struct tvm_source *out)
 {
     const struct tv_arch *const a = pl->plan->inputs[input].arch;
-    const char *const names[] = {like->name, like->tied_to};
+    const struct plan_ref *const ref = &pl->refs[input];
+    size_t index = SIZE_MAX;
 
     for (size_t i = 0; i < t->n_sources; i++) {
         if (t->sources[i].input == input) {
@@ -395,15 +396,16 @@ static bool find_from(struct planner *pl, const struct tv_arch_tensor *like,
             return true;
         }
     }
-    for (size_t k = 0; k < 2 && names[k] != NULL; k++) {
-        for (size_t i = 0; i < a->n_tensors; i++) {
-            if (strcmp(a->tensors[i].name, names[k]) != 0)
-                continue;
-            plan_source_fill(pl, input, i, out);
-            return true;
-        }
+    if (pl->head_name != NULL && strcmp(t->name, pl->head_name) == 0)
+        index = ref->tied ? ref->embed : ref->head;
+    for (size_t i = 0; i < a->n_tensors && index == SIZE_MAX; i++) {
+        if (strcmp(a->tensors[i].name, like->name) == 0)
+            index = i;
     }
-    return false;
+    if (index == SIZE_MAX)
+        return false;
+    plan_source_fill(pl, input, index, out);
+    return true;
 }
 
 static bool same_row(const struct tv_input_tensor *a,

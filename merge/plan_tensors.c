@@ -73,6 +73,9 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
     for (size_t i = 0; i < a->n_tensors; i++) {
         const struct tv_arch_tensor *const t = &a->tensors[i];
         struct cand c = {NULL, slice, source, i, -1};
+        if (t->role == TV_ROLE_LM_HEAD && !t->is_bias &&
+            pl->refs[s->input[source]].tied)
+            continue; /* its embedding by another name */
         if (t->part == TV_PART_LAYER && t->layer >= 0) {
             if (t->layer < s->from[source] ||
                 t->layer >= s->from[source] + s->n_layers)
@@ -88,6 +91,11 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         }
         TV_TRY(cand_add(pl, out, c));
     }
+    if (slice == pl->n_slices - 1 && pl->lend_head &&
+        pl->refs[s->input[source]].tied)
+        TV_TRY(cand_add(pl, out,
+                        (struct cand){pl->head_name, slice, source,
+                                      pl->refs[s->input[source]].embed, -1}));
 out:
     return rc;
 }
@@ -117,6 +125,7 @@ struct build {
     const struct tv_arch_tensor *like; /* description of the first one */
     struct tvm_tensor *t;
     size_t *at; /* [t->n_sources] source of the slice */
+    bool is_head;
     bool ok;
 };
 
@@ -331,9 +340,9 @@ static enum tv_dtype promoted(const struct tvm_tensor *t)
     return first;
 }
 
-static enum tv_err views_equal(struct planner *pl, const struct tvm_source *a,
-                               const struct tvm_source *b, struct tv_error *err,
-                               bool *equal)
+enum tv_err plan_views_equal(struct planner *pl, const struct tvm_source *a,
+                             const struct tvm_source *b, struct tv_error *err,
+                             bool *equal)
 {
     tv_input *const ia = pl->plan->inputs[a->input].input;
     tv_input *const ib = pl->plan->inputs[b->input].input;
@@ -375,7 +384,7 @@ static enum tv_err all_equal(struct build *b, bool *equal)
             *equal = false;
             break;
         }
-        rc = views_equal(b->pl, &t->sources[0], &t->sources[i], &e, equal);
+        rc = plan_views_equal(b->pl, &t->sources[0], &t->sources[i], &e, equal);
         if (rc == TV_OK)
             continue;
         if (plan_fatal(rc)) {
@@ -555,7 +564,7 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k)
             if (p->scope == TVM_NON_BASE && t->sources[s].is_base)
                 continue;
             /* A tied input lends its embedding; filters still see the head. */
-            if (b->like->tied_to != NULL && strcmp(name, b->like->tied_to) == 0)
+            if (b->is_head)
                 name = t->name;
             levels[0] = b->slice->parameters[b->at[s]];
             levels[1] = b->slice->recipe->parameters;
@@ -683,6 +692,16 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     b.n_cands = n;
     b.like = &pl->plan->inputs[slice->input[cands[0].source]]
                   .arch->tensors[cands[0].index];
+    /* What a tied input lends is described as an embedding. */
+    for (size_t i = 1; i < n && b.like->role == TV_ROLE_EMBED; i++) {
+        const struct tv_arch_tensor *const other =
+            &pl->plan->inputs[slice->input[cands[i].source]]
+                 .arch->tensors[cands[i].index];
+        if (other->role == TV_ROLE_LM_HEAD)
+            b.like = other;
+    }
+    b.is_head =
+        pl->head_name != NULL && strcmp(cands[0].name, pl->head_name) == 0;
     b.t = t;
     b.ok = true;
     t->name = cands[0].name;
@@ -704,13 +723,8 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
         ask_method(&b);
     TV_TRY(choose_dtype(&b));
     TV_TRY(count_bytes(&b));
-    if (b.like->role == TV_ROLE_LM_HEAD && !b.like->is_bias) {
+    if (b.is_head)
         pl->st->head_written = true;
-        for (size_t i = 0; i < t->n_sources; i++)
-            pl->st->head_untied =
-                pl->st->head_untied ||
-                !pl->plan->inputs[t->sources[i].input].arch->tied;
-    }
 out:
     tv_free(b.at);
     return rc;
@@ -723,6 +737,8 @@ enum tv_err plan_tensors_make(struct planner *pl)
     size_t n = 0;
     enum tv_err rc = TV_OK;
 
+    if (pl->n_slices > 0)
+        TV_TRY(plan_ties_make(pl));
     for (size_t s = 0; s < pl->n_slices; s++) {
         for (size_t i = 0; i < pl->slices[s].n; i++) {
             if (pl->slices[s].usable[i])

@@ -197,7 +197,10 @@ static void check_kind(struct planner *pl, size_t input, bool *bad)
     char ka[64];
     char kb[64];
 
-    if (strcmp(a->type, b->type) != 0 || a->spaces != b->spaces) {
+    /* A file that does not say how spaces are written may be of any kind. */
+    if (strcmp(a->type, b->type) != 0 ||
+        (a->spaces != b->spaces && a->spaces != TVM_SPACES_PLAIN &&
+         b->spaces != TVM_SPACES_PLAIN)) {
         *bad = true;
         plan_report(pl, "kinds of tokenizers", 10, true, TV_E_INPUT,
                     plan_where(pl, pl->refs[input].where),

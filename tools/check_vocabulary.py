@@ -420,6 +420,48 @@ def tied_cases(b):
                   torch.allclose(got, want, atol=1e-6))
 
 
+    def stack(x, y):
+        return {"merge_method": "passthrough", "dtype": "float32", "slices": [
+            {"sources": [{"model": x, "layer_range": [0, 1]}]},
+            {"sources": [{"model": y, "layer_range": [1, 2]}]}]}
+    for x, y in (("t1", "t1"), ("t1", "t2"), ("t1", "u1"), ("u1", "t1")):
+        name = f"stack {x}/{y}"
+        m = b.merge(name, stack(x, y))
+        if m is None:
+            continue
+        lm = b.loads(name, m)
+        check(f"{name}: head of {y}, embedding of {x}", torch.equal(
+            lm.get_output_embeddings().weight,
+            heads[y].get(HEAD, heads[y][EMBED])) and torch.equal(
+                lm.get_input_embeddings().weight, heads[x][EMBED]))
+
+
+def adapter_cases(b):
+    """Rows are taken from adapted models: same as from merged copies."""
+    import peft
+    p = b.root
+    lm = AutoModelForCausalLM.from_pretrained(f"{p}/chatml")
+    torch.manual_seed(11)
+    lora = peft.get_peft_model(lm, peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights=False,
+        target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    lora.save_pretrained(f"{p}/lora", save_embedding_layers=False)
+    merged = lora.merge_and_unload()
+    merged.save_pretrained(f"{p}/chatml-lora")
+    Merged(f"{p}/chatml").tok.save_pretrained(f"{p}/chatml-lora")
+    block = {"source": "union", "pad_to_multiple_of": 16}
+    one = b.merge("adapter", linear(["base", "chatml+lora"], "base",
+                                    tokenizer=block))
+    two = b.merge("adapter merged", linear(["base", "chatml-lora"], "base",
+                                           tokenizer=block))
+    if one and two:
+        worst = max((one.w[k] - two.w[k]).abs().max().item() for k in two.w)
+        moved = (two.w[EMBED][:66]
+                 - Merged(f"{p}/base").w[EMBED].mean()).abs().max().item()
+        check(f"adapter: rows of the adapted model (max difference "
+              f"{worst:.1e})", worst < 1e-6 < moved)
+
+
 def main():
     tvmerge, tveval = map(os.path.abspath, sys.argv[1:3])
     with tempfile.TemporaryDirectory() as root:
@@ -428,6 +470,7 @@ def main():
         mergekit_cases(b)
         real_cases(b)
         tied_cases(b)
+        adapter_cases(b)
     print(f"{failed} failed")
     return failed != 0
 

@@ -298,13 +298,42 @@ static void test_tied(void **state)
     assert_int_equal(count_problems(&p, false, "tie_word"), 0);
     planned_free(&p);
 
-    /* Tied, but stored all the same: an ordinary tensor. */
+    /* Tied, but stored all the same with other values: those count. */
     m.keep_head = true;
     m.seed = 13;
     model("t3", &m);
     plan_good(&p, dir, LINEAR "models: [{model: $/t3}, {model: $/t1}]\n", NULL);
     assert_int_equal(planned_tensor(&p, HEAD)->n_sources, 2);
-    assert_int_equal(count_problems(&p, false, "tie_word"), 0);
+    assert_string_equal(planned_tensor(&p, HEAD)->sources[0].tensor->name,
+                        HEAD);
+    assert_string_equal(planned_tensor(&p, HEAD)->sources[1].tensor->name,
+                        EMBED);
+    expect_problem(&p, false, TV_OK, "t3", "with other values");
+    expect_problem(&p, false, TV_OK, "config.json", "becomes false");
+    planned_free(&p);
+
+    /* Tied and stored with the same values: no head. */
+    {
+        unsigned char same[16 * 8 * 2];
+        const struct tiny_extra head = {HEAD, TV_BF16, 2, {16, 8}, same};
+        for (uint64_t i = 0; i < 16 * 8; i++) {
+            const float f = (float)tiny_value(14, EMBED, i);
+            memcpy(&same[2 * i], (const unsigned char *)&f + 2, 2);
+        }
+        m.keep_head = false;
+        m.seed = 14;
+        m.extra = &head;
+        m.n_extra = 1;
+        model("t4", &m);
+    }
+    plan_good(&p, dir, LINEAR "models: [{model: $/t4}, {model: $/t1}]\n", NULL);
+    assert_false(planned_has(&p, HEAD));
+    assert_non_null(strstr(planned_file(&p, "config.json")->data,
+                           "\"tie_word_embeddings\": true"));
+    planned_free(&p);
+    plan_good(&p, dir, LINEAR "models: [{model: $/t4}, {model: $/b}]\n", NULL);
+    assert_string_equal(planned_tensor(&p, HEAD)->sources[0].tensor->name,
+                        EMBED);
     planned_free(&p);
 
     /* Head from an untied slice under a tied donor. */
@@ -320,8 +349,27 @@ static void test_tied(void **state)
               "- sources: [{model: $/b, layer_range: [0, 2]}]\n"
               "- sources: [{model: $/t1, layer_range: [2, 4]}]\n",
               NULL);
-    assert_false(planned_has(&p, HEAD));
-    expect_problem(&p, false, TV_OK, "config.json", "becomes true");
+    assert_string_equal(planned_tensor(&p, HEAD)->sources[0].tensor->name,
+                        EMBED);
+    assert_string_equal(
+        p.plan->inputs[planned_tensor(&p, HEAD)->sources[0].input].ref +
+            strlen(dir),
+        "/t1");
+    assert_int_equal(count_problems(&p, false, "tie_word"), 0);
+    planned_free(&p);
+
+    /* Two tied models over each other: the upper one's embedding is the head.
+     */
+    plan_good(&p, dir,
+              "merge_method: passthrough\nslices:\n"
+              "- sources: [{model: $/t1, layer_range: [0, 2]}]\n"
+              "- sources: [{model: $/t2, layer_range: [2, 4]}]\n",
+              NULL);
+    assert_string_equal(
+        p.plan->inputs[planned_tensor(&p, HEAD)->sources[0].input].ref +
+            strlen(dir),
+        "/t2");
+    expect_problem(&p, false, TV_OK, "config.json", "becomes false");
     planned_free(&p);
 }
 

@@ -470,6 +470,24 @@ static void test_kinds(void **state)
     expect_problem(&p, true, TV_E_INPUT, "", "different kinds");
     assert_int_equal(tvm_problems_code(&p.problems), TV_E_INPUT);
     planned_free(&p);
+    {
+        static const char *const ways[] = {"ByteLevel", "Metaspace"};
+        static const char *const names[] = {"base", "chatml"};
+        for (unsigned i = 0; i < 2; i++) {
+            char text[200];
+            char *const place = tv_path_join(dir, names[i]);
+            (void)snprintf(text, sizeof(text),
+                           "{\"decoder\": {\"type\": \"%s\"}, \"model\": "
+                           "{\"vocab\": {\"a\": 0}}}",
+                           ways[i]);
+            write_text(place, "tokenizer.json", text);
+            tv_free(place);
+        }
+    }
+    plan_text(&p, dir, LINEAR2 "tokenizer_source: union\n", NULL);
+    expect_problem(&p, true, TV_E_INPUT, "", "(byte-level BPE)");
+    expect_problem(&p, true, TV_E_INPUT, "", "(metaspace BPE)");
+    planned_free(&p);
     write_text(path, "tokenizer.json", "{\"model\": {\"vocab\": {\"a\": -1}}}");
     plan_text(&p, dir, LINEAR2 "tokenizer_source: union\n", NULL);
     expect_problem(&p, true, TV_E_CORRUPT, "chatml", "impossible id");
@@ -629,6 +647,78 @@ static void test_independence(void **state)
     }
 }
 
+static void stop(void *arg, const struct tvm_progress *p)
+{
+    if (p->n_done == 5)
+        *(volatile int *)arg = 1;
+}
+
+/* Stopped and resumed, from a store, into a store: the same bytes. */
+static void test_ways(void **state)
+{
+    static const char text[] =
+        "merge_method: linear\nbase_model: %sbase\nparameters: {weight: 1}\n"
+        "models: [{model: %sbase}, {model: %spadded}, {model: %schatml}]\n"
+        "tokenizer: {source: union, pad_to_multiple_of: 5}\n";
+    static const char *const names[] = {"base", "chatml", "padded"};
+    volatile int cancel = 0;
+    const struct tvm_run_hooks hooks = {
+        .progress = stop, .arg = (void *)&cancel, .cancel = &cancel};
+    char recipe[512];
+    struct tvm_options o;
+    struct planned p;
+    struct tvm_result result;
+    struct tv_error err;
+    struct tv_hash want;
+    tv_store *store = NULL;
+    (void)state;
+
+    put_models();
+    (void)snprintf(recipe, sizeof(recipe), text, "$/", "$/", "$/", "$/");
+    merge(&p, "out", recipe, NULL);
+    planned_free(&p);
+    tvm_options_init(&o);
+    char *const out = tv_path_join(dir, "out2");
+    o.out_dir = out;
+    o.sync = false;
+    o.group_bytes = 1;
+    o.threads = 1;
+    plan_good(&p, dir, recipe, &o);
+    assert_code(tvm_run(p.plan, &hooks, &result, &err), TV_E_INTERRUPTED, &err);
+    planned_free(&p);
+    plan_good(&p, dir, recipe, &o);
+    assert_ok(tvm_run(p.plan, NULL, &result, &err), &err);
+    assert_true(result.n_resumed > 0);
+    want = result.digest;
+    planned_free(&p);
+    tv_free(out);
+    assert_row("out2", 16, "padded", 16, EMBED);
+
+    char *const path = tv_path_join(dir, "s");
+    assert_ok(tv_store_create(path, 0, &err), &err);
+    assert_ok(tv_store_open(path, NULL, &err, &store), &err);
+    for (unsigned i = 0; i < 3; i++) {
+        struct tv_transfer t = {.sync = false};
+        tv_input *in = NULL;
+        char *const model = tv_path_join(dir, names[i]);
+        assert_ok(tv_input_open_path(model, &err, &in), &err);
+        assert_ok(tv_import(store, names[i], in, &t, &err), &err);
+        tv_input_close(in);
+        tv_free(model);
+    }
+    (void)snprintf(recipe, sizeof(recipe), text,
+                   "store:", "store:", "store:", "store:");
+    tvm_options_init(&o);
+    o.store = store;
+    o.into = "merged";
+    plan_good(&p, dir, recipe, &o);
+    assert_ok(tvm_run(p.plan, NULL, &result, &err), &err);
+    assert_true(tv_hash_equal(result.digest, want));
+    planned_free(&p);
+    tv_store_close(store);
+    tv_free(path);
+}
+
 /* ---- chat templates -------------------------------------------------------
  */
 
@@ -685,6 +775,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_beyond, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_bpe_union, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_independence, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_ways, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_chat, set_up, tear_down),
     };
     json_set_alloc_funcs(tv_alloc, tv_free);

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * plan_ties.c - does the output have a head of its own?
+ *
+ * A tied input's head is its embedding, whatever a stored copy is called. The
+ * output is tied when all models that give its head are tied and are the ones
+ * that give its embedding; then no head is written. Otherwise it is written,
+ * tied inputs lend their embedding to it, and the config says untied. An input
+ * whose config says tied but that stores a head with other values counts as
+ * untied: loaders disagree about such files, and only so nothing is lost.
+ */
+#include "plan_parts.h"
+
+#include <string.h>
+
+#include "tv/alloc.h"
+
+/* Index of the first tensor of a role that is no bias, SIZE_MAX: none. */
+static size_t find_role(const struct tv_arch *a, enum tv_role role)
+{
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        if (a->tensors[i].role == role && !a->tensors[i].is_bias)
+            return i;
+    }
+    return SIZE_MAX;
+}
+
+static enum tv_err look_at(struct planner *pl, size_t input)
+{
+    struct plan_ref *const ref = &pl->refs[input];
+    const struct tvm_plan_input *const in = &pl->plan->inputs[input];
+    struct tvm_source s[2];
+    struct tv_error e;
+    bool equal = false;
+    enum tv_err rc = TV_OK;
+
+    ref->embed = find_role(in->arch, TV_ROLE_EMBED);
+    ref->head = find_role(in->arch, TV_ROLE_LM_HEAD);
+    ref->tied = in->arch->tied && ref->embed != SIZE_MAX;
+    if (!ref->tied || ref->head == SIZE_MAX)
+        return TV_OK;
+    memset(s, 0, sizeof(s));
+    tv_error_clear(&e);
+    s[0].input = s[1].input = input;
+    s[0].tensor = tv_input_tensor(in->input, ref->embed);
+    s[1].tensor = tv_input_tensor(in->input, ref->head);
+    if (s[0].tensor->dtype == s[1].tensor->dtype)
+        rc = plan_views_equal(pl, &s[0], &s[1], &e, &equal);
+    if (rc != TV_OK && plan_fatal(rc)) {
+        if (pl->err != NULL)
+            *pl->err = e;
+        return rc;
+    }
+    if (rc != TV_OK)
+        plan_report(pl, "unreadable tensors", 20, true, rc, in->ref, "%s",
+                    e.msg);
+    else if (!equal)
+        plan_report(pl, "tied, but not equal", 5, false, TV_OK, in->ref,
+                    "config.json of '%s' says that its head is tied to its "
+                    "embedding, but it stores '%s' with other values, which "
+                    "are used",
+                    in->ref, s[1].tensor->name);
+    ref->tied = rc != TV_OK || equal;
+    return TV_OK;
+}
+
+/* Do two slices have the same models in the same order? */
+static bool same_inputs(const struct plan_slice *a, const struct plan_slice *b)
+{
+    if (a->n != b->n)
+        return false;
+    for (size_t i = 0; i < a->n; i++) {
+        if (a->input[i] != b->input[i])
+            return false;
+    }
+    return true;
+}
+
+/* Could a model of this class have a head? */
+static bool is_generator(const char *architecture)
+{
+    return strstr(architecture, "CausalLM") != NULL ||
+           strstr(architecture, "LMHeadModel") != NULL;
+}
+
+enum tv_err plan_ties_make(struct planner *pl)
+{
+    const struct plan_slice *const last = &pl->slices[pl->n_slices - 1];
+    bool all = true;
+    bool any_tied = false;
+    bool any_head = false;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < pl->plan->n_inputs; i++) {
+        if (!pl->refs[i].usable)
+            continue;
+        TV_TRY(look_at(pl, i));
+        if (pl->refs[i].head != SIZE_MAX && pl->head_name == NULL)
+            pl->head_name =
+                pl->plan->inputs[i].arch->tensors[pl->refs[i].head].name;
+    }
+    for (size_t i = 0; i < last->n; i++) {
+        const struct plan_ref *ref = NULL;
+        if (!last->usable[i])
+            continue;
+        ref = &pl->refs[last->input[i]];
+        all = all && ref->tied;
+        any_tied = any_tied || ref->tied;
+        any_head =
+            any_head || (!ref->tied && ref->head != SIZE_MAX) ||
+            is_generator(pl->plan->inputs[last->input[i]].arch->architecture);
+    }
+    pl->tied = any_tied && all && same_inputs(&pl->slices[0], last);
+    pl->lend_head = any_tied && !pl->tied && any_head;
+    if (pl->lend_head && pl->head_name == NULL)
+        pl->head_name = "lm_head.weight";
+    if (pl->lend_head && all)
+        plan_report(pl, "head of a stack", 1, false, TV_OK, "",
+                    "the models are tied, but the last slice is of others than "
+                    "the first: its embedding becomes a head of its own");
+out:
+    return rc;
+}
