@@ -328,9 +328,13 @@ static int run(struct tvc *c)
     struct tvc_merge_opts *o = c->opt;
     struct tvc_merge m = {0};
     enum tv_err rc = TV_OK;
+    bool handled = false;
     int status = 0;
 
     TV_TRY(tvc_merge_prepare(c, true));
+    TV_TRY(tvc_adapters(c, true, &handled, &status));
+    if (handled)
+        goto out;
     TV_TRY(tvc_merge_plan(c, &m));
     if (c->out.json) {
         document(c, &m);

@@ -203,9 +203,13 @@ static int run(struct tvc *c)
     struct tvc_merge_opts *o = c->opt;
     struct tvc_merge m = {0};
     enum tv_err rc = TV_OK;
+    bool handled = false;
     int status = 0;
 
     TV_TRY(tvc_merge_prepare(c, false));
+    TV_TRY(tvc_adapters(c, false, &handled, &status));
+    if (handled)
+        goto out;
     TV_TRY(tvc_merge_plan(c, &m));
     tvc_problems_print(c, &m.problems, false);
     if (m.problems.n_errors > 0) {
@@ -225,7 +229,7 @@ out:
         status = interrupted(c);
     else if (rc != TV_OK)
         status = tvc_fail(c, &c->err);
-    else if (status == 0)
+    else if (status == 0 && !handled)
         status = tvc_done(c, 0);
     tvc_merge_free(&m);
     tv_store_close(o->options.store);

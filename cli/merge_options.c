@@ -50,7 +50,9 @@ const struct argp_option tvc_merge_options[] = {
     {"quota", KEY_QUOTA, "SIZE", 0,
      "Most bytes that OUT may take on disk meanwhile", 0},
     {"compat", KEY_COMPAT, "TOOL", 0,
-     "Reproduce another tool's arithmetic (later release)", 0},
+     "Reproduce another tool's arithmetic: peft, for adapters (mergekit: "
+     "later release)",
+     0},
     {"no-copy-tokenizer", KEY_NO_COPY_TOKENIZER, NULL, 0,
      "Leave the tokenizer files out", 0},
     {"no-write-model-card", KEY_NO_CARD, NULL, 0, "Write no README.md", 0},
@@ -97,8 +99,15 @@ static error_t ignored(struct tvc_merge_opts *o, const char *flag)
 
 static error_t option_compat(struct tvc *c, const char *arg)
 {
+    struct tvc_merge_opts *o = c->opt;
+
+    if (strcmp(arg, "peft") == 0) {
+        o->peft = true;
+        return 0;
+    }
     if (strcmp(arg, "mergekit") != 0)
-        return tvc_bad(c, "--compat: '%s' is not known; mergekit is", arg);
+        return tvc_bad(c, "--compat: '%s' is not known; mergekit and peft are",
+                       arg);
     (void)tvc_refuse(c, TV_E_UNSUPPORTED,
                      "--compat mergekit arrives with a later release");
     tv_error_hint(&c->err, "without it recipes mean the same; arithmetic is "

@@ -19,6 +19,7 @@ struct tvc_merge_opts {
     const char *ignored[8]; /* mergekit's flags that change nothing here */
     size_t n_ignored;
     bool cuda_wanted;
+    bool peft; /* --compat peft */
 };
 extern const struct argp_option tvc_merge_options[];
 void tvc_merge_init(struct tvc *c);
@@ -38,6 +39,16 @@ struct tvc_merge {
  * TV_OK; other failures are in c->err. */
 TV_NODISCARD enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m);
 void tvc_merge_free(struct tvc_merge *m);
+
+/* A recipe whose output is an adapter is run or planned here: *handled, and
+ * *status the exit status. */
+TV_NODISCARD enum tv_err tvc_adapters(struct tvc *c, bool planning,
+                                      bool *handled, int *status);
+json_t *tvc_adapter_result_json(const char *schema, const char *out,
+                                const struct tvm_result *r);
+void tvc_adapter_summary(struct tvc *c, const char *out,
+                         const struct tvm_result *r);
+
 /* Warnings and errors on stderr (nothing with --json); notes: those too that
  * only a plan shows. */
 void tvc_problems_print(struct tvc *c, const struct tvm_problems *p,

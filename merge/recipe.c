@@ -702,10 +702,12 @@ static bool mergekit_knows(const char *method)
 
 static void read_document(struct reader *rd, const struct tvm_node *root)
 {
-    static const char *const keys[] = {
-        "merge_method", "models",        "slices",          "modules",
-        "base_model",   "dtype",         "out_dtype",       "parameters",
-        "tokenizer",    "chat_template", "tokenizer_source"};
+    static const char *const keys[] = {"merge_method", "models", "slices",
+                                       "modules", "base_model", "dtype",
+                                       "out_dtype", "parameters", "tokenizer",
+                                       "chat_template", "tokenizer_source",
+                                       /* of adapters, adapter_merge.c */
+                                       "output", "rank"};
     struct tvm_recipe *const r = rd->r;
     const struct tvm_node *models = NULL;
     const struct tvm_node *slices = NULL;

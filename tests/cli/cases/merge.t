@@ -68,7 +68,7 @@ $ tvmerge r.yml out5 --compat mergekit
 2> ...
 => 4
 $ tvmerge r.yml out5 --compat other
-2> tvmerge: error: --compat: 'other' is not known; mergekit is
+2> tvmerge: error: --compat: 'other' is not known; mergekit and peft are
 2> ...
 => 2
 $ tvmerge r.yml out5 --device cuda

@@ -1,0 +1,480 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * adapter_out.c - an adapter directory, published all at once.
+ *
+ * Tensors are appended to OUT/.tvmerge/data as they come, because ranks may be
+ * known only then; finishing lays them out in name order, copies them behind
+ * the header into .tvmerge/adapter_model.safetensors and renames.
+ */
+#include "tv/adapter_out.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+
+#include <jansson.h>
+
+#include "tv/alloc.h"
+#include "tv/checked.h"
+#include "tv/format.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+#define WEIGHTS "adapter_model.safetensors"
+#define CONFIG  "adapter_config.json"
+#define RECORD  "tvmerge.json"
+#define PIECE   (1u << 20)
+
+#ifndef TV_VERSION
+#define TV_VERSION "unknown"
+#endif
+
+struct tensor {
+    char *name;
+    uint64_t shape[TV_RANK_MAX];
+    unsigned rank;
+    enum tv_dtype dtype;
+    uint64_t at, bytes; /* in the data file */
+    struct tv_hash checksum;
+};
+
+struct tva_out {
+    char *dir, *work, *data_path;
+    int lock, data;
+    bool sync;
+    struct tv_hash plan;
+    struct tensor *tensors;
+    size_t n, cap;
+    uint64_t end;
+};
+
+static enum tv_err no_memory(struct tv_error *err)
+{
+    return tv_error_set(err, TV_E_NOMEM, "out of memory");
+}
+
+/* ---- a finished directory ------------------------------------------------ */
+
+static enum tv_err read_record(const char *path, struct tv_hash *plan,
+                               struct tva_out_done *done, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *text = NULL;
+    size_t n = 0;
+    json_t *root = NULL;
+    const char *p = NULL, *d = NULL;
+
+    TV_TRY(tv_file_read(path, 64u << 20, err, &text, &n));
+    TV_TRY(tv_json_parse(text, n, path, err, &root));
+    p = json_string_value(json_object_get(root, "plan_hash"));
+    d = json_string_value(json_object_get(root, "digest"));
+    if (!p || !d || tv_hash_from_hex(p, plan) != 0 ||
+        tv_hash_from_hex(d, &done->digest) != 0) {
+        rc =
+            tv_error_set(err, TV_E_CORRUPT, "%s is no record of a merge", path);
+        goto out;
+    }
+    done->n_tensors =
+        (size_t)json_integer_value(json_object_get(root, "n_tensors"));
+out:
+    json_decref(root);
+    tv_free(text);
+    return rc;
+}
+
+static bool holds(const char *dir, const char *name)
+{
+    char *path = tv_path_join(dir, name);
+    const bool yes = path && tv_path_exists(path);
+
+    tv_free(path);
+    return yes;
+}
+
+/* May the directory be written? */
+static enum tv_err check_place(const char *dir, struct tv_hash plan, bool force,
+                               struct tva_out_done *done, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *record = tv_path_join(dir, RECORD);
+    char **names = NULL;
+    size_t n = 0;
+    struct tv_hash before = {0, 0};
+
+    if (!record)
+        return no_memory(err);
+    if (!tv_path_exists(dir) || force)
+        goto out;
+    if (holds(dir, RECORD) && holds(dir, CONFIG) && holds(dir, WEIGHTS)) {
+        TV_TRY(read_record(record, &before, done, err));
+        done->complete = tv_hash_equal(before, plan);
+        if (done->complete)
+            goto out;
+        rc = tv_error_set(err, TV_E_CHANGED,
+                          "%s holds the result of another recipe, options or "
+                          "inputs",
+                          dir);
+        tv_error_hint(err, "--force replaces it");
+        goto out;
+    }
+    TV_TRY(tv_dir_list(dir, err, &names, &n));
+    for (size_t i = 0; i < n; i++) {
+        /* What an interrupted run of ours may have left. */
+        if (strcmp(names[i], ".tvmerge") == 0 || holds(dir, ".tvmerge"))
+            continue;
+        rc = tv_error_set(err, TV_E_EXISTS, "%s is not empty (%s)", dir,
+                          names[i]);
+        tv_error_hint(err, "--force writes into it all the same");
+        goto out;
+    }
+out:
+    tv_dir_list_free(names, n);
+    tv_free(record);
+    return rc;
+}
+
+/* ---- opening ------------------------------------------------------------- */
+
+static enum tv_err take_lock(tva_out *o, struct tv_error *err)
+{
+    char *path = tv_path_join(o->work, "lock");
+
+    if (!path)
+        return no_memory(err);
+    o->lock = tv_sys()->open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (o->lock < 0) {
+        const enum tv_err rc = tv_error_sys(err, errno, "cannot open %s", path);
+        tv_free(path);
+        return rc;
+    }
+    tv_free(path);
+    if (flock(o->lock, LOCK_EX | LOCK_NB) != 0)
+        return tv_error_set(err, TV_E_LOCKED, "another run works on %s",
+                            o->dir);
+    return TV_OK;
+}
+
+enum tv_err tva_out_open(const char *dir, struct tv_hash plan, bool force,
+                         bool sync, struct tva_out_done *done,
+                         struct tv_error *err, tva_out **out)
+{
+    enum tv_err rc = TV_OK;
+    tva_out *o = NULL;
+
+    *out = NULL;
+    *done = (struct tva_out_done){.complete = false};
+    TV_TRY(check_place(dir, plan, force, done, err));
+    if (done->complete)
+        goto out;
+    o = tv_calloc(1, sizeof *o);
+    if (!o) {
+        rc = no_memory(err);
+        goto out;
+    }
+    o->lock = o->data = -1;
+    o->sync = sync;
+    o->plan = plan;
+    o->dir = tv_strdup(dir);
+    o->work = tv_path_join(dir, ".tvmerge");
+    o->data_path = o->work ? tv_path_join(o->work, "data") : NULL;
+    if (!o->dir || !o->work || !o->data_path) {
+        rc = no_memory(err);
+        goto out;
+    }
+    TV_TRY(tv_dir_make(o->work, err));
+    TV_TRY(take_lock(o, err));
+    o->data = tv_sys()->open(o->data_path,
+                             O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (o->data < 0) {
+        rc = tv_error_sys(err, errno, "cannot write %s", o->data_path);
+        goto out;
+    }
+    *out = o;
+    o = NULL;
+out:
+    tva_out_close(o);
+    return rc;
+}
+
+void tva_out_close(tva_out *o)
+{
+    if (!o)
+        return;
+    for (size_t i = 0; i < o->n; i++)
+        tv_free(o->tensors[i].name);
+    tv_free(o->tensors);
+    if (o->data >= 0)
+        (void)tv_sys()->close(o->data);
+    if (o->lock >= 0)
+        (void)tv_sys()->close(o->lock);
+    tv_free(o->data_path);
+    tv_free(o->work);
+    tv_free(o->dir);
+    tv_free(o);
+}
+
+uint64_t tva_out_bytes(const tva_out *o)
+{
+    return o->end;
+}
+
+/* ---- tensors ------------------------------------------------------------- */
+
+static enum tv_err grow(tva_out *o, struct tv_error *err)
+{
+    const size_t cap = o->cap ? 2 * o->cap : 64;
+    struct tensor *more = NULL;
+
+    if (o->n < o->cap)
+        return TV_OK;
+    more = tv_realloc(o->tensors, cap * sizeof *more);
+    if (!more)
+        return no_memory(err);
+    o->tensors = more;
+    o->cap = cap;
+    return TV_OK;
+}
+
+/* Writes the values and takes the checksum over whole leaves. */
+static enum tv_err put_values(tva_out *o, const struct tvk_table *k,
+                              struct tensor *t, uint64_t n_elems,
+                              const float *data, struct tv_error *err)
+{
+    const size_t each = tv_dtype_bits(t->dtype) / 8u;
+    const size_t n_leaves = (size_t)tv_leaf_count(t->bytes);
+    struct tv_hash *leaves = tv_calloc(n_leaves + 1, sizeof *leaves);
+    unsigned char *buf = tv_alloc_aligned(TV_LEAF_BYTES);
+    enum tv_err rc = TV_OK;
+
+    if (!leaves || !buf) {
+        rc = no_memory(err);
+        goto out;
+    }
+    for (size_t i = 0; i < n_leaves; i++) {
+        const uint64_t first = (uint64_t)i * (TV_LEAF_BYTES / each);
+        const uint64_t left = n_elems - first;
+        const size_t n =
+            left < TV_LEAF_BYTES / each ? (size_t)left : TV_LEAF_BYTES / each;
+        tvk_from_f32(k, t->dtype, buf, data + first, n);
+        leaves[i] = tv_hash128(buf, n * each);
+        TV_TRY(tv_pwrite_all(o->data, buf, n * each, t->at + first * each,
+                             o->data_path, err));
+    }
+    t->checksum = tv_leaves_checksum(leaves, n_leaves);
+out:
+    tv_free(buf);
+    tv_free(leaves);
+    return rc;
+}
+
+enum tv_err tva_out_tensor(tva_out *o, const struct tvk_table *k,
+                           const char *name, unsigned rank,
+                           const uint64_t *shape, enum tv_dtype dtype,
+                           const float *data, struct tv_error *err)
+{
+    enum tv_err rc = grow(o, err);
+    uint64_t n = 1;
+    struct tensor *t = NULL;
+
+    if (rc != TV_OK)
+        return rc;
+    t = &o->tensors[o->n];
+    *t = (struct tensor){.rank = rank, .dtype = dtype, .at = o->end};
+    for (unsigned d = 0; d < rank; d++) {
+        t->shape[d] = shape[d];
+        if (!tv_mul_u64(n, shape[d], &n))
+            return tv_error_set(err, TV_E_INTERNAL, "%s is too large", name);
+    }
+    TV_TRY(tv_dtype_bytes(dtype, n, &t->bytes, err));
+    t->name = tv_strdup(name);
+    if (!t->name)
+        return no_memory(err);
+    o->n++;
+    o->end += t->bytes;
+    rc = put_values(o, k, t, n, data, err);
+out:
+    return rc;
+}
+
+enum tv_err tva_out_file(tva_out *o, const char *name, const char *data,
+                         size_t n, struct tv_error *err)
+{
+    char *path = tv_path_join(o->dir, name);
+    enum tv_err rc = TV_OK;
+
+    if (!path)
+        return no_memory(err);
+    rc = tv_file_write_atomic(path, data, n, o->sync, err);
+    tv_free(path);
+    return rc;
+}
+
+/* ---- publishing ---------------------------------------------------------- */
+
+static int by_layer(const void *a, const void *b)
+{
+    return tv_name_compare(((const struct tensor *)a)->name,
+                           ((const struct tensor *)b)->name);
+}
+
+static int by_bytes(const void *a, const void *b)
+{
+    return strcmp((*(const struct tensor *const *)a)->name,
+                  (*(const struct tensor *const *)b)->name);
+}
+
+static enum tv_err digest_of(const tva_out *o, struct tv_hash *out,
+                             struct tv_error *err)
+{
+    const struct tensor **order = tv_calloc(o->n + 1, sizeof *order);
+    tv_hasher *h = NULL;
+    enum tv_err rc = TV_OK;
+
+    if (!order) {
+        rc = no_memory(err);
+        goto out;
+    }
+    TV_TRY(tv_hasher_open(err, &h));
+    for (size_t i = 0; i < o->n; i++)
+        order[i] = &o->tensors[i];
+    qsort(order, o->n, sizeof *order, by_bytes);
+    for (size_t i = 0; i < o->n; i++)
+        tv_digest_add(h, order[i]->name, order[i]->dtype, order[i]->shape,
+                      order[i]->rank, order[i]->checksum);
+    *out = tv_hasher_value(h);
+out:
+    tv_hasher_close(h);
+    tv_free(order);
+    return rc;
+}
+
+static enum tv_err copy_tensor(const tva_out *o, const struct tensor *t, int fd,
+                               uint64_t to, const char *path,
+                               unsigned char *buf, struct tv_error *err)
+{
+    for (uint64_t at = 0; at < t->bytes;) {
+        const size_t n =
+            t->bytes - at < PIECE ? (size_t)(t->bytes - at) : PIECE;
+        const ssize_t got =
+            tv_sys()->pread(o->data, buf, n, (off_t)(t->at + at));
+        enum tv_err rc = TV_OK;
+
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return tv_error_sys(err, got < 0 ? errno : EIO, "cannot read %s",
+                                o->data_path);
+        rc = tv_pwrite_all(fd, buf, (size_t)got, to + at, path, err);
+        if (rc != TV_OK)
+            return rc;
+        at += (uint64_t)got;
+    }
+    return TV_OK;
+}
+
+static enum tv_err write_weights(tva_out *o, const char *path,
+                                 const struct tv_st_entry *e,
+                                 const struct tv_shards *s,
+                                 struct tv_error *err)
+{
+    unsigned char *buf = tv_alloc(PIECE);
+    enum tv_err rc = TV_OK;
+    const int fd =
+        tv_sys()->open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+
+    if (fd < 0 || !buf) {
+        rc = buf ? tv_error_sys(err, errno, "cannot write %s", path)
+                 : no_memory(err);
+        goto out;
+    }
+    TV_TRY(tv_pwrite_all(fd, s->headers[0], s->header_bytes[0], 0, path, err));
+    for (size_t i = 0; i < o->n; i++)
+        TV_TRY(copy_tensor(o, &o->tensors[i], fd, e[i].offset, path, buf, err));
+    if (o->sync && tv_sys()->fsync(fd) != 0)
+        rc = tv_error_sys(err, errno, "cannot sync %s", path);
+out:
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(buf);
+    return rc;
+}
+
+static enum tv_err publish_weights(tva_out *o, struct tv_error *err)
+{
+    struct tv_st_entry *e = tv_calloc(o->n + 1, sizeof *e);
+    struct tv_shards *s = NULL;
+    char *from = tv_path_join(o->work, WEIGHTS);
+    char *to = tv_path_join(o->dir, WEIGHTS);
+    enum tv_err rc = TV_OK;
+
+    if (!e || !from || !to) {
+        rc = no_memory(err);
+        goto out;
+    }
+    qsort(o->tensors, o->n, sizeof *o->tensors, by_layer);
+    for (size_t i = 0; i < o->n; i++)
+        e[i] = (struct tv_st_entry){.name = o->tensors[i].name,
+                                    .dtype = o->tensors[i].dtype,
+                                    .rank = o->tensors[i].rank,
+                                    .shape = o->tensors[i].shape,
+                                    .bytes = o->tensors[i].bytes};
+    /* PEFT reads one file. */
+    TV_TRY(tv_shards_plan(e, o->n, "adapter_model", UINT64_MAX / 2, err, &s));
+    TV_TRY(write_weights(o, from, e, s, err));
+    if (tv_sys()->rename(from, to) != 0)
+        rc = tv_error_sys(err, errno, "cannot rename %s", from);
+out:
+    tv_shards_free(s);
+    tv_free(to);
+    tv_free(from);
+    tv_free(e);
+    return rc;
+}
+
+static enum tv_err put_record(tva_out *o, const struct tva_out_done *done,
+                              struct tv_error *err)
+{
+    char plan[33], digest[33];
+    char text[512];
+    const int n = snprintf(
+        text, sizeof text,
+        "{\n  \"schema\": \"tvmerge.out/1\",\n  \"plan_hash\": \"%s\",\n"
+        "  \"version\": \"%s\",\n  \"digest\": \"%s\",\n"
+        "  \"seed\": 0,\n  \"n_tensors\": %zu,\n  \"bytes_total\": %llu,\n"
+        "  \"n_nonfinite_in\": 0,\n  \"n_nonfinite_out\": 0,\n"
+        "  \"files\": [],\n  \"identity\": {}\n}\n",
+        tv_hash_hex(o->plan, plan), TV_VERSION,
+        tv_hash_hex(done->digest, digest), o->n, (unsigned long long)o->end);
+
+    return tva_out_file(o, RECORD, text, (size_t)n, err);
+}
+
+enum tv_err tva_out_finish(tva_out *o, const char *config, size_t n_config,
+                           struct tva_out_done *done, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *old = tv_path_join(o->dir, CONFIG);
+
+    if (!old)
+        return no_memory(err);
+    if (tv_sys()->unlink(old) != 0 && errno != ENOENT) {
+        rc = tv_error_sys(err, errno, "cannot remove %s", old);
+        goto out;
+    }
+    done->n_tensors = o->n;
+    TV_TRY(digest_of(o, &done->digest, err));
+    TV_TRY(publish_weights(o, err));
+    TV_TRY(put_record(o, done, err));
+    if (o->sync)
+        TV_TRY(tv_dir_sync(o->dir, err));
+    TV_TRY(tva_out_file(o, CONFIG, config, n_config, err));
+    TV_TRY(tv_dir_remove(o->work, err));
+    if (o->sync)
+        TV_TRY(tv_dir_sync(o->dir, err));
+out:
+    tv_free(old);
+    return rc;
+}

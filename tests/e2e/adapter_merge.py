@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""adapter_merge.py BIN_DIR ADAPTERS
+
+Adapters in, an adapter out: cat is the weighted sum; svd is as near to it as
+Eckart and Young allow; task arithmetic in Core Space is the sum again; PEFT's
+combination types equal their definition written down here in numpy; random
+masks by their statistics. The same command twice, another recipe, damage,
+and inputs that cannot be merged.
+"""
+import json
+import os
+import sys
+
+import numpy as np
+
+from common import check, finish, read_safetensors, run, run_json, temp
+
+BIN, DATA = map(os.path.abspath, sys.argv[1:3])
+TVMERGE = os.path.join(BIN, "tvmerge")
+
+
+def adapter(d):
+    """{module: (scaling, A, B)} in fp64; plain names and patterns only."""
+    with open(os.path.join(d, "adapter_config.json")) as f:
+        c = json.load(f)
+    out = {}
+    t = {k.replace(".default.", "."): np.frombuffer(b, np.float32)
+         .astype(np.float64).reshape(s)
+         for k, (_, s, b) in read_safetensors(d).items()}
+    for k, a in t.items():
+        if not k.endswith(".lora_A.weight"):
+            continue
+        m = k[len("base_model.model."):-len(".lora_A.weight")]
+
+        def pattern(key, fallback):
+            for p, v in (c.get(key) or {}).items():
+                if m == p or m.endswith("." + p):
+                    return v
+            return fallback
+        r = pattern("rank_pattern", c["r"])
+        alpha = pattern("alpha_pattern", c["lora_alpha"])
+        check(r == a.shape[0], f"{d}: rank of {m}")
+        s = alpha / r ** 0.5 if c.get("use_rslora") else alpha / r
+        out[m] = (s, a, t[k.replace("lora_A", "lora_B")])
+    return out
+
+
+def deltas(d):
+    return {m: s * b @ a for m, (s, a, b) in adapter(d).items()}
+
+
+def norm(x):
+    return sum((v ** 2).sum() for v in x.values()) ** 0.5
+
+
+def away(got, want):
+    check(set(got) == set(want), f"modules {set(got) ^ set(want)}")
+    return norm({m: got[m] - want[m] for m in want}) / norm(want)
+
+
+def recipe(method, inputs, more="", name="r.yml", **parameters):
+    text = f"merge_method: {method}\nmodels:\n"
+    for d, p in inputs:
+        text += f"- model: {d}\n  parameters: {json.dumps(p)}\n"
+    if parameters:
+        text += f"parameters: {json.dumps(parameters)}\n"
+    with open(name, "w") as f:
+        f.write(text + more)
+    return name
+
+
+def merge(out, *args, options=(), code=0, **kw):
+    r = recipe(*args, **kw)
+    return run_json(TVMERGE, "run", r, out, "--json", *options, code=code)
+
+
+SRC = {n: f"{DATA}/{n}/adapter" for n in ("plain", "rslora", "patterns",
+                                          "default_keys", "layers", "dora")}
+W = [("plain", 0.7), ("rslora", -0.4), ("patterns", 1.5), ("layers", 0.25)]
+INPUTS = [(SRC[n], {"weight": w}) for n, w in W]
+D = {n: deltas(SRC[n]) for n, _ in W}
+MODULES = set().union(*D.values())
+SHAPE = {m: next(d[m] for d in D.values() if m in d).shape for m in MODULES}
+TOTAL = {m: sum((w * D[n][m] for n, w in W if m in D[n]),
+                np.zeros(SHAPE[m])) for m in MODULES}
+
+
+def exact():
+    merge("cat", "cat", INPUTS)
+    e = away(deltas("cat"), TOTAL)
+    check(e <= 1e-7, f"cat: {e:.1e}")
+    for rank in (2, 5, 8):
+        merge("svd", "svd", INPUTS, options=["--force"],
+              more=f"output: adapter\nrank: {rank}\n")
+        got = deltas("svd")
+        for m, want in TOTAL.items():
+            s = np.linalg.svd(want, compute_uv=False)
+            best = np.sqrt((s[rank:] ** 2).sum())
+            e = np.linalg.norm(got[m] - want)
+            check(e <= best * (1 + 1e-5) + 1e-6 * np.linalg.norm(want),
+                  f"svd rank {rank}, {m}: {e} instead of {best}")
+    for method, more in (("task_arithmetic", {}),
+                         ("linear", {"normalize": False}),
+                         ("ties", {"normalize": False, "density": 1.0})):
+        merge("core", method, INPUTS[:1] if method == "ties" else INPUTS,
+              options=["--force"], **more)
+        want = TOTAL if method != "ties" else {
+            m: 0.7 * v for m, v in D["plain"].items()}
+        e = away(deltas("core"), want)
+        check(e <= 1e-6, f"{method} in Core Space: {e:.1e}")
+    merge("core", "task_arithmetic", INPUTS, options=["--force"],
+          more="rank: 2\n")
+    a, b = deltas("core"), {}
+    merge("svd", "svd", INPUTS, options=["--force"], more="rank: 2\n")
+    b = deltas("svd")
+    check(away(a, b) <= 1e-5, "Core Space at a rank is the truncated sum")
+    merge("core", "ties", [(d, {"weight": 1, "density": 0.5})
+                           for d, _ in INPUTS], options=["--force"])
+    got = deltas("core")
+    check(set(got) == MODULES and 0 < norm(got), "ties in Core Space")
+    one = merge("threads", "dare_ties", [(d, {"weight": 1, "density": 0.5})
+                                         for d, _ in INPUTS],
+                options=["--threads", "1", "--random-seed", "3"])["digest"]
+    for i, opts in enumerate((["--threads", "3"], ["--memory", "64MiB"])):
+        check(merge(f"threads{i}", "dare_ties",
+                    [(d, {"weight": 1, "density": 0.5}) for d, _ in INPUTS],
+                    options=["--random-seed", "3", *opts])["digest"] == one,
+              f"digest with {opts}")
+
+
+# ---- PEFT's definitions -----------------------------------------------------
+def prune(x, density):
+    keep = np.argsort(-np.abs(x), axis=None, kind="stable")
+    y = np.zeros(x.size)
+    k = keep[:int(density * x.size)]
+    y[k] = x.ravel()[k]
+    return y.reshape(x.shape)
+
+
+def combine(kind, x, w, density, frequency):
+    if kind in ("ties", "magnitude_prune"):
+        x = [prune(v, density) for v in x]
+    x, w = np.stack(x), np.asarray(w).reshape(-1, 1, 1)
+    if kind != "ties":
+        return (w * x).sum(0)
+    vote = (np.sign(x) if frequency else x).sum(0)
+    agree = np.sign(x) == np.where(vote >= 0, 1, -1)
+    return (w * x * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+def by_peft(kind, names, density=1.0, rank=3, frequency=False):
+    out = {}
+    src = [(adapter(SRC[n]), w) for n, w in names]
+    for m in set().union(*(a for a, _ in src)):
+        have = [(a[m], w) for a, w in src if m in a]
+        on = kind.replace("_svd", "")
+        if kind in ("svd", "ties_svd", "magnitude_prune_svd"):
+            on = {"svd": "linear"}.get(kind, on)
+            x = combine(on, [s * b @ a for (s, a, b), _ in have],
+                        [w for _, w in have], density, frequency)
+            u, s, vt = np.linalg.svd(x, full_matrices=False)
+            out[m] = u[:, :rank] * s[:rank] @ vt[:rank]
+            continue
+        c = [s * w for (s, _, _), w in have]
+        a = combine(on, [a for (_, a, _), _ in have],
+                    np.sign(c) * np.sqrt(np.abs(c)), density, frequency)
+        b = combine(on, [b for (_, _, b), _ in have], np.sqrt(np.abs(c)),
+                    density, frequency)
+        out[m] = b @ a
+    return out
+
+
+def peft():
+    two = [("plain", 0.7), ("default_keys", -0.5)]
+    inputs = [(SRC[n], {"weight": w}) for n, w in two]
+    for kind in ("linear", "ties", "magnitude_prune", "svd", "ties_svd",
+                 "magnitude_prune_svd"):
+        for frequency in ((False, True) if "ties" in kind else (False,)):
+            p = {"density": 0.4} if "ties" in kind or "prune" in kind else {}
+            if frequency:
+                p["majority_sign_method"] = "frequency"
+            merge("peft", kind, inputs, options=["--force", "--compat",
+                                                 "peft"], **p)
+            e = away(deltas("peft"), by_peft(kind, two, p.get("density", 1.0),
+                                             3, frequency))
+            check(e <= 2e-6, f"PEFT's {kind} {p}: {e:.1e}")
+    merge("peft", "cat", INPUTS, options=["--force", "--compat", "peft"])
+    check(away(deltas("peft"), TOTAL) <= 1e-7, "PEFT's cat")
+    # The exact modes against linear, at the same rank.
+    merge("svd", "svd", inputs, options=["--force"], more="rank: 3\n")
+    true = {m: 0.7 * v - 0.5 * deltas(SRC["default_keys"])[m]
+            for m, v in D["plain"].items()}
+    exact_error, linear = away(deltas("svd"), true), away(
+        by_peft("linear", two), true)
+    check(exact_error < 0.75 * linear,
+          f"svd {exact_error:.2f}, PEFT's linear {linear:.2f} of the sum")
+    # Random ones: kept part and mean over seeds.
+    kept, mean, n = [], None, 40
+    a = adapter(SRC["plain"])
+    for seed in range(n):
+        merge("dare", "dare_linear", [(SRC["plain"], {"weight": 1}),
+                                      (SRC["layers"], {"weight": 0})],
+              options=["--force", "--no-sync", "--compat", "peft",
+                       "--random-seed", seed], density=0.6)
+        t = adapter("dare")
+        kept += [(t[m][1] != 0).mean() for m in a]
+        x = {m: t[m][1] for m in a}
+        mean = x if mean is None else {m: mean[m] + x[m] for m in a}
+    check(abs(np.mean(kept) - 0.6) < 0.02, f"dare keeps {np.mean(kept):.3f}")
+    want = {m: s ** 0.5 * f for m, (s, f, _) in a.items()}
+    e = away({m: v / n for m, v in mean.items()}, want)
+    check(e < 1.5 * (0.4 / 0.6 / n) ** 0.5, f"mean of dare: {e:.3f}")
+
+
+def again():
+    r = recipe("cat", INPUTS)
+    first = run_json(TVMERGE, "run", r, "again", "--json")
+    check(first["n_resumed"] == 0, "nothing resumed")
+    before = os.stat("again/adapter_model.safetensors").st_mtime_ns
+    second = run_json(TVMERGE, "run", r, "again", "--json")
+    check(second["n_resumed"] == second["n_tensors"] == first["n_tensors"] and
+          second["digest"] == first["digest"], "the same command again")
+    check(os.stat("again/adapter_model.safetensors").st_mtime_ns == before,
+          "nothing rewritten")
+    check(not os.path.exists("again/.tvmerge"), "no state is left")
+    run(TVMERGE, "run", recipe("svd", INPUTS), "again", code=4)
+    os.mkdir("foreign")
+    with open("foreign/x", "w"):
+        pass
+    run(TVMERGE, "run", r, "foreign", code=4)
+    plan = run_json(TVMERGE, "plan", recipe("svd", INPUTS, "rank: 2\n"),
+                    "--json")
+    check(plan["ok"] and len(plan["tensors"]) == 2 * len(MODULES), "plan")
+    check(all(2 in t["shape"] for t in plan["tensors"]), "planned ranks")
+
+
+def wrong():
+    def no(code, word, method, inputs, more="", options=(), **p):
+        recipe(method, inputs, more, **p)
+        for what in (["plan", "r.yml"], ["run", "r.yml", "no"]):
+            r = run(TVMERGE, *what, *options, code=code)
+            check(word in r.stderr + r.stdout,
+                  f"{method}: {word!r} not in {r.stderr[-200:]}")
+        check(not os.path.exists("no"), f"{word}: something was written")
+
+    no(4, "lora_magnitude_vector", "cat", [(SRC["dora"], {"weight": 1})])
+    no(2, "merges no adapters", "tise", INPUTS)
+    no(2, "--compat peft", "magnitude_prune", INPUTS)
+    no(2, "no combination type", "karcher", INPUTS,
+       options=["--compat", "peft"])
+    no(2, "density", "ties", INPUTS, options=["--compat", "peft"])
+    no(4, "different ranks", "linear", INPUTS, options=["--compat", "peft"])
+    no(2, "'rank' must be", "svd", INPUTS, "rank: 0\n")
+    no(2, "cat keeps every rank", "cat", INPUTS, "rank: 3\n")
+    no(2, "weight", "ties", [(d, {"density": 0.5}) for d, _ in INPUTS],
+       "output: adapter\n")
+    no(2, "must be one number", "cat", [(SRC["plain"], {"weight": [0, 1]})])
+    no(4, "is no adapter", "cat", [(DATA + "/plain/base.safetensors",
+                                    {"weight": 1})], "output: adapter\n")
+    no(4, "conv1d", "cat", INPUTS + [(DATA + "/conv1d/nothing", {})],
+       "output: adapter\n")
+    no(5, "--memory", "svd", INPUTS, options=["--memory", "1KiB"])
+
+
+os.chdir(temp())
+exact()
+peft()
+again()
+wrong()
+finish("adapter_merge")
