@@ -127,14 +127,37 @@ static void report_missing(struct planner *pl, size_t input)
                 other == NULL ? "" : other, other == NULL ? "" : ")");
 }
 
-/* Reads the tokenizer of an input once per place; *out NULL when it has none,
- * or after a problem, which sets *bad. */
-static enum tv_err read_one(struct planner *pl, size_t input,
+/* A parsed tokenizer takes about four times its text, an edited one eight
+ * times. Small ones go into the fixed overhead that --memory allows. */
+static bool fits_memory(const struct planner *pl, size_t n_text)
+{
+    return n_text < (size_t)4 << 20 ||
+           8 * (uint64_t)n_text <= pl->plan->options.memory_bytes;
+}
+
+static void report_memory(struct planner *pl, size_t input, size_t n_text)
+{
+    char a[32];
+    char b[32];
+    const uint64_t need = 8 * (uint64_t)n_text;
+    plan_report(pl, "memory for tokenizers", 1, true, TV_E_BUDGET,
+                ref_of(pl, input),
+                "aligning a tokenizer.json of %s needs --memory %s (%llu "
+                "bytes)",
+                tv_format_bytes(n_text, a, sizeof(a)),
+                tv_format_bytes(need, b, sizeof(b)), (unsigned long long)need);
+}
+
+/* Reads the tokenizer of an input, once per contents; *out NULL when it has
+ * none, or after a problem, which sets *bad. `quiet`: what cannot be read is
+ * nothing to report. */
+static enum tv_err read_one(struct planner *pl, size_t input, bool quiet,
                             const struct tvm_vocab **out, bool *bad)
 {
     struct plan_vocab *const v = pl->vocab;
     tv_input *const in = pl->plan->inputs[input].input;
     struct tv_error e;
+    struct tv_hash hash;
     char *data = NULL;
     json_t *root = NULL;
     size_t n = 0;
@@ -142,18 +165,25 @@ static enum tv_err read_one(struct planner *pl, size_t input,
     enum tv_err rc = TV_OK;
 
     *out = NULL;
-    for (size_t i = 0; i < v->n_owned; i++) {
-        if (v->owned_by[i] == in) {
-            *out = &v->owned[i];
-            return TV_OK;
-        }
-    }
     tv_error_clear(&e);
     TV_TRY(tv_input_side_read(in, "tokenizer.json", &found, &data, &n, &e));
     if (!found)
         goto out;
+    hash = tv_hash128(data, n);
+    for (size_t i = 0; i < v->n_owned; i++) {
+        if (tv_hash_equal(v->owned_by[i], hash)) {
+            *out = &v->owned[i];
+            goto out;
+        }
+    }
+    if (!fits_memory(pl, n)) {
+        *bad = true;
+        if (!quiet)
+            report_memory(pl, input, n);
+        goto out;
+    }
     TV_TRY(tv_json_parse_exact(data, n, "tokenizer.json", &e, &root));
-    v->owned_by[v->n_owned] = in;
+    v->owned_by[v->n_owned] = hash;
     rc = tvm_vocab_read(root, "tokenizer.json", &e, &v->owned[v->n_owned++]);
     if (rc == TV_OK)
         *out = &v->owned[v->n_owned - 1];
@@ -168,7 +198,9 @@ out:
         return rc;
     }
     *bad = true;
-    plan_report(pl, "tokenizers", 10, true, rc, ref_of(pl, input), "%s", e.msg);
+    if (!quiet)
+        plan_report(pl, "tokenizers", 10, true, rc, ref_of(pl, input), "%s",
+                    e.msg);
     return TV_OK;
 }
 
@@ -228,7 +260,7 @@ static enum tv_err read_all(struct planner *pl, bool *bad)
     v->owned_by = tv_calloc(n + 1, sizeof(*v->owned_by));
     if (v->owned == NULL || v->owned_by == NULL)
         return plan_oom(pl);
-    TV_TRY(read_one(pl, v->from, &v->of[v->from].v, bad));
+    TV_TRY(read_one(pl, v->from, false, &v->of[v->from].v, bad));
     if (v->of[v->from].v == NULL) {
         if (!*bad)
             report_missing(pl, v->from);
@@ -239,7 +271,7 @@ static enum tv_err read_all(struct planner *pl, bool *bad)
         if (v->of[i].v != NULL)
             continue;
         bool broken = false;
-        TV_TRY(read_one(pl, i, &v->of[i].v, &broken));
+        TV_TRY(read_one(pl, i, false, &v->of[i].v, &broken));
         if (v->of[i].v == NULL && !broken)
             assume(pl, i, &broken);
         if (v->of[i].v != NULL && i != v->from)
@@ -282,11 +314,15 @@ const struct plan_token *plan_vocab_find(const struct plan_vocab *v,
     return find(v, s, n);
 }
 
-bool plan_vocab_dropped(const struct plan_vocab *v, const char *s, size_t n)
+bool plan_vocab_beyond(const struct plan_vocab *v, const char *s, size_t n)
 {
     const struct tvm_token *const t = tvm_vocab_find(v->of[v->from].v, s, n);
-    return t != NULL && (uint64_t)t->id >= v->of[v->from].rows &&
-           find(v, s, n) == NULL;
+    return t != NULL && (uint64_t)t->id >= v->of[v->from].rows;
+}
+
+bool plan_vocab_dropped(const struct plan_vocab *v, const char *s, size_t n)
+{
+    return plan_vocab_beyond(v, s, n) && find(v, s, n) == NULL;
 }
 
 static struct plan_token *add(struct plan_vocab *v, const char *s, size_t n,
@@ -397,8 +433,10 @@ static void unite(struct planner *pl, bool added)
     for (size_t i = 0; i < pl->plan->n_inputs; i++) {
         const struct plan_vocab_of *const of = &v->of[i];
         bool seen = i == v->from || !of->merged;
-        for (size_t k = 0; k < i && !seen; k++)
-            seen = v->of[k].merged && v->of[k].v == of->v;
+        /* Equal tokenizers over more rows have more tokens. */
+        for (size_t k = 0; k < pl->plan->n_inputs && !seen; k++)
+            seen = (k == v->from || (k < i && v->of[k].merged)) &&
+                   v->of[k].v == of->v && v->of[k].rows >= of->rows;
         for (size_t id = 0; id < of->v->n_ids && id < of->rows && !seen; id++) {
             const struct tvm_token *const t = tvm_vocab_at(of->v, (int64_t)id);
             if (t == NULL || t->added != added)
@@ -662,6 +700,105 @@ static enum tv_err choose_template(struct planner *pl)
     return TV_OK;
 }
 
+/* ---- without a block -------------------------------------------------------
+ */
+
+/* Rows of equal number are merged whatever they stand for: say so when they
+ * stand for different tokens. */
+static void compare_tokens(struct planner *pl, size_t input,
+                           const struct tvm_vocab *a, const struct tvm_vocab *b)
+{
+    const uint64_t rows = rows_of(pl, input);
+    struct names differ = {.n = 0};
+
+    tv_buf_init(&differ.b, 4096);
+    for (size_t id = 0; id < a->n_ids && id < b->n_ids && id < rows; id++) {
+        const struct tvm_token *const x = tvm_vocab_at(a, (int64_t)id);
+        const struct tvm_token *const y = tvm_vocab_at(b, (int64_t)id);
+        if (x != NULL && y != NULL &&
+            (x->n != y->n || memcmp(x->s, y->s, x->n) != 0))
+            names_add(&differ, y->s);
+    }
+    if (differ.n > 0)
+        plan_report(pl, "different tokens", 5, false, TV_OK, ref_of(pl, input),
+                    "the same ids are other tokens than in '%s': %s; rows are "
+                    "merged by number. 'tokenizer: {source: union}' in the "
+                    "recipe matches them by token",
+                    ref_of(pl, pl->st->donor), names_text(&differ));
+    tv_buf_free(&differ.b);
+}
+
+/* Equal bytes, or nothing to compare. */
+static enum tv_err same_tokenizer(struct planner *pl, size_t a, size_t b,
+                                  bool *same)
+{
+    const size_t which[] = {a, b};
+    struct tv_hash hash[2] = {{0, 0}, {0, 0}};
+    bool all = true;
+
+    for (size_t i = 0; i < 2 && all; i++) {
+        struct tv_error e;
+        char *data = NULL;
+        size_t n = 0;
+        bool found = false;
+        const enum tv_err rc =
+            tv_input_side_read(pl->plan->inputs[which[i]].input,
+                               "tokenizer.json", &found, &data, &n, &e);
+        if (rc != TV_OK && plan_fatal(rc)) {
+            if (pl->err != NULL)
+                *pl->err = e;
+            return rc;
+        }
+        all = rc == TV_OK && found;
+        if (all)
+            hash[i] = tv_hash128(data, n);
+        tv_free(data);
+    }
+    *same = !all || tv_hash_equal(hash[0], hash[1]);
+    return TV_OK;
+}
+
+static enum tv_err look_at_tokens(struct planner *pl)
+{
+    struct plan_vocab *const v =
+        tvm_arena_get(plan_arena(pl), 1, sizeof(*pl->vocab));
+    const size_t n = pl->plan->n_inputs;
+    const size_t donor = pl->st->donor;
+    const struct tvm_vocab *first = NULL;
+    bool bad = false;
+    enum tv_err rc = TV_OK;
+
+    if (v == NULL)
+        return plan_oom(pl);
+    pl->vocab = v;
+    v->owned = tv_calloc(n + 1, sizeof(*v->owned));
+    v->owned_by = tv_calloc(n + 1, sizeof(*v->owned_by));
+    if (v->owned == NULL || v->owned_by == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    for (size_t i = 0; i < n && donor < n; i++) {
+        const struct tvm_vocab *other = NULL;
+        bool same = false;
+        if (i == donor || !pl->refs[i].usable || !pl->refs[donor].usable)
+            continue;
+        TV_TRY(same_tokenizer(pl, donor, i, &same));
+        if (same)
+            continue;
+        if (first == NULL && !bad)
+            TV_TRY(read_one(pl, donor, true, &first, &bad));
+        if (first == NULL)
+            break;
+        TV_TRY(read_one(pl, i, true, &other, &bad));
+        if (other != NULL && other != first)
+            compare_tokens(pl, i, first, other);
+    }
+out:
+    plan_vocab_free(v);
+    pl->vocab = NULL;
+    return rc;
+}
+
 /* ---- all ------------------------------------------------------------------
  */
 
@@ -731,8 +868,10 @@ enum tv_err plan_vocab_make(struct planner *pl)
     bool bad = false;
     enum tv_err rc = TV_OK;
 
-    if (pl->r->vocab.source == TVM_VOCAB_NONE && !truncate)
+    if (pl->r->vocab.source == TVM_VOCAB_NONE && !truncate) {
+        TV_TRY(look_at_tokens(pl));
         return choose_template(pl);
+    }
     pl->vocab = tvm_arena_get(plan_arena(pl), 1, sizeof(*pl->vocab));
     if (pl->vocab == NULL)
         return plan_oom(pl);

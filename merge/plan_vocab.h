@@ -32,8 +32,8 @@ struct plan_token { /* of the output */
 };
 
 struct plan_vocab {
-    struct tvm_vocab *owned; /* [n_owned], of distinct tokenizers */
-    tv_input **owned_by;
+    struct tvm_vocab *owned;  /* [n_owned], of distinct tokenizers ... */
+    struct tv_hash *owned_by; /* ... by their text */
     size_t n_owned;
     struct plan_vocab_of *of;  /* [n_inputs] */
     bool truncate;             /* no tokens at all: rows are cut off */
@@ -64,7 +64,9 @@ static inline bool plan_vocab_unchanged(const struct plan_vocab *v)
 /* The output's token, NULL when it has none of this text. */
 const struct plan_token *plan_vocab_find(const struct plan_vocab *v,
                                          const char *s, size_t n);
-/* Is the text a token of the first tokenizer that the output lacks? */
+/* Is the text a token of the first tokenizer that has no row there? */
+bool plan_vocab_beyond(const struct plan_vocab *v, const char *s, size_t n);
+/* ... and that the output lacks, since no other model has one either? */
 bool plan_vocab_dropped(const struct plan_vocab *v, const char *s, size_t n);
 /* Adds a line to what is shown of the vocabulary, and a note to the plan. */
 void plan_vocab_note(struct planner *pl, const char *fmt, ...) TV_PRINTF(2, 3);

@@ -50,11 +50,20 @@ static const struct tvm_vocab *first_of(const struct plan_vocab *v)
     return v->of[v->from].v;
 }
 
+static bool is_beyond(const struct plan_vocab *v, const json_t *s)
+{
+    return json_is_string(s) &&
+           plan_vocab_beyond(v, json_string_value(s), json_string_length(s));
+}
+
 static bool is_dropped(const struct plan_vocab *v, const json_t *s)
 {
     return json_is_string(s) &&
            plan_vocab_dropped(v, json_string_value(s), json_string_length(s));
 }
+
+/* Tokens without a row leave the files first; those that another model has come
+ * back as new ones, with their new ids. */
 
 /* ---- tokenizer.json: the model --------------------------------------------
  */
@@ -67,7 +76,7 @@ static void drop_tokens(struct editor *ed, json_t *vocab)
         return;
     for (size_t i = 0; i < first->n; i++) {
         const struct tvm_token *const t = &first->tokens[i];
-        if (plan_vocab_dropped(v, t->s, t->n) &&
+        if (plan_vocab_beyond(v, t->s, t->n) &&
             json_object_del(vocab, t->s) == 0)
             ed->changed = true;
     }
@@ -97,9 +106,9 @@ static void drop_merges(struct editor *ed, json_t *merges)
         if (tvm_merge_halves(m, &l, &n_l, &r, &n_r)) {
             joined = tv_asprintf("%.*s%.*s", (int)n_l, l, (int)n_r, r);
             ed->failed = ed->failed || joined == NULL;
-            gone = plan_vocab_dropped(v, l, n_l) ||
-                   plan_vocab_dropped(v, r, n_r) ||
-                   (joined != NULL && plan_vocab_dropped(v, joined, n_l + n_r));
+            gone = plan_vocab_beyond(v, l, n_l) ||
+                   plan_vocab_beyond(v, r, n_r) ||
+                   (joined != NULL && plan_vocab_beyond(v, joined, n_l + n_r));
         }
         tv_free(joined);
         if (!gone && json_array_append(kept, m) != 0)
@@ -134,7 +143,7 @@ static void add_merges(struct editor *ed, json_t *model)
         const struct tvm_vocab *const x = v->of[i].v;
         bool seen = i == v->from || !v->of[i].merged;
         for (size_t k = 0; k < i && !seen; k++)
-            seen = v->of[k].merged && v->of[k].v == x;
+            seen = k != v->from && v->of[k].merged && v->of[k].v == x;
         for (size_t m = 0; m < x->n_merges && !seen && !ed->failed; m++) {
             const struct tvm_token *const l = &x->tokens[x->merges[m].left];
             const struct tvm_token *const r = &x->tokens[x->merges[m].right];
@@ -207,8 +216,7 @@ static void edit_added(struct editor *ed)
         put(ed, ed->root, "added_tokens", list);
     }
     for (size_t i = json_array_size(list); i-- > 0;) {
-        if (is_dropped(v,
-                       json_object_get(json_array_get(list, i), "content"))) {
+        if (is_beyond(v, json_object_get(json_array_get(list, i), "content"))) {
             (void)json_array_remove(list, i);
             ed->changed = true;
         }
@@ -335,7 +343,7 @@ static void edit_decoder(struct editor *ed)
         return;
     json_object_foreach_safe(map, tmp, key, value)
     {
-        if (is_dropped(v, json_object_get(value, "content"))) {
+        if (is_beyond(v, json_object_get(value, "content"))) {
             (void)json_object_del(map, key);
             ed->changed = true;
         }
@@ -370,7 +378,7 @@ static void edit_added_map(struct editor *ed)
 
     json_object_foreach_safe(ed->root, tmp, key, value)
     {
-        if (!plan_vocab_dropped(v, key, strlen(key)))
+        if (!plan_vocab_beyond(v, key, strlen(key)))
             continue;
         (void)json_object_del(ed->root, key);
         ed->changed = true;

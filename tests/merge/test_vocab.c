@@ -458,6 +458,55 @@ static void test_no_block(void **state)
     planned_free(&p);
 }
 
+/* Equal sizes, other tokens: rows are merged by number, and a warning says
+ * so. */
+static void test_other_tokens(void **state)
+{
+    static const char *const other[] = {"<|im_end|>", "<|im_start|>"};
+    struct planned p;
+    (void)state;
+    put_models();
+    put_model("turned", 18, 16, other, 2, 6, false);
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/chatml}, {model: $/turned}]\n",
+              NULL);
+    expect_problem(&p, false, TV_OK, "turned",
+                   "'<|im_end|>', '<|im_start|>'; rows are merged by number");
+    planned_free(&p);
+    /* By token: nothing is mixed. */
+    merge(&p, "out",
+          "merge_method: linear\nparameters: {weight: 1}\n"
+          "models: [{model: $/chatml, parameters: {weight: 0}},\n"
+          "         {model: $/turned}]\ntokenizer_source: union\n",
+          NULL);
+    assert_row("out", 16, "turned", 17, EMBED);
+    assert_row("out", 17, "turned", 16, HEAD);
+    planned_free(&p);
+}
+
+/* Tokenizers are held in memory, and --memory bounds it. */
+static void test_memory(void **state)
+{
+    struct planned p;
+    struct tvm_options o;
+    struct tv_buf b;
+    (void)state;
+    put_models();
+    tv_buf_init(&b, 16u << 20);
+    tv_buf_str(&b, "{\"model\": {\"vocab\": {\"a\": 0}}, \"x\": \"");
+    for (unsigned i = 0; i < 5u << 18; i++)
+        tv_buf_str(&b, "xxxx");
+    tv_buf_str(&b, "\"}");
+    write_text(dir, "base/tokenizer.json", b.data);
+    tv_buf_free(&b);
+    tvm_options_init(&o);
+    o.memory_bytes = 16u << 20;
+    plan_text(&p, dir, LINEAR2 "tokenizer_source: union\n", &o);
+    expect_problem(&p, true, TV_E_BUDGET, "base", "needs --memory 40");
+    planned_free(&p);
+}
+
 static void test_kinds(void **state)
 {
     struct planned p;
@@ -541,6 +590,58 @@ static void test_beyond(void **state)
     assert_int_equal(
         json_array_size(json_object_get(j, "additional_special_tokens")), 1);
     json_decref(j);
+    planned_free(&p);
+}
+
+/* The base's tokenizer knows tokens that only the donor has rows for; one of
+ * them gets another id. Also where both have the same file. */
+static void test_come_back(void **state)
+{
+    static const char *const three[] = {"<pad>", "<x>", "<|im_end|>"};
+    struct planned p;
+    (void)state;
+    put_models();
+    put_model("base3", 16, 16, three, 3, 6, false);
+    put_model("full3", 19, 16, three, 3, 7, false);
+    write_text(dir, "base3/tokenizer_config.json",
+               "{\"eos_token\": \"<|im_end|>\", \"pad_token\": \"<pad>\", "
+               "\"added_tokens_decoder\": {\"16\": {\"content\": \"<pad>\"}, "
+               "\"17\": {\"content\": \"<x>\"}, "
+               "\"18\": {\"content\": \"<|im_end|>\"}}}");
+    merge(&p, "out",
+          "merge_method: linear\nparameters: {weight: 1}\n"
+          "models: [{model: $/base3}, {model: $/chatml}]\n"
+          "tokenizer_source: union\n",
+          NULL);
+    assert_int_equal(id_of(&p, "<|im_start|>"), 16);
+    assert_int_equal(id_of(&p, "<|im_end|>"), 17);
+    assert_int_equal(id_of(&p, "<pad>"), -1);
+    assert_int_equal(n_rows("out"), 18);
+    assert_row("out", 17, "chatml", 17, EMBED);
+    {
+        json_t *j = json_of(&p, "tokenizer.json");
+        assert_int_equal(json_array_size(json_object_get(j, "added_tokens")),
+                         2);
+        json_decref(j);
+        j = json_of(&p, "tokenizer_config.json");
+        assert_non_null(json_object_get(j, "eos_token"));
+        assert_null(json_object_get(j, "pad_token"));
+        const json_t *const map = json_object_get(j, "added_tokens_decoder");
+        assert_int_equal(json_object_size(map), 2);
+        assert_string_equal(json_string_value(json_object_get(
+                                json_object_get(map, "17"), "content")),
+                            "<|im_end|>");
+        json_decref(j);
+    }
+    planned_free(&p);
+    merge(&p, "out2",
+          "merge_method: linear\nparameters: {weight: 1}\n"
+          "models: [{model: $/base3}, {model: $/full3}]\n"
+          "tokenizer_source: union\n",
+          NULL);
+    assert_int_equal(n_rows("out2"), 19);
+    assert_int_equal(id_of(&p, "<|im_end|>"), 18);
+    assert_row("out2", 18, "full3", 18, HEAD);
     planned_free(&p);
 }
 
@@ -771,8 +872,11 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_tokens, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_bad_rules, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_no_block, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_other_tokens, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_memory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_kinds, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_beyond, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_come_back, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_bpe_union, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_independence, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_ways, set_up, tear_down),
