@@ -395,6 +395,163 @@ def real_cases(b):
                   repr(text))
 
 
+def write(path, doc):
+    with open(path, "w") as f:
+        json.dump(doc, f, ensure_ascii=False, indent=2)
+
+
+def gemma_tokenizer(words, added):
+    """Metaspace by Replace, byte fallback, merges of single characters."""
+    vocab = {s: i for i, s in enumerate(
+        ["<pad>", "<eos>", "<bos>", "<unk>"]
+        + [f"<0x{i:02X}>" for i in range(256)] + ["\u2581"]
+        + [chr(c) for c in range(33, 127)])}
+    merges = []
+    for w in words:
+        for i in range(2, len(w) + 1):
+            if w[:i] not in vocab:
+                vocab[w[:i]] = len(vocab)
+                merges.append([w[:i - 1], w[i - 1]])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+    n = len(vocab)
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": s, **flags} for i, s in
+                         enumerate(["<pad>", "<eos>", "<bos>", "<unk>"])]
+        + [{"id": n + i, "content": s, **flags}
+           for i, s in enumerate(added)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "},
+                       "content": "\u2581"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "},
+                          "behavior": "MergedWithPrevious", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"},
+             "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>",
+                  "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True,
+                  "byte_fallback": True, "ignore_merges": False,
+                  "vocab": vocab, "merges": merges}}
+
+
+def put(path, seed, rows, tokenizer, config, **files):
+    model(path, rows, seed)
+    write(f"{path}/tokenizer.json", tokenizer)
+    write(f"{path}/tokenizer_config.json",
+          {"tokenizer_class": "PreTrainedTokenizerFast",
+           "model_max_length": int(1e30), **config})
+    for name, text in files.items():
+        with open(f"{path}/{name}", "w") as f:
+            f.write(text)
+
+
+def trouble_cases(b):
+    """What users of merging tools report most."""
+    p = b.root
+    # Gemma: byte fallback, ordinary tokens that only one has, chat marks
+    words = ["\u2581the", "\u2581cat", "hello", "\u2581world"]
+    other = ["\u2581the", "\u2581sum", "\u2581loop", "test"]
+    base, donor = gemma_tokenizer(words, []), gemma_tokenizer(
+        other, ["<start_of_turn>", "<end_of_turn>"])
+    n_base = len(base["model"]["vocab"])
+    n_donor = len(donor["model"]["vocab"]) + 2
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    put(f"{p}/g1", 20, n_base + 9, base, special)
+    put(f"{p}/g2", 21, n_donor, donor, special)
+    m = b.merge("gemma", linear(["g1", "g2"], "g1", 0.5,
+                                tokenizer_source="union"))
+    if m:
+        b.loads("gemma", m)
+        b.reads("gemma", m)
+        g2 = Merged(f"{p}/g2")
+        got = m.tok.tokenize("test sum the")
+        check("gemma: words of both", got == ["test", "\u2581sum",
+                                              "\u2581the"], got)
+        check("gemma: their rows", all(
+            torch.equal(m.row(t), g2.row(t))
+            for t in ("\u2581sum", "<end_of_turn>", "test")))
+        check("gemma: padding not cut", m.w[EMBED].shape[0] >= n_base + 9)
+    # Qwen: more rows than tokens, in all models
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    qwen = gemma_tokenizer(words, marks)
+    n = len(qwen["model"]["vocab"]) + 3
+    for i, name in enumerate(("q1", "q2")):
+        put(f"{p}/{name}", 30 + i, n + 100, qwen,
+            {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    plain = b.merge("qwen no block", linear(["q1", "q2"], "q1"))
+    for source in ("union", "base", "q2"):
+        m = b.merge(f"qwen {source}", linear(["q1", "q2"], "q1",
+                                             tokenizer_source=source))
+        if m and plain:
+            check(f"qwen {source}: the same as without a block", all(
+                torch.equal(m.w[k], plain.w[k]) for k in plain.w)
+                and m.config["vocab_size"] == n + 100)
+    m = b.merge("qwen padded", linear(["q1", "q2"], "q1", tokenizer={
+        "source": "union", "pad_to_multiple_of": 64}))
+    if m:
+        check("qwen padded: as asked for", m.config["vocab_size"]
+              == (n + 63) // 64 * 64)
+        b.loads("qwen padded", m)
+    # Mistral: 32000 against 32002 with ChatML, files of older versions; the
+    # base's tokenizer has a pad token beyond its embedding
+    mistral = gemma_tokenizer(words, ["[PAD]"])
+    chat = gemma_tokenizer(words, ["<|im_end|>", "<|im_start|>"])
+    n = len(mistral["model"]["vocab"])
+
+    def decoder(t):
+        return {str(x["id"]): {k: v for k, v in x.items() if k != "id"}
+                for x in t["added_tokens"]}
+    put(f"{p}/m1", 40, n, mistral, {
+        **special, "pad_token": "[PAD]", "added_tokens_decoder":
+        decoder(mistral)}, **{
+            "special_tokens_map.json": json.dumps({
+                "bos_token": {"content": "<bos>"}, "pad_token": "[PAD]"}),
+            "added_tokens.json": json.dumps({"[PAD]": n}),
+            "tokenizer.model": "not read"})
+    put(f"{p}/m2", 41, n + 2, chat, {
+        "bos_token": "<bos>", "eos_token": "<|im_end|>",
+        "added_tokens_decoder": decoder(chat),
+        "chat_template": "{{ 'x' }}"})
+    with open(f"{p}/m2/config.json") as f:
+        config = json.load(f)
+    write(f"{p}/m2/config.json", {**config, "eos_token_id": n})
+    for source, eos in (("union", "<eos>"), ("m2", "<|im_end|>")):
+        m = b.merge(f"mistral {source}", {**linear(
+            ["m1", "m2"], "m1", 0.5, tokenizer_source=source),
+            "merge_method": "task_arithmetic"})
+        if not m:
+            continue
+        check(f"mistral {source}: sizes", m.config["vocab_size"] == n + 2
+              and len(m.tok) == n + 2 and "[PAD]" not in m.vocab,
+              (m.config["vocab_size"], len(m.tok)))
+        check(f"mistral {source}: eos", m.tok.eos_token == eos
+              and m.tok.pad_token is None, (m.tok.eos_token,
+                                            m.tok.pad_token))
+        m2 = Merged(f"{p}/m2")
+        check(f"mistral {source}: rows of the marks", all(torch.allclose(
+            m.row(t), m2.row(t), atol=1e-6)
+            for t in ("<|im_start|>", "<|im_end|>")))
+        b.loads(f"mistral {source}", m)
+        b.reads(f"mistral {source}", m)
+    check("mistral m2: config's eos is the tokenizer's",
+          m.config["eos_token_id"] == m.vocab["<|im_end|>"])
+    # one file with the ids turned round, sizes equal
+    put(f"{p}/m3", 42, n + 2, gemma_tokenizer(
+        words, ["<|im_start|>", "<|im_end|>"]), special)
+    r, _ = b.run(linear(["m2", "m3"], "m2"))
+    check("equal sizes, other ids: warning", r.returncode == 0
+          and "merged by number" in r.stderr, r.stderr)
+    m = b.merge("turned", linear(["m2", "m3"], "m2",
+                                 tokenizer_source="union"))
+    m3 = Merged(f"{p}/m3")
+    check("turned: by token", torch.allclose(
+        m.row("<|im_start|>"), (m2.row("<|im_start|>")
+                                + m3.row("<|im_start|>")) / 2, atol=1e-6))
+
+
 def tied_cases(b):
     p = b.root
     tok = list_tokenizer(64, [])
@@ -469,6 +626,7 @@ def main():
         b.data = sys.argv[3] if len(sys.argv) > 3 else None
         mergekit_cases(b)
         real_cases(b)
+        trouble_cases(b)
         tied_cases(b)
         adapter_cases(b)
     print(f"{failed} failed")
