@@ -14,6 +14,7 @@ static const struct tvc_command *const commands[] = {
     &tvc_cmd_plan,
     &tvc_cmd_status,
     &tvc_cmd_methods,
+    &tvc_cmd_extract,
 };
 
 /* A recipe: a file that is there, or the name of one that is missing. */

@@ -258,6 +258,8 @@ struct tvm_result {
     struct tv_hash digest;
     uint64_t n_nonfinite_in, n_nonfinite_out;
     bool already_done; /* the same merge was complete before */
+    size_t n_left_out; /* extract-lora: tensors that differ, but have no place
+                        * in the adapter */
     struct tvm_cache_use cache;
     double t_read, t_compute, t_write, t_sync; /* seconds summed over workers */
 };

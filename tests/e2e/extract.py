@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""extract.py BIN_DIR QUICKSTART ADAPTERS
+
+tvmerge extract-lora: factors are the best of their rank (full SVD), or as good
+within 1e-4 (randomized); the energy reported is the energy kept; at full rank
+with embeddings and norms base+adapter is the fine-tune again; a low-rank
+fine-tune comes back as it was, [in, out] matrices too.
+"""
+import json
+import os
+import sys
+
+import numpy as np
+
+from common import check, finish, read_safetensors, run, run_json, temp
+
+BIN, QUICK, DATA = map(os.path.abspath, sys.argv[1:4])
+TVMERGE = os.path.join(BIN, "tvmerge")
+BASE, FT = os.path.join(QUICK, "base"), os.path.join(QUICK, "ft-code")
+
+
+def values(path):
+    out = {}
+    for k, (d, s, b) in read_safetensors(path).items():
+        x = (np.frombuffer(b, np.uint16).astype(np.uint32) << 16).view(
+            np.float32) if d == "BF16" else np.frombuffer(b, np.float32)
+        out[k] = x.astype(np.float64).reshape(s)
+    return out
+
+
+def extract(out, *options, model=FT, base=BASE, code=0):
+    return run_json(TVMERGE, "extract-lora", "--model", model, "--base", base,
+                    out, "--json", *options, code=code)
+
+
+def apply(base, adapter, out):
+    with open("a.yml", "w") as f:
+        f.write("merge_method: passthrough\nmodels:\n"
+                f"- model: {base}+{adapter}\nout_dtype: float32\n")
+    run(TVMERGE, "run", "a.yml", out, code=0)
+    return values(out)
+
+
+def size(x):
+    return np.sqrt(sum((v ** 2).sum() for v in x.values()))
+
+
+def optimal():
+    base, ft = values(BASE), values(FT)
+    for i, how in enumerate(("full", "randomized")):
+        r = extract(f"x{i}", "--rank", "4", "--svd", how)
+        got = apply(BASE, f"x{i}", f"y{i}")
+        check(len(r["layers"]) > 10, "layers are listed")
+        for x in r["layers"]:
+            k = x["name"] + ".weight"
+            d = ft[k] - base[k]
+            s = np.linalg.svd(d, compute_uv=False)
+            best = np.sqrt((s[4:] ** 2).sum())
+            e = np.linalg.norm(got[k] - ft[k])
+            check(x["randomized"] == (how == "randomized"), f"{k}: how")
+            check(e <= best * (1 + 1e-4) + 1e-6 * np.linalg.norm(base[k]),
+                  f"{k}, {how}: {e} instead of {best}")
+            energy = (s[:4] ** 2).sum() / (s ** 2).sum()
+            check(abs(x["energy"] - energy) < 1e-4, f"{k}: energy")
+    r = extract("eps", "--rank", "64", "--sv-epsilon", "0.2")
+    for x in r["layers"]:
+        k = x["name"] + ".weight"
+        s = np.linalg.svd(ft[k] - base[k], compute_uv=False)
+        check(x["rank"] == (s > 0.2 * s[0]).sum(), f"{k}: rank by epsilon")
+
+
+def whole():
+    base, ft = values(BASE), values(FT)
+    r = extract("all", "--rank", "4096", "--embeddings", "--norms")
+    check(r["n_left_out"] == 0, "nothing is left out")
+    got = apply(BASE, "all", "all-y")
+    e = size({k: got[k] - ft[k] for k in ft}) / size(
+        {k: ft[k] - base[k] for k in ft})
+    check(e < 2e-6, f"full rank: {e:.1e}")
+    for k in ft:
+        if "norm" in k or "embed" in k:
+            check((got[k] == ft[k]).all(), f"{k} is the fine-tune's")
+    again = extract("all", "--rank", "4096", "--embeddings", "--norms")
+    check(again["already_done"] and again["digest"] == r["digest"], "again")
+    run(TVMERGE, "extract-lora", "--model", FT, "--base", BASE, "--rank", "3",
+        "all", code=4)
+    small = extract("small", "--rank", "4096", "--embeddings", "--norms",
+                    "--memory", "16MiB", "--threads", "1")
+    check(small["digest"] == r["digest"], "digest with 16 MiB")
+
+
+def low_rank():
+    """What PEFT merged comes out again, with its rank."""
+    for case in ("plain", "conv1d", "patterns"):
+        d = os.path.join(DATA, case)
+        base, merged = d + "/base.safetensors", d + "/merged.safetensors"
+        r = extract(case, "--rank", "12", "--sv-epsilon", "1e-4", model=merged,
+                    base=base)
+        check(all(x["rank"] <= 5 and x["energy"] > 1 - 1e-9
+                  for x in r["layers"]), f"{case}: {r['layers'][:2]}")
+        b, w = values(base), values(merged)
+        got = {k: v for k, v in b.items()}
+        with open(case + "/adapter_config.json") as f:
+            c = json.load(f)
+        t = values(case)
+        for x in r["layers"]:
+            p = "base_model.model." + x["name"]
+            m = t[p + ".lora_B.weight"] @ t[p + ".lora_A.weight"]
+            k = x["name"] + ".weight"
+            k = k if k in b else k[len("transformer."):]
+            got[k] = b[k] + (m.T if c["fan_in_fan_out"] else m)
+        e = size({k: got[k] - w[k] for k in w}) / size(
+            {k: w[k] - b[k] for k in w})
+        check(e < 2e-6, f"{case}: {e:.1e}")
+
+
+def wrong():
+    for code, more in ((2, ["--model", FT, "--base", BASE]),
+                       (2, ["--model", FT, "--rank", "4"]),
+                       (2, ["--model", FT, "--base", BASE, "--rank", "0"]),
+                       (4, ["--model", BASE, "--base", BASE, "--rank", "4"]),
+                       (4, ["--model", FT, "--base", "nothing", "--rank", "4"]),
+                       (4, ["--model", DATA + "/plain/base.safetensors",
+                            "--base", BASE, "--rank", "4"]),
+                       (4, ["--model", DATA + "/plain/adapter", "--base", BASE,
+                            "--rank", "4"])):
+        run(TVMERGE, "extract-lora", *more, "no", code=code)
+        check(not os.path.exists("no/adapter_config.json"), f"{more}: output")
+
+
+os.chdir(temp())
+optimal()
+whole()
+low_rank()
+wrong()
+finish("extract")
