@@ -11,6 +11,7 @@
 
 #include <jansson.h>
 
+#include "faults.h"
 #include "fixture.h"
 #include "plan_fixture.h"
 #include "tv/alloc.h"
@@ -820,6 +821,68 @@ static void test_ways(void **state)
     tv_free(path);
 }
 
+/* ---- no memory ------------------------------------------------------------
+ */
+
+struct want { /* of a plan with all the memory that it asks for */
+    char *recipe;
+    struct tv_hash hash;
+};
+
+static enum tv_err plan_once(void *arg, struct tv_error *err)
+{
+    struct want *const w = arg;
+    struct tvm_problems problems;
+    struct tvm_options o;
+    struct tvm_plan *plan = NULL;
+    tvm_recipe *r = NULL;
+    enum tv_err rc = TV_OK;
+
+    tvm_problems_init(&problems);
+    tvm_options_init(&o);
+    rc = tvm_recipe_load(w->recipe, &problems, err, &r);
+    if (rc == TV_OK)
+        rc = tvm_plan_make(r, &o, &problems, err, &plan);
+    if (rc == TV_OK) {
+        /* Whoever goes on without some memory decides the same. */
+        if (problems.n_errors > 0)
+            print_problems(&problems);
+        assert_int_equal(problems.n_errors, 0);
+        if (w->hash.lo == 0 && w->hash.hi == 0)
+            w->hash = plan->hash;
+        assert_true(tv_hash_equal(w->hash, plan->hash));
+    }
+    tvm_plan_free(plan);
+    tvm_recipe_free(r);
+    tvm_problems_free(&problems);
+    return rc;
+}
+
+static void test_no_memory(void **state)
+{
+    static const char text[] =
+        "merge_method: linear\nparameters: {weight: 1}\n"
+        "models: [{model: %s/base3}, {model: %s/chatml}]\n"
+        "chat_template: auto\n"
+        "tokenizer: {source: union, tokens: {t4: {source: {kind: zero}}}}\n";
+    static const char *const three[] = {"<pad>", "<x>", "<|im_end|>"};
+    struct want w = {NULL, {0, 0}};
+    struct tv_error err;
+    char recipe[1024];
+    (void)state;
+
+    put_model("base3", 5, 5, three, 3, 6, false);
+    put_model("chatml", 7, 5, chatml, 2, 2, false);
+    write_text(dir, "base3/tokenizer_config.json",
+               "{\"pad_token\": \"<pad>\", \"chat_template\": \"{{ x }}\", "
+               "\"added_tokens_decoder\": {\"5\": {\"content\": \"<pad>\"}}}");
+    (void)snprintf(recipe, sizeof(recipe), text, dir, dir);
+    w.recipe = tmpdir_write(dir, "r.yml", recipe, strlen(recipe));
+    assert_ok(plan_once(&w, &err), &err);
+    assert_true(faults_loop_alloc(plan_once, &w, true) > 300);
+    tv_free(w.recipe);
+}
+
 /* ---- chat templates -------------------------------------------------------
  */
 
@@ -880,6 +943,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_bpe_union, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_independence, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_ways, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_no_memory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_chat, set_up, tear_down),
     };
     json_set_alloc_funcs(tv_alloc, tv_free);
