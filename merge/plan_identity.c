@@ -268,11 +268,58 @@ static bool put_slices(json_t *to, const struct tvm_recipe *r)
     return false;
 }
 
+/* Where a token's row comes from, as one line. */
+static json_t *token_json(const struct tvm_recipe_token *t)
+{
+    char *const ref =
+        t->model.text == NULL ? NULL : portable_ref(t->model.text);
+    const char *const force = t->force ? ", forced" : "";
+    json_t *j = NULL;
+    if (t->from == TVM_TOKEN_OTHER && t->other != NULL)
+        j = json_sprintf("'%s' of %s%s", t->other, ref, force);
+    else if (t->from == TVM_TOKEN_OTHER)
+        j = json_sprintf("%lld of %s%s", (long long)t->other_id, ref, force);
+    else
+        j = json_sprintf("%s%s",
+                         t->from == TVM_TOKEN_ZERO    ? "zero"
+                         : t->from == TVM_TOKEN_MODEL ? ref
+                                                      : "default",
+                         force);
+    tv_free(ref);
+    return j;
+}
+
+static bool put_vocab(json_t *to, const struct tvm_recipe_vocab *v)
+{
+    static const char *const sources[] = {"none", "union", "base", "model"};
+    json_t *const j = json_object();
+    json_t *const tokens = json_object();
+    bool ok = j != NULL && tokens != NULL &&
+              json_object_set_new(j, "source",
+                                  json_string(sources[v->source])) == 0 &&
+              put_ref(j, "model", v->model.text) &&
+              json_object_set_new(j, "pad_to_multiple_of",
+                                  json_integer(v->pad_to)) == 0;
+    for (size_t i = 0; ok && i < v->n_tokens; i++)
+        ok = json_object_set_new(tokens, v->tokens[i].token,
+                                 token_json(&v->tokens[i])) == 0;
+    ok = ok && json_object_set(j, "tokens", tokens) == 0;
+    json_decref(tokens);
+    if (ok && v->chat_template != NULL)
+        ok = json_object_set_new(to, "chat_template",
+                                 json_string(v->chat_template)) == 0;
+    if (ok && v->source != TVM_VOCAB_NONE)
+        return json_object_set_new(to, "tokenizer", j) == 0;
+    json_decref(j);
+    return ok;
+}
+
 static json_t *recipe_json(const struct tvm_recipe *r)
 {
     json_t *const j = json_object();
     if (j != NULL && put_ref(j, "base_model", r->base.text) &&
-        put_parameters(j, r, r->parameters) && put_slices(j, r))
+        put_parameters(j, r, r->parameters) && put_slices(j, r) &&
+        put_vocab(j, &r->vocab))
         return j;
     json_decref(j);
     return NULL;

@@ -793,6 +793,16 @@ static void test_ways(void **state)
     assert_true(result.n_resumed > 0);
     want = result.digest;
     planned_free(&p);
+    /* Another block is another merge, and a refusal names it. */
+    (void)snprintf(recipe, sizeof(recipe),
+                   "merge_method: linear\nbase_model: $/base\n"
+                   "parameters: {weight: 1}\nmodels: [{model: $/base}, "
+                   "{model: $/padded}, {model: $/chatml}]\n"
+                   "tokenizer: {source: union, pad_to_multiple_of: 7}\n");
+    plan_good(&p, dir, recipe, &o);
+    assert_code(tvm_run(p.plan, NULL, &result, &err), TV_E_CHANGED, &err);
+    assert_message(&err, "pad_to_multiple_of");
+    planned_free(&p);
     tv_free(out);
     assert_row("out2", 16, "padded", 16, EMBED);
 
