@@ -9,6 +9,7 @@
 #include "progress.h"
 #include "store_open.h"
 #include "tensor_read.h"
+#include "adapter_info.h"
 #include "tv/alloc.h"
 #include "tv/model.h"
 #include "tv/text.h"
@@ -161,33 +162,44 @@ static enum tv_err tensors_table(struct tvc *c, const struct tv_tensor_list *l,
     return tvc_table_end(&c->out, &t, &c->err);
 }
 
-static enum tv_err ls_tensors(struct tvc *c, tv_read *read, const char *name)
+static enum tv_err ls_tensors(struct tvc *c, tv_store *store, tv_read *read,
+                              const char *name)
 {
     const struct opts *o = c->opt;
     const char *layer = o->layer ? o->layer : "";
     struct tv_object *object = NULL;
     struct tv_tensor_list *list = NULL;
+    json_t *adapter = NULL;
     enum tv_err rc = TV_OK;
 
     TV_TRY(tv_object_find(read, name, true, &c->err, &object));
     TV_TRY(tv_tensor_list(read, object->id, &c->err, &list));
+    if (object->complete && object->kind == TV_KIND_ADAPTER && !c->out.quiet)
+        TV_TRY(tvc_adapter_json(c, store, object->name, &adapter));
     if (c->out.json) {
         json_t *all = json_array();
         for (size_t i = 0; i < list->n; i++)
             if (has_prefix(list->items[i].name, layer))
                 (void)json_array_append_new(all, tensor_json(&list->items[i]));
-        tvc_out_json(&c->out,
-                     json_pack("{s:s, s:o, s:o}", "schema", "tvstore.ls/1",
-                               "object", tvc_object_json(object), "tensors",
-                               all));
+        json_t *doc =
+            json_pack("{s:s, s:o, s:o}", "schema", "tvstore.ls/1", "object",
+                      tvc_object_json(object), "tensors", all);
+        if (adapter)
+            (void)json_object_set(doc, "adapter", adapter);
+        tvc_out_json(&c->out, doc);
     } else if (c->out.quiet) {
         for (size_t i = 0; i < list->n; i++)
             if (has_prefix(list->items[i].name, layer))
                 tvc_out(&c->out, "%s\n", list->items[i].name);
     } else {
         rc = tensors_table(c, list, layer);
+        if (rc == TV_OK && adapter) {
+            tvc_out(&c->out, "\n");
+            rc = tvc_adapter_lines(c, adapter);
+        }
     }
 out:
+    json_decref(adapter);
     tv_tensor_list_free(list);
     tv_object_free(object);
     return rc;
@@ -207,7 +219,7 @@ static int run_ls(struct tvc *c)
     TV_TRY(tvc_store_open(c, c->pos[0], true, &c->err, &store));
     TV_TRY(tv_read_begin(store, &c->err, &read));
     if (c->n_pos > 1)
-        rc = ls_tensors(c, read, c->pos[1]);
+        rc = ls_tensors(c, store, read, c->pos[1]);
     else
         rc = ls_objects(c, read);
 out:
@@ -253,6 +265,7 @@ static json_t *stats_json(const struct tvk_stats *s, uint64_t n_elems)
 
 struct info {
     struct tvc *c;
+    tv_store *store;
     tv_read *read;
     struct tv_object *object;
     struct tv_tensor_list *list;
@@ -483,6 +496,7 @@ static enum tv_err info_object(struct info *in)
     const struct tv_object *o = in->object;
     struct tv_hash digest = {0};
     char hex[33] = "";
+    json_t *adapter = NULL;
     enum tv_err rc = TV_OK;
 
     /* Linked tensors that nobody has read yet would have to be read now. */
@@ -495,10 +509,18 @@ static enum tv_err info_object(struct info *in)
             return rc;
         tv_hash_hex(digest, hex);
     }
+    if (o->complete && o->kind == TV_KIND_ADAPTER) {
+        rc = tvc_adapter_json(c, in->store, o->name, &adapter);
+        if (rc != TV_OK)
+            return rc;
+    }
     if (!c->out.json) {
         object_lines(in, hex);
-        if (!opt->stats)
-            return TV_OK;
+        if (adapter)
+            rc = tvc_adapter_lines(c, adapter);
+        json_decref(adapter);
+        if (rc != TV_OK || !opt->stats)
+            return rc;
         tvc_out(&c->out, "\n");
         return object_stats(in, NULL);
     }
@@ -514,6 +536,9 @@ static enum tv_err info_object(struct info *in)
     (void)json_object_set_new(object, "digest",
                               *hex ? json_string(hex) : json_null());
     (void)json_object_set_new(object, "model", arch_json(in->arch));
+    if (o->kind == TV_KIND_ADAPTER)
+        (void)json_object_set_new(object, "adapter",
+                                  adapter ? adapter : json_null());
     (void)json_object_set_new(object, "files", files_json(o));
     json_t *doc = info_document(object);
     if (opt->stats)
@@ -648,6 +673,7 @@ static int run_info(struct tvc *c)
     if (tensor)
         *tensor++ = '\0';
     TV_TRY(tvc_store_open(c, c->pos[0], true, &c->err, &store));
+    in.store = store;
     TV_TRY(tv_read_begin(store, &c->err, &in.read));
     TV_TRY(tv_object_find(in.read, name, true, &c->err, &in.object));
     TV_TRY(tv_tensor_list(in.read, in.object->id, &c->err, &in.list));

@@ -10,11 +10,8 @@
 #include "tv/sys.h"
 
 static const struct tvc_command *const commands[] = {
-    &tvc_cmd_run,
-    &tvc_cmd_plan,
-    &tvc_cmd_status,
-    &tvc_cmd_methods,
-    &tvc_cmd_extract,
+    &tvc_cmd_run,     &tvc_cmd_plan,    &tvc_cmd_status,
+    &tvc_cmd_methods, &tvc_cmd_extract,
 };
 
 /* A recipe: a file that is there, or the name of one that is missing. */

@@ -80,6 +80,45 @@ def one(name):
         check(a == b, f"{name}: {f} came back changed")
 
 
+def described():
+    """ls and info: ranks, scalings and norms; export with adapters."""
+    for name in ("plain", "rslora", "patterns", "conv1d", "conv2d", "embedding",
+                 "experts", "experts_transposed", "lora_bias", "dora"):
+        d = os.path.join(DATA, name)
+        base, merged = (values(os.path.join(d, f + ".safetensors"))
+                        for f in ("base", "merged"))
+        a = run_json(TVSTORE, "info", "s", name, "--json")["adapter"]
+        check(run_json(TVSTORE, "ls", "s", name, "--json")["adapter"] == a,
+              f"{name}: ls and info agree")
+        total = sum(((merged[k] - base[k]) ** 2).sum() for k in base) ** 0.5
+        if name == "dora":
+            check(a["norm"] is None and a["modules"][0]["kind"] == "dora",
+                  "the norm of DoRA needs the base")
+            continue
+        check(a["norm"] is None if name == "embedding" else
+              abs(a["norm"] - total) <= 2e-6 * total,
+              f"{name}: norm {a['norm']} instead of {total}")
+        for m in a["modules"]:
+            k = m["target"]
+            if k in base and m["norm"] is not None:
+                want = ((merged[k] - base[k]) ** 2).sum() ** 0.5
+                check(abs(m["norm"] - want) <= 2e-6 * want, f"{name}: {k}")
+    p = run_json(TVSTORE, "info", "s", "plain", "--json")["adapter"]
+    check((p["rank"], p["alpha"], sorted(p["target_modules"])) ==
+          (3, 5, ["down_proj", "q_proj", "v_proj"]), "rank, alpha, targets")
+    check(abs(p["scaling"] - 5 / 3) < 1e-12, "scaling")
+    a = run_json(TVSTORE, "info", "s", "patterns", "--json")["adapter"]
+    check(a["rank"] is None and a["modules"][0]["rank"] > 0, "ranks differ")
+    text = run(TVSTORE, "info", "s", "plain", code=0).stdout
+    check("targets" in text and "down_proj" in text, "info as text")
+    run(TVSTORE, "export", "s", "plain.base+plain*0.5", "half", code=0)
+    r = run(TVSTORE, "diff", "s", "half/model.safetensors",
+            "store:plain.base+store:plain*0.5", code=0)
+    check("all equal" in r.stdout, "export with an adapter")
+    run(TVSTORE, "export", "s", "plain.base+nothing", "no", code=4)
+    check(not os.path.exists("no"), "nothing is exported")
+
+
 def refused(name):
     d = os.path.join(DATA, name)
     with open("r.yml", "w") as f:
@@ -149,6 +188,7 @@ for case in sorted(os.listdir(DATA)):
     elif os.path.isdir(os.path.join(DATA, case)):
         one(case)
 several()
+described()
 damaged("plain", "v_proj.lora_A", poke(np.nan), 12, "finite")
 damaged("plain", "v_proj.lora_B", poke(np.inf), 12, "finite")
 damaged("dora", "magnitude_vector", poke(np.nan), 12, "finite")

@@ -64,6 +64,14 @@ void tva_patch_close(struct tva_patch *p);
 void tva_patch_apply(const struct tva_patch *p, const struct tvk_table *k,
                      uint64_t start, size_t n, float *y, float *scratch);
 
+/* Frobenius norm of what a change adds (LoRA, biases of lora_B), from Gram
+ * matrices of its factors. *known false: DoRA and replaced values, which the
+ * base decides. */
+TV_NODISCARD enum tv_err tva_change_norm(const struct tv_adapter_module *m,
+                                         tv_input *from,
+                                         const struct tvk_table *k, bool *known,
+                                         double *norm, struct tv_error *err);
+
 /* Are all factors and magnitudes finite? Else CORRUPT names the tensor. */
 TV_NODISCARD enum tv_err tva_adapter_check(const tv_adapter *a,
                                            const struct tvk_table *k,
