@@ -50,8 +50,8 @@ const struct argp_option tvc_merge_options[] = {
     {"quota", KEY_QUOTA, "SIZE", 0,
      "Most bytes that OUT may take on disk meanwhile", 0},
     {"compat", KEY_COMPAT, "TOOL", 0,
-     "Reproduce another tool's arithmetic: peft, for adapters (mergekit: "
-     "later release)",
+     "Reproduce another tool's arithmetic: mergekit, for models (roundings, "
+     "random stream); peft, for adapters",
      0},
     {"no-copy-tokenizer", KEY_NO_COPY_TOKENIZER, NULL, 0,
      "Leave the tokenizer files out", 0},
@@ -108,11 +108,8 @@ static error_t option_compat(struct tvc *c, const char *arg)
     if (strcmp(arg, "mergekit") != 0)
         return tvc_bad(c, "--compat: '%s' is not known; mergekit and peft are",
                        arg);
-    (void)tvc_refuse(c, TV_E_UNSUPPORTED,
-                     "--compat mergekit arrives with a later release");
-    tv_error_hint(&c->err, "without it recipes mean the same; arithmetic is "
-                           "fp32 with one rounding");
-    return EINVAL;
+    o->options.compat_mergekit = true;
+    return 0;
 }
 
 static error_t option_reject(struct tvc *c, int key)

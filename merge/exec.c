@@ -33,8 +33,10 @@
 #include <time.h>
 
 #include "cache.h"
+#include "compat.h"
 #include "gather.h"
 #include "method.h"
+#include "mt.h"
 #include "source.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
@@ -234,6 +236,7 @@ static uint64_t plan_memory(const struct tvm_plan *p, struct geometry *g,
     g->other_bytes = is_into(p) ? budget / 4 : 1u << 20;
     if (is_into(p) && g->other_bytes > (64u << 20))
         g->other_bytes = 64u << 20;
+    g->other_bytes += tvm_mt_stream_bytes(p->n_draws);
     measure_workers(p, g);
     g->buf_bytes = least > BUF_BYTES_MAX ? least : BUF_BYTES_MAX;
     for (;;) {
@@ -334,6 +337,7 @@ struct exec {
     const struct tvm_run_hooks *hooks;
     const struct tvk_table *k;
     struct tvm_cache *cache;
+    struct tvm_mt_stream *stream;
     struct geometry g;
     struct worker *workers;
 
@@ -503,6 +507,7 @@ static enum tv_err open_slot(struct exec *ex, struct slot *s,
     s->job.state = s->mem + s->layout.state;
     s->job.k = ex->k;
     s->job.seed = ex->p->options.seed;
+    s->job.stream = ex->stream;
     TV_TRY(tvm_cached_begin(ex->cache, s->index, &s->cached, err));
     s->job.trim = s->cached.trim;
     for (size_t i = 0; i < t->n_sources; i++) {
@@ -707,6 +712,8 @@ static const float *read_block(struct exec *ex, struct worker *w,
         if (here > 0 && s->cached.n > 0)
             atomic_fetch_add(&s->cached.src[source].n_nonfinite, here);
     }
+    if (s->t->compute != TV_DTYPE_NONE)
+        x = tvm_compat_input(k, s->t, source, x, at, n);
     if (mask && s->pass == PASS_COMBINE)
         tvm_cached_keep_values(&s->cached, source, k, start, n, mask, x,
                                w->dst);
@@ -1309,6 +1316,9 @@ enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
             ex.bytes_resumed += p->tensors[i].bytes;
         }
     TV_TRY(tvm_cache_open(p, ex.g.cache_bytes, err, &ex.cache));
+    if (ex.n_resumed < p->n_tensors)
+        TV_TRY(
+            tvm_mt_stream_open(p->options.seed, p->n_draws, err, &ex.stream));
     TV_TRY(set_up(&ex, err));
     ex.n_working = ex.g.n_workers;
     TV_TRY(tv_pool_open(ex.g.n_workers + 1, err, &pool));
@@ -1320,6 +1330,7 @@ enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
         *err = ex.err;
 out:
     tv_pool_close(pool);
+    tvm_mt_stream_close(ex.stream);
     tear_down(&ex);
     return rc;
 }

@@ -47,8 +47,9 @@ struct tvm_job {
     const struct tvm_tensor *tensor;
     const struct tvk_table *k;
     uint64_t seed;
-    uint64_t n_leaves;   /* of TVK_LEAF elements */
-    uint64_t tile_elems; /* elements per tile of this tensor */
+    const struct tvm_mt_stream *stream; /* mt.h; NULL: nobody draws from it */
+    uint64_t n_leaves;                  /* of TVK_LEAF elements */
+    uint64_t tile_elems;                /* elements per tile of this tensor */
     uint64_t n_tiles;
     unsigned n_workers; /* highest worker index + 1 */
     void *state;        /* state_bytes(job) of zeroed memory */
@@ -110,6 +111,14 @@ struct tvm_method {
                   bool *needs_sums);
     /* Called at the start of each tile of each pass; may be NULL. */
     void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
+
+    /* The same method in mergekit's arithmetic (compat.h), with the same
+     * parameters; NULL: the engine rounds the inputs to the compute dtype and
+     * the rest stays as it is. Its functions round every step to
+     * tensor->compute and give dst in it. */
+    const struct tvm_method *compat;
+    /* Of such a variant: how many numbers of the stream a tensor takes. */
+    uint64_t (*draws)(const struct tvm_tensor *t);
 };
 
 /* A problem for every parameter value that is not a finite number. */

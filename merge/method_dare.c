@@ -11,8 +11,17 @@
 #include "method_gta.h"
 
 static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(0.0, 1.0);
-static const struct gta_detail linear = {GTA_RANDOM, false};
-static const struct gta_detail ties = {GTA_RANDOM, true};
+static const struct gta_detail linear = {GTA_RANDOM, false, false};
+static const struct gta_detail linear_compat = {GTA_RANDOM, false, true};
+static const struct gta_detail ties = {GTA_RANDOM, true, false};
+static const struct gta_detail ties_compat = {GTA_RANDOM, true, true};
+
+static const struct tvm_method compat_linear = {
+    .name = "dare_linear",
+    .params = params,
+    .detail = &linear_compat,
+    GTA_COMPAT_FUNCTIONS,
+};
 
 const struct tvm_method tvm_method_dare_linear = {
     .name = "dare_linear",
@@ -20,7 +29,15 @@ const struct tvm_method tvm_method_dare_linear = {
     .paper = "DARE, Yu et al. 2024, arXiv 2311.03099",
     .params = params,
     .detail = &linear,
+    .compat = &compat_linear,
     GTA_FUNCTIONS,
+};
+
+static const struct tvm_method compat_ties = {
+    .name = "dare_ties",
+    .params = params,
+    .detail = &ties_compat,
+    GTA_COMPAT_FUNCTIONS,
 };
 
 const struct tvm_method tvm_method_dare_ties = {
@@ -30,5 +47,6 @@ const struct tvm_method tvm_method_dare_ties = {
              "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
     .params = params,
     .detail = &ties,
+    .compat = &compat_ties,
     GTA_FUNCTIONS,
 };

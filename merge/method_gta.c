@@ -24,6 +24,9 @@
  */
 #include "method_gta.h"
 
+#include "compat_gta.h"
+#include "mt.h"
+
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
@@ -44,6 +47,8 @@ struct donor {
     size_t slot; /* KEEP_TOP: place in the arrays of struct gta_state */
     bool needs_low, needs_count;
     uint64_t key, threshold; /* KEEP_RANDOM */
+    float p;                 /* ... of mergekit's stream */
+    size_t draw;             /* ... place in mt_tile */
     uint64_t k; /* KEEP_TOP: entries still to be found at this step */
     uint32_t hi, pattern;
     uint64_t eq_limit; /* of the entries equal to pattern, the first so many */
@@ -51,8 +56,10 @@ struct donor {
 
 struct gta_state {
     enum step step;
-    size_t n_donors, n_top;
-    size_t n_measured; /* KEEP_TOP; the rest of n_top is KEEP_KNOWN */
+    size_t n_donors, n_top; /* n_top: with a slot */
+    size_t n_hist;          /* KEEP_TOP at first: histograms */
+    size_t n_random;        /* KEEP_RANDOM from mergekit's stream */
+    size_t n_measured;      /* KEEP_TOP; the rest of n_top is KEEP_KNOWN */
     bool match_l1;
     struct tvk_gta call;
     double *coef, *weight; /* [n_donors] */
@@ -64,7 +71,12 @@ struct gta_state {
     uint64_t *eq_seen;     /* [n_workers][n_top]: in the tile at hand */
     double *sum_all;       /* [n_top][n_leaves] */
     double *sum_kept;      /* [n_top][n_leaves] */
-    double *block;         /* [n_workers][n_top][BLOCKS_PER_LEAF] */
+    double *block;         /* [n_workers][n_top][2][BLOCKS_PER_LEAF] */
+    /* Only with gta_detail::mergekit: */
+    float *scale;           /* [n_donors] */
+    float *delta;           /* [n_workers][n_donors][TVM_BLOCK] */
+    struct tvm_mt *mt_tile; /* [n_tiles][n_random]: at its start */
+    struct tvm_mt *mt;      /* [n_workers][n_random] */
 };
 
 static const struct gta_detail *detail_of(const struct tvm_tensor *t)
@@ -89,16 +101,20 @@ static enum keep keep_of(const struct tvm_tensor *t, size_t source)
 }
 
 /* Sources but the base. */
-static size_t count_donors(const struct tvm_tensor *t, size_t *n_top)
+static size_t count_donors(const struct tvm_tensor *t, size_t *n_top,
+                           size_t *n_random)
 {
     size_t n = 0;
     *n_top = 0;
+    *n_random = 0;
     for (size_t s = 0; s < t->n_sources; s++) {
         if ((int)s == t->base)
             continue;
         n++;
         if (keep_of(t, s) == KEEP_TOP)
             (*n_top)++;
+        if (keep_of(t, s) == KEEP_RANDOM)
+            (*n_random)++;
     }
     return n;
 }
@@ -106,12 +122,13 @@ static size_t count_donors(const struct tvm_tensor *t, size_t *n_top)
 void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     size_t n_top = 0;
+    size_t n_random = 0;
 
     tvm_check_finite(t, problems);
-    (void)count_donors(t, &n_top);
+    (void)count_donors(t, &n_top, &n_random);
     for (size_t s = 0; s < t->n_sources; s++) {
-        if ((int)s == t->base || keep_of(t, s) != KEEP_RANDOM ||
-            tvm_shared(t, GTA_RESCALE) == 0.0)
+        if ((int)s == t->base || detail_of(t)->mergekit ||
+            keep_of(t, s) != KEEP_RANDOM || tvm_shared(t, GTA_RESCALE) == 0.0)
             continue;
         tvm_problem_note(problems, t->name,
                          "rescale divides by density, as in the DARE paper; "
@@ -170,7 +187,7 @@ static void *carve(struct carver *c, uint64_t n, size_t each)
 
 static size_t group_size(const struct gta_state *st)
 {
-    return st->n_top < GROUP_MAX ? st->n_top : GROUP_MAX;
+    return st->n_hist < GROUP_MAX ? st->n_hist : GROUP_MAX;
 }
 
 static bool in_group(const struct gta_state *st, const struct donor *d)
@@ -197,14 +214,24 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     if (st->match_l1) {
         st->sum_all = carve(&c, top * job->n_leaves, sizeof *st->sum_all);
         st->sum_kept = carve(&c, top * job->n_leaves, sizeof *st->sum_kept);
-        st->block = carve(&c, w * top * BLOCKS_PER_LEAF, sizeof *st->block);
+        st->block = carve(&c, 2 * w * top * BLOCKS_PER_LEAF, sizeof *st->block);
+    }
+    if (detail_of(job->tensor)->mergekit) {
+        st->scale = carve(&c, k, sizeof *st->scale);
+        st->delta = carve(&c, w * k * TVM_BLOCK, sizeof *st->delta);
+        st->mt_tile =
+            carve(&c, job->n_tiles * st->n_random, sizeof *st->mt_tile);
+        st->mt = carve(&c, w * st->n_random, sizeof *st->mt);
     }
     return c.used;
 }
 
 static void count_parts(const struct tvm_tensor *t, struct gta_state *st)
 {
-    st->n_donors = count_donors(t, &st->n_top);
+    st->n_donors = count_donors(t, &st->n_hist, &st->n_random);
+    st->n_top = st->n_hist;
+    if (detail_of(t)->mergekit)
+        st->n_top += st->n_random;
     st->match_l1 = st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0;
 }
 
@@ -235,6 +262,49 @@ static void set_top(const struct tvm_job *job, struct donor *d, size_t *slot,
     if (d->k == 0)
         d->k = 1;
     d->eq_limit = UINT64_MAX;
+}
+
+uint64_t gta_draws(const struct tvm_tensor *t)
+{
+    uint64_t n = 0;
+
+    if (detail_of(t)->sparsify != GTA_RANDOM)
+        return 0;
+    /* A density of 0 draws as well. */
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base && tvm_of(t, s, GTA_DENSITY, GTA_N_PARAMS) < 1.0)
+            n += t->n_elems;
+    return n;
+}
+
+/* mergekit's order: all of one donor, then all of the next. */
+static void find_draws(const struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    uint64_t at = t->draw_at;
+    size_t draw = 0;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        struct donor *d = &st->donor[j];
+        const double density = tvm_of(t, d->source, GTA_DENSITY, GTA_N_PARAMS);
+        struct tvm_mt mt;
+        if (!(density < 1.0))
+            continue;
+        if (d->keep == KEEP_RANDOM) {
+            d->draw = draw++;
+            d->slot = d->draw;
+            d->p = t->compute == TV_BF16
+                       ? tvm_compat_round1(job->k, TV_BF16, density)
+                       : (float)density;
+            tvm_mt_stream_seek(job->stream, at, &mt);
+            for (uint64_t i = 0; i < job->n_tiles; i++) {
+                st->mt_tile[(size_t)i * st->n_random + d->draw] = mt;
+                tvm_mt_skip(&mt, job->tile_elems);
+            }
+        }
+        at += t->n_elems;
+    }
 }
 
 /* The factor that gives what is kept the magnitude of the whole. */
@@ -274,7 +344,7 @@ static void set_up(struct tvm_job *job)
         d->keep = keep_of(t, s);
         st->weight[j] = weight_of(t, s);
         st->coef[j] = st->weight[j];
-        if (d->keep == KEEP_RANDOM) {
+        if (d->keep == KEEP_RANDOM && !detail_of(t)->mergekit) {
             set_random(job, d, t->sources[s].position, density);
             if (tvm_shared(t, GTA_RESCALE) != 0.0)
                 st->coef[j] = st->weight[j] / density;
@@ -290,6 +360,8 @@ static void set_up(struct tvm_job *job)
         j++;
     }
     st->n_measured = slot;
+    if (detail_of(t)->mergekit && st->n_random > 0)
+        find_draws(job);
     st->call = (struct tvk_gta){
         .n_donors = st->n_donors,
         .coef = st->coef,
@@ -396,6 +468,19 @@ static void after_count(struct tvm_job *job)
     }
 }
 
+/* torch has no bernoulli for fp16 on a CPU: that is thinned in fp32. */
+static enum tv_dtype thin_dtype(const struct tvm_tensor *t)
+{
+    const bool random = detail_of(t)->sparsify == GTA_RANDOM;
+    return random && t->compute == TV_F16 ? TV_F32 : t->compute;
+}
+
+static bool has_slot(const struct tvm_job *job, const struct donor *d)
+{
+    return d->keep == KEEP_TOP ||
+           (d->keep == KEEP_RANDOM && detail_of(job->tensor)->mergekit);
+}
+
 static void after_kept(struct tvm_job *job)
 {
     struct gta_state *st = job->state;
@@ -403,10 +488,15 @@ static void after_kept(struct tvm_job *job)
 
     for (size_t j = 0; j < st->n_donors; j++) {
         const struct donor *d = &st->donor[j];
-        if (d->keep != KEEP_TOP)
+        if (!has_slot(job, d))
             continue;
         const double all = tvk_sum_tree(st->sum_all + d->slot * n, n);
         const double kept = tvk_sum_tree(st->sum_kept + d->slot * n, n);
+        if (detail_of(job->tensor)->mergekit) {
+            st->scale[j] =
+                gta_compat_scale(job->k, thin_dtype(job->tensor), all, kept);
+            continue;
+        }
         st->coef[j] = rescaled(st->weight[j], all, kept);
         if (job->trim)
             job->trim[d->source] = (struct tvm_trim){
@@ -421,7 +511,12 @@ bool gta_next_phase(struct tvm_job *job)
     if (job->phase == 0) {
         set_up(job);
         st->step = STEP_HIGH;
-        return st->n_measured > 0;
+        if (st->n_measured > 0)
+            return true;
+        if (!detail_of(job->tensor)->mergekit || !st->match_l1)
+            return false;
+        st->step = STEP_KEPT; /* of random masks */
+        return true;
     }
     if (st->step == STEP_HIGH) {
         st->step = STEP_LOW;
@@ -457,6 +552,10 @@ void gta_tile_begin(struct tvm_job *job, struct tvm_tile *tile)
         memcpy(st->eq_seen + (size_t)tile->worker * st->n_top,
                st->eq + (size_t)tile->tile * st->n_top,
                st->n_top * sizeof *st->eq_seen);
+    if (detail_of(job->tensor)->mergekit && st->n_random > 0)
+        memcpy(st->mt + (size_t)tile->worker * st->n_random,
+               st->mt_tile + (size_t)tile->tile * st->n_random,
+               st->n_random * sizeof *st->mt);
 }
 
 /* Joins |d| of the blocks of a leaf; a leaf is a power of two of blocks, so the
@@ -465,8 +564,9 @@ static void put_sum(const struct tvm_job *job, const struct tvm_tile *tile,
                     size_t slot, double *leaves, double sum, size_t n)
 {
     const struct gta_state *st = job->state;
-    double *block =
-        st->block + ((size_t)tile->worker * st->n_top + slot) * BLOCKS_PER_LEAF;
+    double *block = st->block + (2 * ((size_t)tile->worker * st->n_top + slot) +
+                                 (leaves == st->sum_kept)) *
+                                    BLOCKS_PER_LEAF;
     const size_t in_leaf = (size_t)(tile->start % TVK_LEAF / TVM_BLOCK);
 
     block[in_leaf] = sum;
@@ -489,19 +589,53 @@ static void top_mask(const struct tvm_job *job, const struct tvm_tile *tile,
         n);
 }
 
+/* What a donor's mask is made from: its values with *base to be taken off, or
+ * with mergekit's roundings the difference itself and no base. */
+static const float *donor_values(const struct tvm_job *job,
+                                 const struct tvm_tile *tile, size_t j,
+                                 const float *const *x, size_t n,
+                                 const float **base)
+{
+    const struct gta_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const float *xj = x[st->donor[j].source];
+
+    *base = x[t->base];
+    if (!detail_of(t)->mergekit)
+        return xj;
+    float *d =
+        st->delta + ((size_t)tile->worker * st->n_donors + j) * TVM_BLOCK;
+    gta_compat_delta(job->k, t->compute, d, xj, *base, n);
+    *base = NULL;
+    return d;
+}
+
+static void random_mask(const struct tvm_job *job, const struct tvm_tile *tile,
+                        const struct donor *d, uint64_t *mask, size_t n)
+{
+    const struct gta_state *st = job->state;
+
+    if (detail_of(job->tensor)->mergekit)
+        tvm_mt_mask(&st->mt[(size_t)tile->worker * st->n_random + d->draw],
+                    mask, d->p, n);
+    else
+        (void)job->k->philox_mask(mask, tile->start, d->key,
+                                  job->tensor->name_hash, d->threshold, n);
+}
+
 void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, size_t n)
 {
     const struct gta_state *st = job->state;
     const struct tvk_table *k = job->k;
-    const float *base = x[job->tensor->base];
+    const float *base = NULL;
 
     for (size_t j = 0; j < st->n_donors; j++) {
         const struct donor *d = &st->donor[j];
-        const float *xj = x[d->source];
         uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
-        if (d->keep != KEEP_TOP)
+        if (!has_slot(job, d))
             continue;
+        const float *xj = donor_values(job, tile, j, x, n, &base);
         switch (st->step) {
         case STEP_HIGH:
             if (!in_group(st, d))
@@ -522,7 +656,13 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                     k->count_eq(xj, base, d->pattern, n);
             break;
         case STEP_KEPT:
-            top_mask(job, tile, d, mask, xj, base, n);
+            if (d->keep == KEEP_RANDOM) {
+                random_mask(job, tile, d, mask, n);
+                put_sum(job, tile, d->slot, st->sum_all,
+                        k->abs_sum(xj, base, NULL, n), n);
+            } else {
+                top_mask(job, tile, d, mask, xj, base, n);
+            }
             put_sum(job, tile, d->slot, st->sum_kept,
                     k->abs_sum(xj, base, mask, n), n);
             break;
@@ -530,11 +670,34 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
     }
 }
 
+static void mix(const struct tvm_job *job, const struct tvm_tile *tile,
+                const float *base, const uint64_t *const *masks, float *dst,
+                size_t n)
+{
+    const struct gta_state *st = job->state;
+    float *delta[TVK_DONORS_MAX];
+    const struct gta_mix m = {
+        .compute = job->tensor->compute,
+        .thin = thin_dtype(job->tensor),
+        .n_donors = st->n_donors,
+        .weight = st->weight,
+        .scale = st->scale,
+        .consensus = st->call.consensus != 0,
+        .normalize = st->call.normalize != 0,
+        .lambda = st->call.lambda,
+    };
+
+    for (size_t j = 0; j < st->n_donors; j++)
+        delta[j] =
+            st->delta + ((size_t)tile->worker * st->n_donors + j) * TVM_BLOCK;
+    gta_compat_mix(job->k, &m, dst, base, delta, masks, n);
+}
+
 void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, float *dst, size_t n)
 {
     const struct gta_state *st = job->state;
-    const float *base = x[job->tensor->base];
+    const float *base = NULL;
     const float *donors[TVK_DONORS_MAX];
     const uint64_t *masks[TVK_DONORS_MAX];
     bool any = false;
@@ -542,7 +705,7 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
     for (size_t j = 0; j < st->n_donors; j++) {
         const struct donor *d = &st->donor[j];
         uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
-        donors[j] = x[d->source];
+        donors[j] = donor_values(job, tile, j, x, n, &base);
         masks[j] = mask;
         any = any || d->keep != KEEP_ALL;
         switch (d->keep) {
@@ -561,10 +724,13 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
             masks[j] = tile->known[d->source];
             break;
         case KEEP_RANDOM:
-            (void)job->k->philox_mask(mask, tile->start, d->key,
-                                      job->tensor->name_hash, d->threshold, n);
+            random_mask(job, tile, d, mask, n);
             break;
         }
     }
-    job->k->gta(dst, base, donors, any ? masks : NULL, &st->call, n);
+    if (detail_of(job->tensor)->mergekit)
+        mix(job, tile, x[job->tensor->base], any ? masks : NULL, dst, n);
+    else
+        job->k->gta(dst, x[job->tensor->base], donors, any ? masks : NULL,
+                    &st->call, n);
 }

@@ -14,6 +14,7 @@ enum gta_sparsify { GTA_NONE = 0, GTA_MAGNITUDE = 1, GTA_RANDOM = 2 };
 struct gta_detail {
     enum gta_sparsify sparsify;
     bool consensus;
+    bool mergekit; /* its roundings, L1 factors and random stream */
 };
 
 enum {
@@ -67,6 +68,8 @@ enum {
                            .help = "accepted for mergekit; changes nothing"},  \
     }
 
+/* Random numbers that a tensor takes from mergekit's stream. */
+uint64_t gta_draws(const struct tvm_tensor *t);
 void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems);
 int gta_fold(const struct tvm_tensor *t);
 size_t gta_state_bytes(const struct tvm_job *job);
@@ -85,5 +88,14 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
     .state_bytes = gta_state_bytes, .next_phase = gta_next_phase,              \
     .tile_begin = gta_tile_begin, .measure = gta_measure,                      \
     .combine = gta_combine, .trims = gta_trims
+
+/* The variant for --compat mergekit of a method with those; never folded to a
+ * copy, since adding a difference back rounds. */
+#define GTA_COMPAT_FUNCTIONS                                                   \
+    .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
+    .n_params = GTA_N_PARAMS, .check = gta_check,                              \
+    .state_bytes = gta_state_bytes, .next_phase = gta_next_phase,              \
+    .tile_begin = gta_tile_begin, .measure = gta_measure,                      \
+    .combine = gta_combine, .draws = gta_draws
 
 #endif

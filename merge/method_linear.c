@@ -9,8 +9,10 @@
  * arXiv 2203.05482. Deviation from mergekit: sums are carried in fp64 and
  * rounded once, and weights that sum to zero are refused, not divided by.
  */
+#include "compat.h"
 #include "method.h"
 
+#include <math.h>
 #include <stddef.h>
 
 enum { P_WEIGHT, P_NORMALIZE, N_PARAMS };
@@ -87,6 +89,45 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
                          st->divisor, n);
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ * fp32 with fused multiply-add in the order of the inputs, one rounding. */
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct linear_state *st = job->state;
+    const size_t n_sources = job->tensor->n_sources;
+    float weight[TVK_DONORS_MAX + 1];
+    float divisor = 1.0f;
+
+    (void)tile;
+    for (size_t s = 0; s < n_sources; s++)
+        weight[s] = (float)st->weight[s];
+    if (tvm_shared(job->tensor, P_NORMALIZE) != 0.0)
+        divisor = tvm_compat_sum(weight, n_sources);
+    for (size_t i = 0; i < n; i++) {
+        float sum = 0.0f;
+        for (size_t s = 0; s < n_sources; s++)
+            sum = fmaf(x[s][i], weight[s], sum);
+        dst[i] = sum / divisor;
+    }
+    tvm_compat_round(job->k, job->tensor->compute, dst, n);
+}
+
+static const struct tvm_method compat = {
+    .name = "linear",
+    .base = TVM_BASE_OPTIONAL,
+    .min_donors = 1,
+    .max_donors = TVK_DONORS_MAX,
+    .base_counts = true,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = check,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .combine = compat_combine,
+};
+
 const struct tvm_method tvm_method_linear = {
     .name = "linear",
     .summary = "weighted average of the inputs",
@@ -102,4 +143,5 @@ const struct tvm_method tvm_method_linear = {
     .state_bytes = state_bytes,
     .next_phase = next_phase,
     .combine = combine,
+    .compat = &compat,
 };

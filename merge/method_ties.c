@@ -12,7 +12,15 @@
 #include "method_gta.h"
 
 static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(1.0, 0.0);
-static const struct gta_detail detail = {GTA_MAGNITUDE, true};
+static const struct gta_detail detail = {GTA_MAGNITUDE, true, false};
+static const struct gta_detail compat_detail = {GTA_MAGNITUDE, true, true};
+
+static const struct tvm_method compat = {
+    .name = "ties",
+    .params = params,
+    .detail = &compat_detail,
+    GTA_COMPAT_FUNCTIONS,
+};
 
 const struct tvm_method tvm_method_ties = {
     .name = "ties",
@@ -20,5 +28,6 @@ const struct tvm_method tvm_method_ties = {
     .paper = "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
     .params = params,
     .detail = &detail,
+    .compat = &compat,
     GTA_FUNCTIONS,
 };

@@ -75,6 +75,10 @@ static void describe_tensor(struct tv_buf *b, const struct tvm_tensor *t)
     tv_buf_le32(b, (uint32_t)t->action);
     tv_buf_le32(b, t->action == TVM_COPY ? (uint32_t)t->copy_of : 0);
     tv_buf_le32(b, (uint32_t)t->dtype);
+    if (t->compute != TV_DTYPE_NONE) {
+        tv_buf_le32(b, (uint32_t)t->compute);
+        tv_buf_le64(b, t->draw_at);
+    }
     tv_buf_le32(b, t->rank);
     for (unsigned d = 0; d < t->rank; d++)
         tv_buf_le64(b, t->shape[d]);
@@ -394,6 +398,11 @@ enum tv_err plan_identity_make(struct planner *pl)
         return tv_error_set(pl->err, TV_E_NOMEM,
                             "out of memory, or a name in the inputs is not "
                             "UTF-8");
+    if (o->compat_mergekit &&
+        json_object_set_new(root, "compat", json_string("mergekit")) != 0) {
+        rc = plan_oom(pl);
+        goto out;
+    }
     /* Fingerprints are other ones with it; a refusal must say so. */
     if (o->verify_inputs &&
         json_object_set_new(root, "verify_inputs", json_true()) != 0) {

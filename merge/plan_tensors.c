@@ -678,6 +678,19 @@ static enum tv_err count_bytes(struct build *b)
     return TV_OK;
 }
 
+/* --compat mergekit: the method's variant, in the dtype mergekit works in. */
+static void compat_arithmetic(struct build *b)
+{
+    struct tvm_tensor *const t = b->t;
+    if (!b->pl->plan->options.compat_mergekit ||
+        b->like->role == TV_ROLE_BUFFER || !all_math(t))
+        return;
+    t->compute =
+        b->pl->r->dtype != TV_DTYPE_NONE ? b->pl->r->dtype : promoted(t);
+    if (t->method->compat != NULL)
+        t->method = t->method->compat;
+}
+
 static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
                                 size_t n, struct tvm_tensor *t)
 {
@@ -719,6 +732,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     check_shapes(&b);
     TV_TRY(align_rows(&b));
     TV_TRY(resolve_parameters(&b, cands[0].k));
+    compat_arithmetic(&b);
     if (b.ok && !slice->broken && all_math(t) && b.like->role != TV_ROLE_BUFFER)
         ask_method(&b);
     TV_TRY(choose_dtype(&b));
@@ -727,6 +741,59 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
         pl->st->head_written = true;
 out:
     tv_free(b.at);
+    return rc;
+}
+
+/* mergekit works through the tensors by the largest name that an input has for
+ * them, as text; those of an aligned vocabulary come first. */
+static const char *draw_key(const struct tvm_tensor *t)
+{
+    const char *key = "";
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if (t->sources[s].gather != NULL)
+            return "";
+        if (strcmp(t->sources[s].tensor->name, key) > 0)
+            key = t->sources[s].tensor->name;
+    }
+    return key;
+}
+
+static int draw_compare(const void *a, const void *b)
+{
+    const struct tvm_tensor *const x = *(struct tvm_tensor *const *)a;
+    const struct tvm_tensor *const y = *(struct tvm_tensor *const *)b;
+    const int c = strcmp(draw_key(x), draw_key(y));
+    if (c != 0)
+        return c;
+    return x < y ? -1 : x > y;
+}
+
+/* Where each tensor's random numbers begin. */
+static enum tv_err order_draws(struct tvm_plan *plan, struct tv_error *err)
+{
+    struct tvm_tensor **order = NULL;
+    size_t n = 0;
+    enum tv_err rc = TV_OK;
+
+    order = tv_calloc(plan->n_tensors + 1, sizeof(struct tvm_tensor *));
+    if (order == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory while planning");
+    for (size_t i = 0; i < plan->n_tensors; i++) {
+        struct tvm_tensor *const t = &plan->tensors[i];
+        if (t->action == TVM_MERGE && t->method->draws != NULL)
+            t->n_draws = t->method->draws(t);
+        if (t->n_draws > 0)
+            order[n++] = t;
+    }
+    qsort(order, n, sizeof(struct tvm_tensor *), draw_compare);
+    for (size_t i = 0; i < n; i++) {
+        order[i]->draw_at = plan->n_draws;
+        if (!tv_add_u64(plan->n_draws, order[i]->n_draws, &plan->n_draws)) {
+            rc = tv_error_set(err, TV_E_CORRUPT, "the models are too large");
+            break;
+        }
+    }
+    tv_free(order);
     return rc;
 }
 
@@ -769,6 +836,8 @@ enum tv_err plan_tensors_make(struct planner *pl)
                             &plan->tensors[plan->n_tensors++]));
         i = end;
     }
+    if (plan->options.compat_mergekit && pl->problems->n_errors == 0)
+        TV_TRY(order_draws(plan, pl->err));
 out:
     tv_free(all.items);
     return rc;

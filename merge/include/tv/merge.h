@@ -128,6 +128,7 @@ struct tvm_options {
     uint64_t group_bytes;     /* most bytes worth one commit; 0: default */
     bool no_cache;            /* leave masks and task vectors of the store
                                * alone */
+    bool compat_mergekit;     /* its arithmetic, roundings and random stream */
 };
 void tvm_options_init(struct tvm_options *o);
 
@@ -165,6 +166,11 @@ struct tvm_tensor {
     double *per_source;
     bool *per_source_set;
     enum tv_dtype dtype; /* of the output */
+    /* TV_DTYPE_NONE, or with --compat mergekit the dtype that inputs are
+     * rounded to and that arithmetic is done in; and where in its stream of
+     * random numbers this tensor's begin. */
+    enum tv_dtype compute;
+    uint64_t draw_at, n_draws;
     unsigned rank;
     uint64_t shape[TV_RANK_MAX];
     uint64_t n_elems, bytes;
@@ -212,6 +218,7 @@ struct tvm_plan { /* owned: tvm_plan_free */
     const struct tvm_vocabulary *vocabulary; /* NULL: not touched */
     uint64_t bytes_read, bytes_written;
     uint64_t peak_scratch_bytes, peak_disk_bytes;
+    uint64_t n_draws; /* random numbers in mergekit's order, all tensors */
     /* Everything the bytes depend on; `identity` is the JSON that was hashed
      * and, not hashed, the recipe's settings in readable form: kept in the
      * journal so that a refusal can name what changed. */

@@ -63,10 +63,6 @@ $ tvmerge r.yml out5 --allow-crimes
 2> tvmerge: error: --allow-crimes: <*>
 2> ...
 => 2
-$ tvmerge r.yml out5 --compat mergekit
-2> tvmerge: error: --compat mergekit arrives with a later release
-2> ...
-=> 4
 $ tvmerge r.yml out5 --compat other
 2> tvmerge: error: --compat: 'other' is not known; mergekit and peft are
 2> ...

@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""compat.py BIN_DIR
+
+--compat mergekit against the same steps written with numpy: fp32 operations
+each rounded to the compute dtype, MT19937 (numpy's own) in the order in which
+mergekit works through the tensors. Bits must be equal, and equal for every
+number of threads, tile size and instruction set. That these steps are
+mergekit's own is what tools/compare_mergekit.py shows, with mergekit beside it.
+"""
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from common import (check, finish, read_safetensors, run, run_json, temp,
+                    write_safetensors)
+
+BIN = os.path.abspath(sys.argv[1])
+TVMERGE = os.path.join(BIN, "tvmerge")
+SEED = 7
+F = np.float32
+# In the order of mergekit: names as text. The large one has several tiles.
+SHAPES = {"lm_head.weight": (31, 64), "model.embed_tokens.weight": (31, 64),
+          "model.layers.0.mlp.up_proj.weight": (1500, 800),
+          "model.layers.1.mlp.up_proj.weight": (3, 5),
+          "model.layers.10.mlp.up_proj.weight": (64, 64),
+          "model.layers.2.mlp.up_proj.weight": (7, 9)}
+
+
+def bf16(x):
+    u = np.ascontiguousarray(x, F).view(np.uint32).astype(np.uint64)
+    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16 << 16
+    return u.astype(np.uint32).view(F)
+
+
+def same(x):
+    return np.asarray(x, F)
+
+
+def names():
+    have = dict(SHAPES)
+    for i in range(11):
+        have.setdefault(f"model.layers.{i}.mlp.up_proj.weight", (4, 4))
+    return sorted(have.items())
+
+
+def make(path, seed, scale, start=None):
+    rng = np.random.default_rng(seed)
+    out = {k: bf16(rng.standard_normal(s) * scale +
+                   (0 if start is None else start[k])) for k, s in names()}
+    write_safetensors(path, {
+        k: ("BF16", v.shape, (v.view(np.uint32) >> 16).astype("<u2").tobytes())
+        for k, v in out.items()})
+    return out
+
+
+def values(path):
+    out = {}
+    for k, (d, s, b) in read_safetensors(path).items():
+        a = np.frombuffer(b, "<u2").astype(np.uint32) << 16 if d == "BF16" \
+            else np.frombuffer(b, "<u4")
+        out[k] = a.view(F).reshape(s)
+    return out
+
+
+class Stream:
+    def __init__(self):
+        self.mt = np.random.MT19937()
+        self.mt._legacy_seeding(SEED)
+
+    def mask(self, shape, p):
+        n = int(np.prod(shape))
+        u = (self.mt.random_raw(n) & 0xffffff).astype(F) * F(2.0 ** -24)
+        return (u < F(p)).astype(F).reshape(shape)
+
+
+def linear(b, xs, c, w, normalize):
+    acc = np.zeros_like(b)
+    for x, wi in zip(xs, w):
+        acc = (x.astype(np.float64) * np.float64(F(wi)) + acc).astype(F)
+    total = F(0)
+    for wi in w:
+        total += F(wi)
+    return c(acc / total if normalize else acc)
+
+
+def gta(b, xs, c, w, masks, rescale, consensus, normalize, lam):
+    big = []
+    wc = [c(F(v)) for v in w]
+    for x, m, v in zip(xs, masks, wc):
+        d = c(x - b)
+        if m is not None:
+            kept = d * m
+            if rescale:
+                a = c(F(np.abs(d).sum(dtype=np.float64)))
+                k = c(F(np.abs(kept).sum(dtype=np.float64)))
+                if a >= 1e-7 and k >= 1e-7:
+                    kept = c(kept * c(a / k))
+            d = kept
+        big.append(c(d * v))
+    if consensus:
+        s = np.zeros_like(b)
+        for d in big:
+            s = s + d
+        sign = np.where(c(s) >= 0, F(1), F(-1))
+        agree = [(np.sign(d) == sign).astype(F) for d in big]
+        div = np.zeros_like(b)
+        for v, m in zip(wc, agree):
+            div = div + v * m
+        div = c(div)
+        div = np.where(div == 0, F(1), div)
+        big = [d * m for d, m in zip(big, agree)]
+    else:
+        div = F(0)
+        for v in wc:
+            div = div + v
+        div = c(div)
+    y = np.zeros_like(b)
+    for d in big:
+        y = y + d
+    y = c(y)
+    if normalize:
+        y = c(y / div)
+    if lam != 1:
+        y = c(y * F(lam))
+    return c(b + y)
+
+
+def recipe(path, text):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def entries(w, density=None):
+    s = "models:\n"
+    for i, v in enumerate(w):
+        s += f"- model: x{i}.safetensors\n  parameters:\n    weight: {v}\n"
+        if density:
+            s += f"    density: {density[i]}\n"
+    return s
+
+
+def expect(what, text, want):
+    recipe("r.yml", text)
+    digest = None
+    for n, (more, env) in enumerate([
+            ([], {}), (["--threads", "1"], {"TV_CPU": "ref"}),
+            (["--threads", "4", "--memory", "32MiB"], {"TV_CPU": "avx2"})]):
+        r = run_json(TVMERGE, "run", "r.yml", f"out{n}", "--compat", "mergekit",
+                     "--random-seed", SEED, "--force", "--json", *more, env=env)
+        digest = digest or r.get("digest")
+        check(r.get("digest") == digest, f"{what}: bytes with {more} {env}")
+    got = values("out0")
+    check(set(got) == set(want), f"{what}: names")
+    for k, v in want.items():
+        bad = (got[k].view(np.uint32) != v.view(np.uint32)).sum()
+        check(bad == 0, f"{what}: {k}: {bad} of {v.size} elements differ")
+
+
+def main():
+    os.chdir(temp())
+    base = make("base.safetensors", 1, 1.0)
+    xs = [make(f"x{i}.safetensors", 2 + i, 0.05, base) for i in range(3)]
+    each = {k: [x[k] for x in xs] for k in base}
+    based = "base_model: base.safetensors\n"
+
+    for dtype, c in (("float32", same), ("bfloat16", bf16)):
+        for norm in (True, False):
+            w = [0.3, 0.5, 0.9]
+            expect(f"linear {dtype} {norm}",
+                   f"merge_method: linear\ndtype: {dtype}\n{entries(w)}"
+                   f"parameters: {{normalize: {norm}}}\n",
+                   {k: linear(base[k], each[k], c, w, norm) for k in base})
+        w = [0.7, -0.2, 0.4]
+        expect(f"task_arithmetic {dtype}",
+               f"merge_method: task_arithmetic\ndtype: {dtype}\n{based}"
+               f"{entries(w)}parameters: {{lambda: 1.3}}\n",
+               {k: gta(base[k], each[k], c, w, [None] * 3, False, False, False,
+                       1.3) for k in base})
+        expect(f"ties without trimming {dtype}",
+               f"merge_method: ties\ndtype: {dtype}\n{based}{entries(w)}",
+               {k: gta(base[k], each[k], c, w, [None] * 3, False, True, True,
+                       1) for k in base})
+        # fp32 sums of a million numbers are torch's own; bf16 hides them.
+        rescale = dtype == "bfloat16"
+        dens = [0.3, 1.0, 0.0]
+        s, want = Stream(), {}
+        for k in sorted(base):
+            m = [None if d >= 1 else s.mask(base[k].shape, c(F(d)))
+                 for d in dens]
+            want[k] = gta(base[k], each[k], c, w, m, rescale, True, False, 1)
+        expect(f"dare_ties {dtype}",
+               f"merge_method: dare_ties\ndtype: {dtype}\n{based}"
+               f"{entries(w, dens)}parameters: {{rescale: {rescale}}}\n", want)
+
+    # Another arithmetic is another merge.
+    run(TVMERGE, "run", "r.yml", "out0", "--random-seed", SEED, code=4)
+    plan = run_json(TVMERGE, "plan", "r.yml", "--compat", "mergekit", "--json")
+    check(not any("rescale divides" in p["message"] for p in plan["problems"]),
+          "a compatible plan speaks of other arithmetic")
+    # A run that ended half-way goes on where it was.
+    r = run_json(TVMERGE, "run", "r.yml", "whole", "--compat", "mergekit",
+                 "--random-seed", SEED, "--json")
+    env = {"TV_GROUP_BYTES": "1"}
+    for i in range(6):
+        p = subprocess.Popen([TVMERGE, "run", "r.yml", "half", "--compat",
+                              "mergekit", "--random-seed", str(SEED), "-q"],
+                             env={**os.environ, **env})
+        time.sleep(0.01 * (i + 1))
+        p.kill()
+        p.wait()
+    again = run_json(TVMERGE, "run", "r.yml", "half", "--compat", "mergekit",
+                     "--random-seed", SEED, "--json", env=env)
+    check(again["digest"] == r["digest"], "resumed digest")
+    finish("compat")
+
+
+main()
