@@ -136,6 +136,20 @@ out:
     return rc;
 }
 
+/* A run that was killed after its last rename left its state behind. */
+static enum tv_err sweep(const char *dir, struct tv_error *err)
+{
+    char *work = tv_path_join(dir, ".tvmerge");
+    enum tv_err rc = TV_OK;
+
+    if (!work)
+        return no_memory(err);
+    if (tv_path_exists(work))
+        rc = tv_dir_remove(work, err);
+    tv_free(work);
+    return rc;
+}
+
 /* ---- opening ------------------------------------------------------------- */
 
 static enum tv_err take_lock(tva_out *o, struct tv_error *err)
@@ -167,8 +181,10 @@ enum tv_err tva_out_open(const char *dir, struct tv_hash plan, bool force,
     *out = NULL;
     *done = (struct tva_out_done){.complete = false};
     TV_TRY(check_place(dir, plan, force, done, err));
-    if (done->complete)
+    if (done->complete) {
+        rc = sweep(dir, err);
         goto out;
+    }
     o = tv_calloc(1, sizeof *o);
     if (!o) {
         rc = no_memory(err);

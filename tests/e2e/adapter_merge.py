@@ -10,7 +10,10 @@ and inputs that cannot be merged.
 """
 import json
 import os
+import random
+import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -235,6 +238,27 @@ def again():
     check(all(2 in t["shape"] for t in plan["tensors"]), "planned ranks")
 
 
+def killed():
+    """Killed anywhere, the same command gives the same bytes, and nothing
+    loads before."""
+    r = recipe("ties", [(d, {"weight": 1, "density": 0.5}) for d, _ in INPUTS])
+    want = run_json(TVMERGE, "run", r, "whole", "--json")
+    rng = random.Random(5)
+    for i in range(8):
+        p = subprocess.Popen([TVMERGE, "run", r, "killed", "-q"])
+        time.sleep(rng.random() * 1.2 * want["seconds"])
+        p.kill()
+        p.wait()
+        if os.path.exists("killed/adapter_config.json"):
+            break
+    got = run_json(TVMERGE, "run", r, "killed", "--json")
+    check(got["digest"] == want["digest"], "digest after kills")
+    check(sorted(os.listdir("killed")) == sorted(os.listdir("whole")),
+          "files after kills")
+    status = run_json(TVMERGE, "status", "killed", "--json")
+    check(status["digest"] == want["digest"], f"status: {status}")
+
+
 def wrong():
     def no(code, word, method, inputs, more="", options=(), **p):
         recipe(method, inputs, more, **p)
@@ -267,5 +291,6 @@ os.chdir(temp())
 exact()
 peft()
 again()
+killed()
 wrong()
 finish("adapter_merge")
