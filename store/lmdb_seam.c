@@ -40,6 +40,7 @@ static const struct tv_lmdb_table real_table = {
     .txn_abort = mdb_txn_abort,
     .txn_reset = mdb_txn_reset,
     .txn_renew = mdb_txn_renew,
+    .txn_id = mdb_txn_id,
     .dbi_open = mdb_dbi_open,
     .stat = mdb_stat,
     .get = mdb_get,

@@ -36,6 +36,7 @@ struct tv_lmdb_table {
     void (*txn_abort)(MDB_txn *txn);
     void (*txn_reset)(MDB_txn *txn);
     int (*txn_renew)(MDB_txn *txn);
+    size_t (*txn_id)(MDB_txn *txn);
     int (*dbi_open)(MDB_txn *txn, const char *name, unsigned flags,
                     MDB_dbi *dbi);
     int (*stat)(MDB_txn *txn, MDB_dbi dbi, MDB_stat *st);

@@ -35,6 +35,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "tree_check.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 
@@ -263,10 +264,13 @@ static enum tv_err env_open(tv_store *s, uint64_t file_bytes,
     if (map < file_bytes)
         map = file_bytes;
     unsigned flags = MDB_NOTLS | (s->read_only ? (unsigned)MDB_RDONLY : 0u);
+    const enum tv_err rc = store_header_check(s, err);
+    if (rc != TV_OK)
+        return rc;
     for (;;) {
         const int e = env_try(s, map, flags);
         if (e == 0)
-            return TV_OK;
+            return store_tree_check(s, err);
         if (e == ENOMEM && map / 2 >= MAP_LEAST && map / 2 >= file_bytes) {
             map /= 2;
             continue;

@@ -9,8 +9,9 @@
  * about its pages is checked as far as it can be seen from outside: number of
  * entries, order of keys, and that no page in use is on the list of free ones.
  *
- * A damaged tree may make LMDB itself crash: whoever calls this on a store that
- * is not trusted does so in a child process.
+ * Trees that LMDB could not walk do not get here: tree_check.c refuses them
+ * when the store is opened. What is damaged later may still end the process:
+ * whoever calls this on a store that is not trusted does so in a child.
  *
  * Orphans (records that nothing refers to, of killed writers) are not damage;
  * gc drops them.

@@ -72,7 +72,7 @@ struct tv_store_options {
 TV_NODISCARD enum tv_err tv_store_create(const char *path, uint64_t quota_bytes,
                                          struct tv_error *err);
 /* opt may be NULL. Falls back to read-only, lock-free opening on read-only
- * media. */
+ * media. CORRUPT when LMDB's trees are not sound: it would not survive them. */
 TV_NODISCARD enum tv_err tv_store_open(const char *path,
                                        const struct tv_store_options *opt,
                                        struct tv_error *err, tv_store **out);
@@ -138,9 +138,9 @@ TV_NODISCARD enum tv_err tv_store_stat(tv_store *s, struct tv_store_stat *out,
 
 /* Walks all records and checks every checksum. One call of on_problem per
  * damaged thing (object and tensor may be ""); returns CORRUPT when any. A
- * damaged tree can crash LMDB itself (SIGSEGV, SIGBUS, abort): call it in a
- * child process that opens the store, and take such a death for damage.
- * on_problem and progress may be NULL. */
+ * disk that fails under the walk raises SIGBUS: call it in a child process that
+ * opens the store, and take such a death for damage. on_problem and progress
+ * may be NULL. */
 typedef void (*tv_verify_fn)(void *arg, const char *object, const char *tensor,
                              const char *what);
 typedef void (*tv_bytes_fn)(void *arg, uint64_t done, uint64_t total);
