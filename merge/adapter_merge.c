@@ -99,7 +99,7 @@ out:
 enum tv_err tvm_adapters_wanted(const char *path, const struct tvm_options *o,
                                 bool *yes, struct tv_error *err)
 {
-    struct tvm_arena arena = {NULL};
+    struct tvm_arena arena = {.used = 0};
     struct tvm_problems ignored;
     const struct tvm_node *root = NULL, *models = NULL, *output = NULL;
     char *text = NULL;

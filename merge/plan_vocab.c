@@ -572,6 +572,8 @@ static enum tv_err template_of(struct planner *pl, size_t input, char **out)
 
     *out = NULL;
     tv_error_clear(&e);
+    if (in == NULL)
+        return TV_OK; /* reported already */
     TV_TRY(
         tv_input_side_read(in, "chat_template.jinja", &found, &data, &n, &e));
     if (found) {
