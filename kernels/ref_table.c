@@ -23,4 +23,5 @@ void tvk_row_ref(struct tvk_table *t)
     tvk_ref_dots(t);
     tvk_ref_stats(t);
     tvk_ref_lowrank(t);
+    tvk_ref_swap(t);
 }

@@ -65,8 +65,9 @@ struct geometry { /* how the memory budget is spent */
 
 /* Parts of a slot's memory, in order. */
 struct slot_layout {
-    size_t readers, leaves, local, state, tile_state, end;
+    size_t readers, leaves, local, state, tile_state, rows, end;
     size_t state_bytes, tile_state_bytes;
+    uint64_t row_elems; /* 0: fed in blocks */
 };
 
 static uint64_t round_up(uint64_t n, uint64_t to)
@@ -113,6 +114,19 @@ static struct tvm_job job_of(const struct tvm_tensor *t, size_t buf_bytes,
     return job;
 }
 
+static uint64_t row_elems_of(const struct tvm_tensor *t)
+{
+    if (t->action != TVM_MERGE || t->n_elems == 0 || !t->method->row_elems)
+        return 0;
+    return t->method->row_elems(t);
+}
+
+/* Of one worker. */
+static size_t row_floats(const struct tvm_tensor *t, uint64_t row_elems)
+{
+    return (t->n_sources + 1) * (size_t)round_up(row_elems, 16);
+}
+
 static struct slot_layout lay_out(const struct tvm_tensor *t,
                                   const struct tvm_job *job, unsigned n_workers)
 {
@@ -135,6 +149,10 @@ static struct slot_layout lay_out(const struct tvm_tensor *t,
     at += l.state_bytes;
     l.tile_state = at;
     at += l.tile_state_bytes * (size_t)job->n_tiles;
+    l.rows = at;
+    l.row_elems = row_elems_of(t);
+    /* One row of every source and one of the result, a worker. */
+    at += job->n_workers * row_floats(t, l.row_elems) * sizeof(float);
     l.end = at;
     return l;
 }
@@ -729,6 +747,57 @@ static uint64_t count_written(const struct tvk_table *k, enum tv_dtype dtype,
     return k->count_nonfinite(dst, n);
 }
 
+/* Whole rows that a tile has elements of. */
+static void run_rows(struct exec *ex, struct worker *w, struct slot *s,
+                     struct tvm_tile *tile, bool combine, uint64_t *bad_in,
+                     uint64_t *bad_out)
+{
+    const struct tvm_tensor *t = s->t;
+    const uint64_t len = s->layout.row_elems;
+    const size_t stride = (size_t)round_up(len, 16);
+    const size_t each = out_bytes_each(t);
+    const uint64_t end = tile->first + tile->n;
+    float *const rows = (float *)(void *)(s->mem + s->layout.rows) +
+                        tile->worker * row_floats(t, len);
+    float *const dst = rows + t->n_sources * stride;
+    const float *x[TVK_DONORS_MAX + 1];
+
+    for (size_t i = 0; i < t->n_sources; i++)
+        x[i] = rows + i * stride;
+    for (uint64_t row = tile->first / len; row * len < end; row++) {
+        const uint64_t at = row * len;
+        const bool own = at >= tile->first;
+        uint64_t unused = 0;
+        if (!combine && !own)
+            continue;
+        for (uint64_t done = 0; done < len; done += TVM_BLOCK) {
+            const size_t n =
+                len - done < TVM_BLOCK ? (size_t)(len - done) : TVM_BLOCK;
+            for (size_t i = 0; i < t->n_sources; i++)
+                memcpy(rows + i * stride + done,
+                       read_block(ex, w, s, i, at + done, n,
+                                  own ? bad_in : &unused),
+                       n * sizeof(float));
+        }
+        tile->start = at;
+        if (!combine) {
+            t->method->measure_row(&s->job, tile, row, x, (size_t)len);
+            continue;
+        }
+        t->method->combine_row(&s->job, tile, row, x, dst, (size_t)len);
+        const uint64_t from = own ? at : tile->first;
+        const uint64_t to = at + len < end ? at + len : end;
+        for (uint64_t e = from; e < to; e += TVM_BLOCK) {
+            const size_t n = to - e < TVM_BLOCK ? (size_t)(to - e) : TVM_BLOCK;
+            unsigned char *out = w->buf + (size_t)(e - tile->first) * each;
+            tvk_from_f32(ex->k, t->dtype, out, dst + (e - at), n);
+            *bad_out +=
+                count_written(ex->k, t->dtype, out,
+                              t->dtype == TV_F32 ? dst + (e - at) : w->dst, n);
+        }
+    }
+}
+
 static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
                                  struct slot *s, uint64_t number,
                                  unsigned local, struct tv_error *err)
@@ -778,7 +847,11 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
     t0 = t1;
     if (t->method->tile_begin)
         t->method->tile_begin(job, &tile);
-    for (uint64_t done = 0; done < tile.n; done += TVM_BLOCK) {
+    const bool rows = s->layout.row_elems > 0 &&
+                      (!t->method->row_pass || t->method->row_pass(job));
+    if (rows)
+        run_rows(ex, w, s, &tile, combine, &bad_in, &bad_out);
+    for (uint64_t done = rows ? tile.n : 0; done < tile.n; done += TVM_BLOCK) {
         const size_t n =
             tile.n - done < TVM_BLOCK ? (size_t)(tile.n - done) : TVM_BLOCK;
         tile.start = tile.first + done;

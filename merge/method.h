@@ -32,6 +32,7 @@
 enum tvm_missing {
     TVM_MISSING_MERGE = 0,     /* merge what is present (base must be there) */
     TVM_MISSING_COPY_ONLY = 1, /* slerp: exactly one has it: copy it */
+    TVM_MISSING_COPY_BASE = 2, /* too few donors have it: copy the base's */
 };
 
 /* What is known of the trimming of one source before the first phase, or found
@@ -109,6 +110,20 @@ struct tvm_method {
      * others? *density of them; *needs_sums: rescaled. NULL: none ever is. */
     bool (*trims)(const struct tvm_tensor *t, size_t source, double *density,
                   bool *needs_sums);
+    /* Methods that need whole rows: elements of a row of this tensor (all rows
+     * are as long), or 0 when it is fed in blocks after all. NULL: always 0.
+     * In such a pass not measure and combine are called, but measure_row and
+     * combine_row, each row by one worker; a row that lies in several tiles is
+     * measured once (with the tile of its first element) and combined once for
+     * each. x[s] [n] and dst [n] are the row. */
+    uint64_t (*row_elems)(const struct tvm_tensor *t);
+    /* Is the pass to come one of rows? NULL: all are. */
+    bool (*row_pass)(const struct tvm_job *job);
+    void (*measure_row)(struct tvm_job *job, struct tvm_tile *tile,
+                        uint64_t row, const float *const *x, size_t n);
+    void (*combine_row)(struct tvm_job *job, struct tvm_tile *tile,
+                        uint64_t row, const float *const *x, float *dst,
+                        size_t n);
     /* Called at the start of each tile of each pass; may be NULL. */
     void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
 
@@ -121,12 +136,27 @@ struct tvm_method {
     uint64_t (*draws)(const struct tvm_tensor *t);
 };
 
+/* Elements of a row of a matrix; of a vector: all. At least 1. */
+static inline uint64_t tvm_row_elems(const struct tvm_tensor *t)
+{
+    return t->rank == 0 || t->n_elems == 0 ? 1 : t->shape[t->rank - 1];
+}
+
 /* A problem for every parameter value that is not a finite number. */
 void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);
 
 extern const struct tvm_method tvm_method_linear;
 extern const struct tvm_method tvm_method_slerp;
+extern const struct tvm_method tvm_method_nuslerp;
+extern const struct tvm_method tvm_method_multislerp;
+extern const struct tvm_method tvm_method_karcher;
+extern const struct tvm_method tvm_method_model_stock;
+extern const struct tvm_method tvm_method_sce;
+extern const struct tvm_method tvm_method_ram;
+extern const struct tvm_method tvm_method_ramplus_tl;
+extern const struct tvm_method tvm_method_nearswap;
+extern const struct tvm_method tvm_method_arcee_fusion;
 extern const struct tvm_method tvm_method_passthrough;
 extern const struct tvm_method tvm_method_task_arithmetic;
 extern const struct tvm_method tvm_method_ties;

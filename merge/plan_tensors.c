@@ -249,6 +249,8 @@ static void check_present(struct build *b)
         return;
     if (m->missing == TVM_MISSING_COPY_ONLY && t->n_sources == 1)
         return;
+    if (m->missing == TVM_MISSING_COPY_BASE && t->base >= 0)
+        return;
     if (m->base == TVM_BASE_REQUIRED && t->base < 0) {
         b->ok = false;
         plan_report(b->pl, "tensors that the base lacks", LISTED, true,

@@ -337,6 +337,17 @@ static void one_linear(const struct tvk_table *k, const struct place *p)
     k->delta(dst, x[0], b, p->n);
     ref()->delta(want, plain[0], raw_b(p), p->n);
     same_floats("delta", k, p, dst, want, 0);
+
+    const double t = 0.01 * (double)rng_unit(&rng);
+    dst = put_out(p, p->n * sizeof(float), sizeof(float));
+    k->nearswap(dst, b, x[0], t, p->n);
+    ref()->nearswap(want, raw_b(p), plain[0], t, p->n);
+    same_floats("nearswap", k, p, dst, want, 0);
+
+    dst = put_out(p, p->n * sizeof(float), sizeof(float));
+    k->ram(dst, b, x, w, n_inputs, t, p->n);
+    ref()->ram(want, raw_b(p), plain, w, n_inputs, t, p->n);
+    same_floats("ram", k, p, dst, want, 0);
 }
 
 static void test_linear(void **state)

@@ -7,7 +7,7 @@
 Recomputes every tensor of the merged directory OUT in fp64 with numpy, from the
 models that RECIPE names (relative to --model-dir), and compares bit patterns:
 element-wise methods must be within max-ulp of the output type at every element,
-slerp within 1e-6 of the delta (relative Frobenius) or 1 ulp. Exit 0 when all
+methods with reductions within 1e-6 of the delta (relative Frobenius) or 1 ulp. Exit 0 when all
 tensors hold, 1 otherwise; the last line is a summary.
 
 Conventions that this file pins (and tvmerge must share):
@@ -37,6 +37,13 @@ METHODS = {
     "dare_ties": (True, "random", False, True),
     "dare_linear": (False, "random", False, True),
 }
+
+
+# Methods whose parameters of an input are counted without the base.
+BY_DONOR = set(METHODS) | {"nuslerp", "multislerp"}
+# Within 1e-6 of the delta or 1 ulp.
+REDUCING = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce",
+            "arcee_fusion")
 
 
 # ---- safetensors ------------------------------------------------------------
@@ -308,6 +315,137 @@ def slerp(t, a, b):
     return (np.sin((1 - t) * th) * a + np.sin(t * th) * b) / np.sin(th)
 
 
+def combine(coefs, vectors, b):
+    y = sum(c * v for c, v in zip(coefs, vectors))
+    return y if b is None else b + y
+
+
+def norm(v):
+    return float(np.linalg.norm(v.ravel()))
+
+
+def nuslerp(t, v0, v1, axis):
+    """Slerp of unnormalised vectors along axis (None: everything)."""
+    def total(x):
+        return x.sum() if axis is None else x.sum(axis=axis, keepdims=True)
+    n0 = np.maximum(np.sqrt(total(v0 * v0)), 1e-7)
+    n1 = np.maximum(np.sqrt(total(v1 * v1)), 1e-7)
+    c = np.clip(total(v0 * v1) / n0 / n1, -1, 1)
+    line = 1 - c * c <= 1e-16
+    th = np.arccos(np.where(line, 0.0, c))
+    s = np.where(line, 1.0, np.sin(th))
+    ball = (np.sin((1 - t) * th) * v0 + np.sin(t * th) * v1) / s
+    return np.where(line, (1 - t) * v0 + t * v1, ball)
+
+
+def multislerp(w, xs, b, normalize, eps):
+    v = [x - b if b is not None else x for x in xs]
+    w = np.array(w, np.float64)
+    if normalize:
+        w = w / w.sum()
+    lengths = [norm(x) for x in v]
+    u = [x / (n + eps) for x, n in zip(v, lengths)]
+    m = combine(w, u, None)
+    if norm(m) < eps:
+        return combine(w, v, b)
+    m = m / norm(m)
+    tangent = combine(w, [x - float((x * m).sum()) * m for x in u], None)
+    a = norm(tangent) + eps
+    y = m * np.cos(a) + tangent * (np.sin(a) / a)
+    y = y * float(sum(wi * n for wi, n in zip(w, lengths)))
+    return y if b is None else b + y
+
+
+def karcher(xs, max_iter, tol):
+    lengths = [norm(x) for x in xs]
+    u = [x / n for x, n in zip(xs, lengths) if n > tol]
+    m = sum(u) / len(u)
+    m = u[0] if norm(m) < tol else m / norm(m)
+    for _ in range(max_iter):
+        tangent = np.zeros_like(m)
+        for x in u:
+            dot = float(np.clip((x * m).sum(), -1, 1))
+            th = np.arccos(dot)
+            if th >= tol:
+                tangent = tangent + th / np.sin(th) * (x - dot * m) / len(u)
+        step = norm(tangent)
+        if step < tol:
+            break
+        m = np.cos(step) * m + np.sin(step) * tangent / step
+        m = m / norm(m)
+    return m * (sum(lengths) / len(xs))
+
+
+def model_stock(b, xs, filter_wise):
+    rows = b.ndim > 1 and filter_wise
+    d = [(x - b).reshape(-1, b.shape[-1]) if rows else (x - b).reshape(1, -1)
+         for x in xs]
+    cos = []
+    for i in range(len(d)):
+        for j in range(i + 1, len(d)):
+            n = np.linalg.norm(d[i], axis=1) * np.linalg.norm(d[j], axis=1)
+            cos.append(np.clip((d[i] * d[j]).sum(1) / np.maximum(n, 1e-6),
+                               -1, 1))
+    c = np.mean(cos, axis=0)[:, None]
+    by = 1 + (len(d) - 1) * c
+    t = np.where(np.abs(by) < 1e-6, 0.0, len(d) * c / by)
+    return b + (t * (sum(d) / len(d))).reshape(b.shape)
+
+
+def sce(b, xs, topk_fraction):
+    d = [x - b for x in xs]
+    if topk_fraction <= 0:
+        return b
+    if topk_fraction < 1:
+        first = [x - d[0] for x in d]
+        mean = sum(first) / len(d)
+        var = f32(sum((x - mean) ** 2 for x in first) / len(d)).ravel()
+        k = int(np.count_nonzero(var) * topk_fraction)
+        keep = np.zeros(var.size, bool)
+        keep[np.argsort(-var, kind="stable")[:k]] = True
+        keep &= var > 0
+        d = [np.where(keep.reshape(b.shape), x, 0.0) for x in d]
+    g = np.array([float((x * x).mean()) for x in d])
+    g = np.full(len(d), 1 / len(d)) if g.sum() < 1e-6 else g / g.sum()
+    sign = np.where(sum(d) >= 0, 1.0, -1.0)
+    agree = [np.sign(x) == sign for x in d]
+    mixed = sum(np.where(a, w * x, 0.0) for a, w, x in zip(agree, g, d))
+    by = sum(np.where(a, w, 0.0) for a, w in zip(agree, g))
+    return b + mixed / np.maximum(by, 1e-6)
+
+
+def ram(b, xs, eps, plus):
+    d = [x - b for x in xs]
+    active = [np.abs(x) > eps for x in d]
+    count = sum(a.astype(int) for a in active)
+    y = np.zeros_like(b)
+    for x, a in zip(d, active):
+        raise_by = 1.0
+        if plus:
+            rho = (a & (count > 1)).sum() / max((a & (count == 1)).sum(), eps)
+            raise_by = 1 + plus[0] * min(max(float(rho), 0.0), plus[1])
+        y = y + np.where(a & (count == 1), raise_by * x, 0.0) + np.where(
+            a & (count > 1), x / np.maximum(count, 1), 0.0)
+    return b + y
+
+
+def nearswap(b, x, t):
+    w = np.clip(t / np.maximum(np.abs(x - b), 1e-6), 0, 1)
+    return w * x + (1 - w) * b
+
+
+def arcee_fusion(b, x):
+    def softmax(v):
+        e = np.exp(v - v.max(axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True) + 1e-8
+    p, q = softmax(x), softmax(b)
+    kl = np.maximum((p * np.log(p / q)).sum(axis=-1, keepdims=True), 0.0)
+    imp = f32(np.abs(x - b) * kl)
+    order = np.sort(imp.ravel())
+    q1, med, q3 = (order[int(f * (order.size - 1))] for f in (.25, .5, .75))
+    return np.where(imp >= f32(np.array(med + 1.5 * (q3 - q1))), x, b)
+
+
 # ---- recipe -----------------------------------------------------------------
 
 def slices_of(recipe, model):
@@ -357,6 +495,14 @@ def expected(recipe, root, seed):
                     p == "post" and si == len(slices) - 1):
                 jobs.append((name, sl, 0.0, [(s, name) for s in srcs]))
         at += count
+    # Tied models, but the ends of the stack come from different ones: the
+    # output has a head of its own, made of the last slice's embeddings.
+    ends = [[s["model"] for s in slices[i]["sources"]] for i in (0, -1)]
+    if ends[0] != ends[1] and "lm_head.weight" not in model(
+            ends[1][0]).tensors:
+        jobs.append(("lm_head.weight", slices[-1], 0.0,
+                     [(s, "model.embed_tokens.weight")
+                      for s in slices[-1]["sources"]]))
     names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     for out, sl, t, srcs in jobs:
         base = sl.get("base_model", recipe.get("base_model"))
@@ -374,7 +520,7 @@ def expected(recipe, root, seed):
         def get(key, donor, fallback):
             if donor is None:
                 return lookup(shared, key, out, t, fallback)
-            s, n = srcs[donors[donor] if method in METHODS else donor]
+            s, n = srcs[donors[donor] if method in BY_DONOR else donor]
             return lookup([s.get("parameters")] + shared, key, n, t, fallback)
 
         b = xs[bi] if bi is not None else None
@@ -387,6 +533,36 @@ def expected(recipe, root, seed):
                 y = y / sum(w)
         elif method == "slerp":
             y = slerp(get("t", None, None), b, xs[donors[0]])
+        elif method == "nuslerp":
+            w = [get("weight", i, None) for i in range(2)]
+            t2 = 0.5 if abs(sum(w)) < 1e-6 else w[1] / sum(w)
+            v = [xs[i] - b if b is not None else xs[i] for i in donors]
+            axis = 0 if get("nuslerp_row_wise", None, False) else -1
+            if get("nuslerp_flatten", None, True) or v[0].ndim < 2:
+                axis = None
+            y = nuslerp(t2, v[0], v[1], axis)
+            y = y if b is None else b + y
+        elif method == "multislerp":
+            y = multislerp([get("weight", i, None)
+                            for i in range(len(donors))],
+                           [xs[i] for i in donors], b,
+                           get("normalize_weights", None, True),
+                           get("eps", None, 1e-8))
+        elif method == "karcher":
+            y = karcher(xs, get("max_iter", None, 10), get("tol", None, 1e-5))
+        elif method == "model_stock":
+            y = model_stock(b, [xs[i] for i in donors],
+                            get("filter_wise", None, False))
+        elif method == "sce":
+            y = sce(b, [xs[i] for i in donors], get("select_topk", None, 1.0))
+        elif method in ("ram", "ramplus_tl"):
+            y = ram(b, [xs[i] for i in donors], get("epsilon", None, 1e-5),
+                    (get("r", None, 0.1), get("alpha", None, 0.2))
+                    if method == "ramplus_tl" else None)
+        elif method == "nearswap":
+            y = nearswap(b, xs[donors[0]], get("t", None, None))
+        elif method == "arcee_fusion":
+            y = arcee_fusion(b, xs[donors[0]])
         elif method == "passthrough":
             y = xs[0]
             scale = get("scale", 0, None)
@@ -422,7 +598,7 @@ def main():
     got = read_model(a.out)
     bad, worst, worst_name, n = [], 0.0, "-", 0
     names = set()
-    slerping = recipe["merge_method"] == "slerp"
+    slerping = recipe["merge_method"] in REDUCING
     for name, dtype, want, base in expected(recipe, a.model_dir, a.seed):
         names.add(name)
         if name not in got:
@@ -436,9 +612,9 @@ def main():
         err = np.maximum(np.abs(v - want) - noise, 0) / ulp(want, dtype)
         n += v.size
         e = float(err.max()) if err.size else 0.0
-        if slerping and e > a.max_ulp and base is not None:
-            rel = np.linalg.norm(v - want) / max(
-                np.linalg.norm(want - base), 1e-300)
+        if slerping and e > a.max_ulp:
+            rel = np.linalg.norm(v - want) / max(np.linalg.norm(
+                want - base if base is not None else want), 1e-300)
             if rel <= 1e-6:
                 e = 0.0
         if e > worst:

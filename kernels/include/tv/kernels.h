@@ -120,6 +120,17 @@ struct tvk_table {
                 const float *const *x, const uint64_t *const *masks,
                 const struct tvk_gta *p, size_t n);
 
+    /* With d = x[i]-b[i] and w = t / |d|, |d| at least 1e-6 and w at most 1:
+     * dst[i] = fp32(b[i] + w*d). */
+    void (*nearswap)(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                     const float *TVK_RESTRICT x, double t, size_t n);
+    /* d_j = x_j[i]-b[i] is active when |d_j| > epsilon (a NaN is). With one
+     * active j: dst[i] = fp32(b[i] + alone[j]*d_j); with more: fp32(b[i] +
+     * (sum of the active d_j in order) / count); with none: b[i]. */
+    void (*ram)(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                const float *const *x, const double *alone, size_t n_donors,
+                double epsilon, size_t n);
+
     /* ---- exact top-k by magnitude ------------------------------------------
      * With m(i) = bits of |fp32(x[i]-b[i])| (b == NULL: of |x[i]|):
      * hist_hi: hist[m >> 15]++ for all i        (hist [TVK_HIST_HI])

@@ -14,4 +14,5 @@ void tvk_row_avx2(struct tvk_table *t)
     tvk_avx2_dots(t);
     tvk_avx2_stats(t);
     tvk_avx2_lowrank(t);
+    tvk_avx2_swap(t);
 }

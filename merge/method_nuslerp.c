@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_nuslerp.c - slerp of two models with weights, of whole tensors, rows
+ * or columns; with a base, of task vectors.
+ *
+ * t = w_2 / (w_1 + w_2) (1/2 when the sum is below 1e-6 in size); with theta
+ * the angle between the vectors v_1 and v_2 (lengths below 1e-7 count as 1e-7):
+ *
+ *   y = (sin((1-t) theta) v_1 + sin(t theta) v_2) / sin theta
+ *   y = (1-t) v_1 + t v_2                 when 1 - cos^2 theta <= 1e-16
+ *
+ * Shoemake 1985 in mergekit's form. The vectors are the whole tensor
+ * (nuslerp_flatten), or runs along the last dimension, or, with
+ * nuslerp_row_wise, along the first one (mergekit's name for it).
+ *
+ * Sums along the first dimension are needed for each column of a matrix that
+ * arrives in rows, split over workers. They are exact sums of products rounded
+ * to a fixed point that the column's largest entries set, hence the same in any
+ * order: one pass for the largest entries, one for the sums. A product is held
+ * to 2^-41 of the largest one for columns of up to 2^20 entries.
+ */
+#include "method.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "gram.h"
+
+enum { P_WEIGHT, P_ROW_WISE, P_FLATTEN, N_PARAMS };
+
+static const struct tvm_param params[N_PARAMS] = {
+    [P_WEIGHT] = {.name = "weight",
+                  .scope = TVM_NON_BASE,
+                  .type = TVM_FLOAT,
+                  .required = true,
+                  .help = "share of this input"},
+    [P_ROW_WISE] = {.name = "nuslerp_row_wise",
+                    .scope = TVM_SHARED,
+                    .type = TVM_BOOL,
+                    .has_default = true,
+                    .fallback = 0.0,
+                    .help = "without nuslerp_flatten: vectors along the first "
+                            "dimension, not the last"},
+    [P_FLATTEN] = {.name = "nuslerp_flatten",
+                   .scope = TVM_SHARED,
+                   .type = TVM_BOOL,
+                   .has_default = true,
+                   .fallback = 1.0,
+                   .help = "the whole tensor is one vector"},
+};
+
+#define NORM_MIN     1e-7
+#define COLINEAR_MAX 1e-16
+
+enum feed { WHOLE, ROWS, COLUMNS };
+
+struct column { /* of one worker while measuring, then of all */
+    float most[2];
+    int64_t sum[3]; /* aa, bb, ab in units of the column */
+};
+
+struct nuslerp_state {
+    struct tvm_gram gram;
+    double coef[2];
+    bool summing;          /* COLUMNS: the second pass */
+    struct column *column; /* [n_workers][columns] */
+    double *pair;          /* [columns][2] */
+};
+
+static size_t count_donors(const struct tvm_tensor *t)
+{
+    return t->n_sources - (t->base >= 0);
+}
+
+static void donors(const struct tvm_tensor *t, const float *const *x,
+                   const float **out)
+{
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            out[n++] = x[s];
+}
+
+static enum feed feed_of(const struct tvm_tensor *t)
+{
+    if (tvm_shared(t, P_FLATTEN) != 0.0 || t->rank < 2)
+        return WHOLE;
+    return tvm_shared(t, P_ROW_WISE) != 0.0 ? COLUMNS : ROWS;
+}
+
+static size_t columns_of(const struct tvm_tensor *t)
+{
+    return t->n_elems == 0 ? 1 : (size_t)(t->n_elems / t->shape[0]);
+}
+
+static double t_of(const struct tvm_tensor *t)
+{
+    double w[2] = {0, 0};
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            w[n++] = tvm_of(t, s, P_WEIGHT, N_PARAMS);
+    return fabs(w[0] + w[1]) < 1e-6 ? 0.5 : w[1] / (w[0] + w[1]);
+}
+
+static int fold(const struct tvm_tensor *t)
+{
+    if (t->n_sources == 1)
+        return 0;
+    return count_donors(t) == 1 ? (t->base == 0 ? 1 : 0) : -1;
+}
+
+static uint64_t row_elems(const struct tvm_tensor *t)
+{
+    return feed_of(t) == ROWS && count_donors(t) == 2 ? tvm_row_elems(t) : 0;
+}
+
+static size_t round64(size_t n)
+{
+    return (n + 63u) & ~(size_t)63u;
+}
+
+static size_t own_bytes(void)
+{
+    return round64(sizeof(struct nuslerp_state));
+}
+
+static size_t state_bytes(const struct tvm_job *job)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const size_t columns = columns_of(t);
+
+    switch (feed_of(t)) {
+    case ROWS:
+        return own_bytes() + job->n_workers * 2 * TVM_BLOCK * sizeof(float);
+    case COLUMNS:
+        return own_bytes() +
+               round64(job->n_workers * columns * sizeof(struct column)) +
+               round64(columns * 2 * sizeof(double));
+    default:
+        return own_bytes() + tvm_gram_bytes(job, 2, t->base >= 0);
+    }
+}
+
+static void set_coefs(double aa, double bb, double ab, double t, double *coef)
+{
+    const double na = sqrt(aa);
+    const double nb = sqrt(bb);
+    double c =
+        ab / (na > NORM_MIN ? na : NORM_MIN) / (nb > NORM_MIN ? nb : NORM_MIN);
+
+    c = c > 1.0 ? 1.0 : c < -1.0 ? -1.0 : c;
+    /* Written so that a NaN takes this branch. */
+    if (!(1.0 - c * c > COLINEAR_MAX)) {
+        coef[0] = 1.0 - t;
+        coef[1] = t;
+        return;
+    }
+    const double theta = acos(c);
+    const double s = sin(theta);
+    coef[0] = sin((1.0 - t) * theta) / s;
+    coef[1] = sin(t * theta) / s;
+}
+
+/* ---- columns ------------------------------------------------------------- */
+
+/* Products of a column are rounded to multiples of 2^-this. */
+static int point_of(const struct column *c, size_t a, size_t b, uint64_t rows)
+{
+    int e = 0;
+    int r = 0;
+
+    (void)frexp((double)c->most[a] * (double)c->most[b], &e);
+    (void)frexp((double)rows, &r);
+    return 61 - e - r;
+}
+
+static void join_most(const struct tvm_job *job, struct nuslerp_state *st,
+                      size_t columns)
+{
+    for (unsigned w = 1; w < job->n_workers; w++)
+        for (size_t i = 0; i < columns; i++) {
+            const struct column *more = &st->column[w * columns + i];
+            for (int v = 0; v < 2; v++)
+                if (more->most[v] > st->column[i].most[v])
+                    st->column[i].most[v] = more->most[v];
+        }
+    for (unsigned w = 1; w < job->n_workers; w++)
+        for (size_t i = 0; i < columns; i++)
+            memcpy(st->column[w * columns + i].most, st->column[i].most,
+                   sizeof(st->column[i].most));
+}
+
+static double column_sum(const struct tvm_job *job,
+                         const struct nuslerp_state *st, size_t columns,
+                         size_t i, size_t which)
+{
+    const size_t a = which == 1;
+    const size_t b = which > 0;
+    int64_t sum = 0;
+
+    for (unsigned w = 0; w < job->n_workers; w++)
+        sum += st->column[w * columns + i].sum[which];
+    return ldexp((double)sum,
+                 -point_of(&st->column[i], a, b, job->tensor->shape[0]));
+}
+
+static void measure_columns(struct tvm_job *job, const struct tvm_tile *tile,
+                            const float *const *v, const float *base, size_t n)
+{
+    struct nuslerp_state *st = job->state;
+    const size_t columns = columns_of(job->tensor);
+    const uint64_t rows = job->tensor->shape[0];
+    struct column *mine = st->column + tile->worker * columns;
+    size_t at = (size_t)(tile->start % columns);
+
+    for (size_t i = 0; i < n; i++, at = at + 1 == columns ? 0 : at + 1) {
+        struct column *c = &mine[at];
+        const double b = base ? (double)base[i] : 0.0;
+        const double x[2] = {(double)v[0][i] - b, (double)v[1][i] - b};
+        if (!st->summing) {
+            for (int k = 0; k < 2; k++)
+                if ((float)fabs(x[k]) > c->most[k])
+                    c->most[k] = (float)fabs(x[k]);
+            continue;
+        }
+        /* A column with an entry that is not finite has no angle. */
+        if (!isfinite(c->most[0]) || !isfinite(c->most[1]))
+            continue;
+        const double p[3] = {x[0] * x[0], x[1] * x[1], x[0] * x[1]};
+        for (size_t k = 0; k < 3; k++)
+            if (isfinite(p[k]) && p[k] != 0.0)
+                c->sum[k] +=
+                    llrint(ldexp(p[k], point_of(c, k == 1, k > 0, rows)));
+    }
+}
+
+static void set_pairs(struct tvm_job *job)
+{
+    struct nuslerp_state *st = job->state;
+    const size_t columns = columns_of(job->tensor);
+    const double t = t_of(job->tensor);
+
+    for (size_t i = 0; i < columns; i++) {
+        const struct column *c = &st->column[i];
+        double *pair = &st->pair[2 * i];
+        if (!isfinite(c->most[0]) || !isfinite(c->most[1])) {
+            set_coefs(NAN, NAN, NAN, t, pair);
+            continue;
+        }
+        set_coefs(column_sum(job, st, columns, i, 0),
+                  column_sum(job, st, columns, i, 1),
+                  column_sum(job, st, columns, i, 2), t, pair);
+    }
+}
+
+/* ---- passes -------------------------------------------------------------- */
+
+static bool next_phase(struct tvm_job *job)
+{
+    struct nuslerp_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    unsigned char *const mem = job->state;
+    const enum feed feed = feed_of(t);
+    const size_t columns = columns_of(t);
+
+    if (count_donors(t) != 2 || feed == ROWS)
+        return false;
+    if (job->phase == 0 && feed == WHOLE)
+        tvm_gram_init(&st->gram, job, 2, t->base >= 0, mem + own_bytes());
+    if (job->phase == 0 && feed == COLUMNS) {
+        st->column = (struct column *)(void *)(mem + own_bytes());
+        st->pair = (double *)(void *)(mem + own_bytes() +
+                                      round64(job->n_workers * columns *
+                                              sizeof(struct column)));
+    }
+    if (job->phase == 0)
+        return true;
+    if (feed == COLUMNS && !st->summing) {
+        join_most(job, st, columns);
+        st->summing = true;
+        return true;
+    }
+    if (feed == COLUMNS) {
+        set_pairs(job);
+        return false;
+    }
+    double g[4];
+    tvm_gram_sum(&st->gram, job, g);
+    set_coefs(g[0], g[3], g[1], t_of(t), st->coef);
+    return false;
+}
+
+static void measure(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, size_t n)
+{
+    const struct nuslerp_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const float *base = t->base >= 0 ? x[t->base] : NULL;
+    const float *v[2];
+
+    donors(t, x, v);
+    if (feed_of(t) == COLUMNS)
+        measure_columns(job, tile, v, base, n);
+    else
+        tvm_gram_add(&st->gram, job, tile, v, base, n);
+}
+
+static void mix(const struct tvm_job *job, const double *coef,
+                const float *const *x, float *dst, size_t n)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const float *v[2];
+    const struct tvk_gta sum = {
+        .n_donors = 2, .coef = coef, .weight = coef, .lambda = 1.0};
+
+    donors(t, x, v);
+    if (t->base >= 0)
+        job->k->gta(dst, x[t->base], v, NULL, &sum, n);
+    else
+        job->k->weighted_sum(dst, v, coef, 2, 1.0, n);
+}
+
+static void combine(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, float *dst, size_t n)
+{
+    const struct nuslerp_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const size_t columns = columns_of(t);
+    const float *v[2];
+
+    if (feed_of(t) == WHOLE) {
+        mix(job, st->coef, x, dst, n);
+        return;
+    }
+    donors(t, x, v);
+    size_t at = (size_t)(tile->start % columns);
+    for (size_t i = 0; i < n; i++, at = at + 1 == columns ? 0 : at + 1) {
+        const double *c = &st->pair[2 * at];
+        const double b = t->base >= 0 ? (double)x[t->base][i] : 0.0;
+        const double m =
+            c[0] * ((double)v[0][i] - b) + c[1] * ((double)v[1][i] - b);
+        dst[i] = t->base >= 0 && m == 0.0 ? x[t->base][i] : (float)(b + m);
+    }
+}
+
+static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
+                        uint64_t row, const float *const *x, float *dst,
+                        size_t n)
+{
+    const struct tvm_tensor *t = job->tensor;
+    unsigned char *const mem = job->state;
+    float *scratch =
+        (float *)(void *)(mem + own_bytes()) + tile->worker * 2 * TVM_BLOCK;
+    const float *v[2];
+    double g[4];
+    double coef[2];
+
+    (void)row;
+    donors(t, x, v);
+    tvm_gram_row(job->k, v, 2, t->base >= 0 ? x[t->base] : NULL, n, scratch, g);
+    set_coefs(g[0], g[3], g[1], t_of(t), coef);
+    mix(job, coef, x, dst, n);
+}
+
+const struct tvm_method tvm_method_nuslerp = {
+    .name = "nuslerp",
+    .summary = "weighted spherical interpolation of two models or task vectors",
+    .paper = "Shoemake 1985, doi 10.1145/325334.325242; mergekit",
+    .base = TVM_BASE_OPTIONAL,
+    .min_donors = 2,
+    .max_donors = 2,
+    .params = params,
+    .n_params = N_PARAMS,
+    .missing = TVM_MISSING_COPY_ONLY,
+    .check = tvm_check_finite,
+    .fold = fold,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .measure = measure,
+    .combine = combine,
+    .row_elems = row_elems,
+    .combine_row = combine_row,
+};

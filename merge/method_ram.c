@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_ram.c - averages task vectors where several are active, keeps them
+ * whole where only one is.
+ *
+ * Entry e of d_i is active when |d_i(e)| > epsilon; cnt(e) counts the active.
+ *
+ *   y = base + sum over active i of d_i / cnt
+ *
+ * ramplus_tl scales the entries that only model i changes by
+ *   L_i = 1 + r clip(rho_i, 0, alpha),
+ *   rho_i = #(active, shared) / max(#(active, alone), epsilon)
+ * with counts over the tensor. "Reinforced Agent Merging", arXiv 2601.13572;
+ * the tensor-local form is mergekit's.
+ */
+#include "method.h"
+
+#include <math.h>
+#include <stddef.h>
+
+enum { P_EPSILON, P_R, P_ALPHA, N_PARAMS };
+#define N_RAM 1u
+
+static const struct tvm_param params[N_PARAMS] = {
+    [P_EPSILON] = {.name = "epsilon",
+                   .scope = TVM_SHARED,
+                   .type = TVM_FLOAT,
+                   .has_default = true,
+                   .fallback = 1e-5,
+                   .help = "smaller changes do not count"},
+    [P_R] = {.name = "r",
+             .scope = TVM_SHARED,
+             .type = TVM_FLOAT,
+             .has_default = true,
+             .fallback = 0.1,
+             .help = "how strongly unshared changes are raised"},
+    [P_ALPHA] = {.name = "alpha",
+                 .scope = TVM_SHARED,
+                 .type = TVM_FLOAT,
+                 .has_default = true,
+                 .fallback = 0.2,
+                 .help = "most of the ratio shared to unshared that counts"},
+};
+
+struct counts {
+    uint64_t shared, alone;
+};
+
+struct ram_state {
+    double raise[TVK_DONORS_MAX]; /* by donor */
+};
+
+static bool is_plus(const struct tvm_tensor *t)
+{
+    return t->method->n_params == N_PARAMS;
+}
+
+static int fold(const struct tvm_tensor *t)
+{
+    return t->base >= 0 && t->n_sources == 1 ? t->base : -1;
+}
+
+static size_t own_bytes(void)
+{
+    return (sizeof(struct ram_state) + 63u) & ~(size_t)63u;
+}
+
+static struct counts *counts_of(const struct tvm_job *job, unsigned worker)
+{
+    unsigned char *const mem = job->state;
+    return (struct counts *)(void *)(mem + own_bytes()) +
+           worker * job->tensor->n_sources;
+}
+
+static size_t state_bytes(const struct tvm_job *job)
+{
+    if (!is_plus(job->tensor))
+        return own_bytes();
+    return own_bytes() +
+           job->n_workers * job->tensor->n_sources * sizeof(struct counts);
+}
+
+static bool next_phase(struct tvm_job *job)
+{
+    struct ram_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    size_t donor = 0;
+
+    if (!is_plus(t)) {
+        for (size_t i = 0; i < TVK_DONORS_MAX; i++)
+            st->raise[i] = 1.0;
+        return false;
+    }
+    if (job->phase == 0)
+        return true;
+    for (size_t s = 0; s < t->n_sources; s++) {
+        uint64_t shared = 0;
+        uint64_t alone = 0;
+        if ((int)s == t->base)
+            continue;
+        for (unsigned w = 0; w < job->n_workers; w++) {
+            shared += counts_of(job, w)[s].shared;
+            alone += counts_of(job, w)[s].alone;
+        }
+        const double least = tvm_shared(t, P_EPSILON);
+        const double by = (double)alone > least ? (double)alone : least;
+        /* Nothing active at all: no ratio, and nothing that it could raise. */
+        double rho = shared > 0 ? (double)shared / by : 0.0;
+        rho = fmin(fmax(rho, 0.0), tvm_shared(t, P_ALPHA));
+        st->raise[donor++] = 1.0 + tvm_shared(t, P_R) * rho;
+    }
+    return false;
+}
+
+static void measure(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, size_t n)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const double eps = tvm_shared(t, P_EPSILON);
+    struct counts *mine = counts_of(job, tile->worker);
+    const float *base = x[t->base];
+    unsigned char count[TVM_BLOCK] = {0};
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        for (size_t i = 0; (int)s != t->base && i < n; i++)
+            count[i] =
+                (unsigned char)(count[i] + (fabs((double)x[s][i] -
+                                                 (double)base[i]) > eps));
+    for (size_t s = 0; s < t->n_sources; s++) {
+        uint64_t shared = 0;
+        uint64_t alone = 0;
+        if ((int)s == t->base)
+            continue;
+        for (size_t i = 0; i < n; i++) {
+            const bool active = fabs((double)x[s][i] - (double)base[i]) > eps;
+            shared += active && count[i] > 1;
+            alone += active && count[i] == 1;
+        }
+        mine[s].shared += shared;
+        mine[s].alone += alone;
+    }
+}
+
+static void combine(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, float *dst, size_t n)
+{
+    const struct ram_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const float *donors[TVK_DONORS_MAX];
+    size_t n_donors = 0;
+
+    (void)tile;
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            donors[n_donors++] = x[s];
+    job->k->ram(dst, x[t->base], donors, st->raise, n_donors,
+                tvm_shared(t, P_EPSILON), n);
+}
+
+const struct tvm_method tvm_method_ram = {
+    .name = "ram",
+    .summary = "task vectors averaged where shared, whole where not",
+    .paper = "Reinforced Agent Merging, arXiv 2601.13572",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_RAM,
+    .check = tvm_check_finite,
+    .fold = fold,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .combine = combine,
+};
+
+const struct tvm_method tvm_method_ramplus_tl = {
+    .name = "ramplus_tl",
+    .summary = "ram, with what only one model changes raised",
+    .paper = "Reinforced Agent Merging, arXiv 2601.13572",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = tvm_check_finite,
+    .fold = fold,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .measure = measure,
+    .combine = combine,
+};

@@ -1,0 +1,407 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * method_sce.c - select, calculate, erase: keep the positions in which the task
+ * vectors differ most, weigh each by its energy, drop minority signs.
+ *
+ *   select     k = trunc(nonzero variances * select_topk) positions with the
+ *              largest variance over the task vectors, in all of them; none
+ *              when k is 0 (select_topk 1: everything)
+ *   calculate  g_i = mean(d_i^2) / sum_j mean(d_j^2), 1/n when that sum is
+ *              below 1e-6
+ *   erase      per position the sign of sum_i d_i; M_i = [sign d_i is it]
+ *   y = base + sum g_i M_i d_i / max(sum g_i M_i, 1e-6)
+ *
+ * Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
+ * Variances are fp64, compared as fp32; equal ones are taken by lowest index.
+ */
+#include "method.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "select.h"
+
+enum { P_TOPK, P_INT8_MASK, N_PARAMS };
+
+static const struct tvm_param params[N_PARAMS] = {
+    [P_TOPK] = {.name = "select_topk",
+                .scope = TVM_SHARED,
+                .type = TVM_FLOAT,
+                .has_default = true,
+                .fallback = 1.0,
+                .help = "fraction of the positions that differ to keep"},
+    [P_INT8_MASK] = {.name = "int8_mask",
+                     .scope = TVM_SHARED,
+                     .type = TVM_BOOL,
+                     .has_default = true,
+                     .fallback = 0.0,
+                     .help = "accepted for mergekit; changes nothing"},
+};
+
+#define BLOCKS_PER_LEAF (TVK_LEAF / TVM_BLOCK)
+#define BLOCK_WORDS     (TVM_BLOCK / 64)
+#define SUM_MIN         1e-6
+
+enum step { STEP_HIGH, STEP_LOW, STEP_COUNT, STEP_SQUARES };
+enum keep { KEEP_ALL, KEEP_NONE, KEEP_TOP };
+
+struct sce_state {
+    enum step step;
+    enum keep keep;
+    size_t n_donors;
+    uint64_t k;
+    uint32_t hi, pattern;
+    uint64_t eq_limit;
+    double weight[TVK_DONORS_MAX];
+    uint32_t *hist;    /* [n_workers][TVK_HIST_HI] */
+    uint64_t *nonzero; /* [n_workers] */
+    uint64_t *eq;      /* [n_tiles]: count, then prefix */
+    uint64_t *eq_seen; /* [n_workers] */
+    double *square;    /* [n_donors][n_leaves] */
+    double *block;     /* [n_workers][n_donors][BLOCKS_PER_LEAF] */
+};
+
+static size_t count_donors(const struct tvm_tensor *t)
+{
+    return t->n_sources - (t->base >= 0);
+}
+
+static size_t donors(const struct tvm_tensor *t, const float *const *x,
+                     const float **out)
+{
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            out[n++] = x[s];
+    return n;
+}
+
+static enum keep keep_of(const struct tvm_tensor *t)
+{
+    const double top = tvm_shared(t, P_TOPK);
+
+    return top >= 1.0 ? KEEP_ALL : top > 0.0 ? KEEP_TOP : KEEP_NONE;
+}
+
+static int fold(const struct tvm_tensor *t)
+{
+    if (t->base >= 0 && (count_donors(t) == 0 || keep_of(t) == KEEP_NONE))
+        return t->base;
+    return -1;
+}
+
+struct carver {
+    unsigned char *base;
+    size_t used;
+};
+
+static void *carve(struct carver *c, size_t n, size_t each)
+{
+    void *at = c->base ? c->base + c->used : NULL;
+    c->used += (n * each + 63u) & ~(size_t)63u;
+    return at;
+}
+
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct sce_state *st)
+{
+    struct carver c = {base, 0};
+    const size_t w = job->n_workers;
+    const size_t n = count_donors(job->tensor);
+
+    (void)carve(&c, 1, sizeof *st);
+    if (keep_of(job->tensor) == KEEP_TOP) {
+        st->hist = carve(&c, w * TVK_HIST_HI, sizeof *st->hist);
+        st->nonzero = carve(&c, w, sizeof *st->nonzero);
+        st->eq = carve(&c, (size_t)job->n_tiles, sizeof *st->eq);
+        st->eq_seen = carve(&c, w, sizeof *st->eq_seen);
+    }
+    st->square = carve(&c, n * (size_t)job->n_leaves, sizeof *st->square);
+    st->block = carve(&c, w * n * BLOCKS_PER_LEAF, sizeof *st->block);
+    return c.used;
+}
+
+static size_t state_bytes(const struct tvm_job *job)
+{
+    struct sce_state st = {.n_donors = 0};
+
+    return lay_out(job, NULL, &st);
+}
+
+static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
+{
+    tvm_check_finite(t, problems);
+    if (keep_of(t) == KEEP_TOP && t->n_elems > UINT32_MAX)
+        tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
+                        "sce of a tensor with more than 2^32 elements is not "
+                        "supported");
+}
+
+/* ---- passes -------------------------------------------------------------- */
+
+/* Returns true when the lower bits of the threshold are to be found. */
+static bool after_high(struct tvm_job *job, struct sce_state *st)
+{
+    uint64_t nonzero = 0;
+    uint64_t count = 0;
+
+    for (unsigned w = 0; w < job->n_workers; w++)
+        nonzero += st->nonzero[w];
+    st->k = (uint64_t)((double)nonzero * tvm_shared(job->tensor, P_TOPK));
+    if (st->k == 0) {
+        st->keep = KEEP_NONE;
+        return false;
+    }
+    tvm_hist_join(st->hist, TVK_HIST_HI, job->n_workers, TVK_HIST_HI);
+    st->hi = tvm_hist_find(st->hist, TVK_HIST_HI, &st->k, &count);
+    st->pattern = st->hi << 15;
+    st->eq_limit = UINT64_MAX;
+    memset(st->hist, 0,
+           job->n_workers * (size_t)TVK_HIST_HI * sizeof *st->hist);
+    return st->k < count;
+}
+
+/* Returns true when only some of the entries at the threshold are kept. */
+static bool after_low(struct tvm_job *job, struct sce_state *st)
+{
+    uint64_t count = 0;
+
+    tvm_hist_join(st->hist, TVK_HIST_HI, job->n_workers, TVK_HIST_LO);
+    st->pattern |= tvm_hist_find(st->hist, TVK_HIST_LO, &st->k, &count);
+    if (st->k == count || st->pattern == 0)
+        return false;
+    st->eq_limit = st->k;
+    return true;
+}
+
+static void after_count(const struct tvm_job *job, struct sce_state *st)
+{
+    uint64_t before = 0;
+
+    for (size_t i = 0; i < (size_t)job->n_tiles; i++) {
+        const uint64_t here = st->eq[i];
+        st->eq[i] = before;
+        before += here;
+    }
+}
+
+static void after_squares(const struct tvm_job *job, struct sce_state *st)
+{
+    const size_t n_leaves = (size_t)job->n_leaves;
+    const double n = (double)job->tensor->n_elems;
+    double sum = 0.0;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        st->weight[j] = tvk_sum_tree(st->square + j * n_leaves, n_leaves) / n;
+        sum += st->weight[j];
+    }
+    for (size_t j = 0; j < st->n_donors; j++)
+        st->weight[j] = fabs(sum) < SUM_MIN ? 1.0 / (double)st->n_donors
+                                            : st->weight[j] / sum;
+}
+
+static bool next_phase(struct tvm_job *job)
+{
+    struct sce_state *st = job->state;
+
+    if (job->phase == 0) {
+        (void)lay_out(job, st, st);
+        st->n_donors = count_donors(job->tensor);
+        st->keep = keep_of(job->tensor);
+        if (st->n_donors == 0 || st->keep == KEEP_NONE)
+            return false;
+        st->step = st->keep == KEEP_TOP ? STEP_HIGH : STEP_SQUARES;
+        return true;
+    }
+    switch (st->step) {
+    case STEP_HIGH:
+        if (after_high(job, st)) {
+            st->step = STEP_LOW;
+            return true;
+        }
+        if (st->keep == KEEP_NONE)
+            return false;
+        break;
+    case STEP_LOW:
+        if (after_low(job, st)) {
+            st->step = STEP_COUNT;
+            return true;
+        }
+        break;
+    case STEP_COUNT:
+        after_count(job, st);
+        break;
+    case STEP_SQUARES:
+        after_squares(job, st);
+        return false;
+    }
+    st->step = STEP_SQUARES;
+    return true;
+}
+
+/* ---- tiles --------------------------------------------------------------- */
+
+static void tile_begin(struct tvm_job *job, struct tvm_tile *tile)
+{
+    const struct sce_state *st = job->state;
+
+    if (st->keep == KEEP_TOP && st->step == STEP_SQUARES)
+        st->eq_seen[tile->worker] = st->eq[tile->tile];
+}
+
+/* Population variances. Deviations are from the first task vector, so that
+ * equal ones give exactly 0. */
+static void variances(const float *base, const float *const *x, size_t n_donors,
+                      float *v, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const double b = (double)base[i];
+        const double first = (double)x[0][i] - b;
+        double mean = 0.0;
+        double sum = 0.0;
+        for (size_t j = 1; j < n_donors; j++)
+            mean += ((double)x[j][i] - b) - first;
+        mean /= (double)n_donors;
+        for (size_t j = 0; j < n_donors; j++) {
+            const double d = ((double)x[j][i] - b) - first - mean;
+            sum += d * d;
+        }
+        v[i] = (float)(sum / (double)n_donors);
+    }
+}
+
+static void select_mask(const struct tvm_job *job, const struct tvm_tile *tile,
+                        const float *v, uint64_t *mask, size_t n)
+{
+    const struct sce_state *st = job->state;
+
+    (void)job->k->topk_mask(mask, v, NULL, st->pattern,
+                            &st->eq_seen[tile->worker], st->eq_limit, n);
+}
+
+static bool is_kept(const uint64_t *mask, size_t i)
+{
+    return (mask[i / 64] >> (i % 64) & 1u) != 0;
+}
+
+static void squares(const struct tvm_job *job, const struct tvm_tile *tile,
+                    const float *base, const float *const *x,
+                    const uint64_t *mask, size_t n)
+{
+    const struct sce_state *st = job->state;
+    const size_t in_leaf = (size_t)(tile->start % TVK_LEAF / TVM_BLOCK);
+    const size_t leaf = (size_t)(tile->start / TVK_LEAF);
+    float d[TVM_BLOCK];
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        double *block =
+            st->block + (tile->worker * st->n_donors + j) * BLOCKS_PER_LEAF;
+        struct tvk_dots dots;
+        job->k->delta(d, x[j], base, n);
+        for (size_t i = 0; mask && i < n; i++)
+            d[i] = is_kept(mask, i) ? d[i] : 0.0f;
+        job->k->dots(&dots, d, d, n);
+        block[in_leaf] = dots.aa;
+        if (in_leaf + 1 == BLOCKS_PER_LEAF ||
+            tile->start + n == job->tensor->n_elems)
+            st->square[j * (size_t)job->n_leaves + leaf] =
+                tvk_sum_tree(block, in_leaf + 1);
+    }
+}
+
+static void measure(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, size_t n)
+{
+    const struct sce_state *st = job->state;
+    const float *base = x[job->tensor->base];
+    uint32_t *hist = NULL;
+    const float *d[TVK_DONORS_MAX];
+    uint64_t *mask = tile->mask_words;
+    float v[TVM_BLOCK];
+
+    (void)donors(job->tensor, x, d);
+    if (st->keep == KEEP_TOP) {
+        hist = st->hist + (size_t)tile->worker * TVK_HIST_HI;
+        variances(base, d, st->n_donors, v, n);
+    }
+    switch (st->step) {
+    case STEP_HIGH:
+        job->k->hist_hi(hist, v, NULL, n);
+        for (size_t i = 0; i < n; i++)
+            st->nonzero[tile->worker] += v[i] != 0.0f;
+        break;
+    case STEP_LOW:
+        job->k->hist_lo(hist, st->hi, v, NULL, n);
+        break;
+    case STEP_COUNT:
+        st->eq[tile->tile] += job->k->count_eq(v, NULL, st->pattern, n);
+        break;
+    case STEP_SQUARES:
+        if (st->keep == KEEP_TOP)
+            select_mask(job, tile, v, mask, n);
+        squares(job, tile, base, d, st->keep == KEEP_TOP ? mask : NULL, n);
+        break;
+    }
+}
+
+static void combine(struct tvm_job *job, struct tvm_tile *tile,
+                    const float *const *x, float *dst, size_t n)
+{
+    const struct sce_state *st = job->state;
+    const float *base = x[job->tensor->base];
+    const float *d[TVK_DONORS_MAX];
+    uint64_t *mask = tile->mask_words;
+    float v[TVM_BLOCK];
+
+    if (st->keep == KEEP_NONE || st->n_donors == 0) {
+        memcpy(dst, base, n * sizeof *dst);
+        return;
+    }
+    (void)donors(job->tensor, x, d);
+    if (st->keep == KEEP_TOP) {
+        variances(base, d, st->n_donors, v, n);
+        select_mask(job, tile, v, mask, n);
+    }
+    for (size_t i = 0; i < n; i++) {
+        const double b = (double)base[i];
+        double vote = 0.0;
+        double sum = 0.0;
+        double by = 0.0;
+        dst[i] = base[i];
+        if (st->keep == KEEP_TOP && !is_kept(mask, i))
+            continue;
+        for (size_t j = 0; j < st->n_donors; j++)
+            vote += (double)d[j][i] - b;
+        for (size_t j = 0; j < st->n_donors; j++) {
+            const double dj = (double)d[j][i] - b;
+            if (vote >= 0.0 ? !(dj > 0.0) : !(dj < 0.0))
+                continue;
+            sum += st->weight[j] * dj;
+            by += st->weight[j];
+        }
+        if (isnan(vote))
+            sum = vote;
+        if (sum != 0.0)
+            dst[i] = (float)(b + sum / (by > SUM_MIN ? by : SUM_MIN));
+    }
+}
+
+const struct tvm_method tvm_method_sce = {
+    .name = "sce",
+    .summary = "positions that differ most, weighed by energy, majority signs",
+    .paper = "FuseChat, Wan et al. 2024, arXiv 2408.07990",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = check,
+    .fold = fold,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .tile_begin = tile_begin,
+    .measure = measure,
+    .combine = combine,
+};

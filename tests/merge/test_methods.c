@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Small cases worked out by hand for the methods that are no task arithmetic,
+ * and the properties of all of them that a user relies on.
+ */
+#include "test.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "fixture.h"
+#include "tv/alloc.h"
+
+/* Tensor v holds the cases; w is large enough for several tiles. */
+static const struct fx_tensor shapes[] = {{"v", TV_F32, 2, {2, 4}},
+                                          {"w", TV_F32, 2, {700, 257}}};
+
+static float noise(size_t model, uint64_t i)
+{
+    return (float)sin((double)(i + 1) * (0.37 + 0.11 * (double)model)) * 0.01f;
+}
+
+/* Base 0; donors as in `rows` below, w: base and unrelated task vectors. */
+static const float rows[4][8] = {
+    {0, 0, 0, 0, 0, 0, 0, 0},
+    {3, 0, 1, 0, 2, 0, 0, 0},
+    {0, 4, 1, 0, 2, 0, 0, 1},
+    {0, 0, -3, 0, 2, 0, 0, 0},
+};
+
+static float cases(size_t model, size_t tensor, uint64_t i)
+{
+    if (tensor == 0)
+        return rows[model][i];
+    return 0.1f * noise(7, i) + (model > 0 ? noise(model, i) : 0.0f);
+}
+
+static float same(size_t model, size_t tensor, uint64_t i)
+{
+    return cases(model > 0 ? 1 : 0, tensor, i);
+}
+
+static float unchanged(size_t model, size_t tensor, uint64_t i)
+{
+    (void)model;
+    return cases(2, tensor, i);
+}
+
+static void merge(struct fx *f, size_t n_models, fx_fill fill,
+                  const char *method, int base, const struct fx_param *params,
+                  size_t n_params)
+{
+    fx_open(f);
+    for (size_t i = 0; i < n_models; i++)
+        fx_model(f, shapes, 2, fill);
+    fx_plan(f, method, base, params, n_params, TV_DTYPE_NONE);
+}
+
+static void expect(struct fx *f, const double *want)
+{
+    uint64_t n = 0;
+    float *y = fx_merged(f, "v", &n);
+
+    assert_int_equal(n, 8);
+    for (size_t i = 0; i < 8; i++)
+        if (fabs((double)y[i] - want[i]) > 1e-6 * fabs(want[i]) + 1e-7)
+            fail_msg("element %zu: %.9g instead of %.9g", i, (double)y[i],
+                     want[i]);
+    tv_free(y);
+    fx_close(f);
+}
+
+static void nearswap_moves_where_near(void **state)
+{
+    const struct fx_param p[] = {{"t", FX_ALL, 2.0}};
+    /* w = min(1, 2 / |d|): 3 -> 2/3 * 3, 1 and 2 -> taken whole. */
+    const double want[8] = {2, 0, 1, 0, 2, 0, 0, 0};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 2, cases, "nearswap", 0, p, 1);
+    expect(&f, want);
+}
+
+static void ram_averages_only_what_is_shared(void **state)
+{
+    const struct fx_param p[] = {{"epsilon", FX_ALL, 1.5}};
+    /* |d| <= 1.5 is not active; the third column: only -3. */
+    const double want[8] = {3, 4, -3, 0, 2, 0, 0, 0};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "ram", 0, p, 1);
+    expect(&f, want);
+}
+
+static void ramplus_raises_what_is_alone(void **state)
+{
+    const struct fx_param p[] = {
+        {"epsilon", FX_ALL, 0.5}, {"r", FX_ALL, 0.5}, {"alpha", FX_ALL, 0.8}};
+    /* Shared to alone: 2 to 1, 2 to 2, 2 to nothing: all clipped to 0.8. */
+    const double want[8] = {3 * 1.4, 4 * 1.4, -1.0 / 3.0, 0, 2, 0, 0, 1.4};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "ramplus_tl", 0, p, 3);
+    expect(&f, want);
+}
+
+static void sce_selects_weighs_and_erases(void **state)
+{
+    const struct fx_param p[] = {{"select_topk", FX_ALL, 0.75}};
+    /* Variances are positive in columns 0, 1, 2 of the first row and in the
+     * last element; k = trunc(4 * 0.75) = 3 drops the last. Squares of what is
+     * left: 9 + 1, 16 + 1, 9. The third column votes 1 + 1 - 3 < 0. */
+    const double want[8] = {3, 4, -3, 0, 0, 0, 0, 0};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "sce", 0, p, 1);
+    expect(&f, want);
+}
+
+static void sce_weighs_by_energy(void **state)
+{
+    /* Energies 14, 22, 13: where all agree the weights cancel. */
+    const double want[8] = {3, 4, -3, 0, 2, 0, 0, 1};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "sce", 0, NULL, 0);
+    expect(&f, want);
+}
+
+static void model_stock_by_tensor_and_row(void **state)
+{
+    /* Two donors. Tensor: <d1, d2> = 1 + 4, norms sqrt 14 and sqrt 22. Rows:
+     * 1 / sqrt(10 * 17) and 4 / sqrt(4 * 5). */
+    const double c[3] = {5 / sqrt(14.0 * 22.0), 1 / sqrt(170.0),
+                         4 / sqrt(20.0)};
+    struct fx f;
+
+    (void)state;
+    for (int by_row = 0; by_row < 2; by_row++) {
+        const struct fx_param p[] = {{"filter_wise", FX_ALL, by_row}};
+        double want[8];
+        for (size_t i = 0; i < 8; i++) {
+            const double cos = by_row ? c[1 + i / 4] : c[0];
+            want[i] = 2 * cos / (1 + cos) *
+                      ((double)rows[1][i] + (double)rows[2][i]) / 2;
+        }
+        merge(&f, 3, cases, "model_stock", 0, p, 1);
+        expect(&f, want);
+    }
+}
+
+/* Slerp with t = 1/4 of (a, b) given their products. */
+static double arc(double aa, double bb, double ab, double a, double b)
+{
+    const double th = acos(ab / sqrt(aa * bb));
+    return (sin(0.75 * th) * a + sin(0.25 * th) * b) / sin(th);
+}
+
+static void nuslerp_by_tensor_row_and_column(void **state)
+{
+    struct fx f;
+
+    (void)state;
+    for (int mode = 0; mode < 3; mode++) {
+        const struct fx_param p[] = {{"weight", 1, 3.0},
+                                     {"weight", 2, 1.0},
+                                     {"nuslerp_flatten", FX_ALL, mode == 0},
+                                     {"nuslerp_row_wise", FX_ALL, mode == 2}};
+        double want[8];
+        for (size_t i = 0; i < 8; i++) {
+            const double a = (double)rows[1][i];
+            const double b = (double)rows[2][i];
+            if (mode == 0)
+                want[i] = arc(14, 22, 5, a, b);
+            else if (mode == 1)
+                want[i] = i < 4 ? arc(10, 17, 1, a, b) : arc(4, 5, 4, a, b);
+            else
+                /* Columns: (3,2) (0,2); (0,0) (4,0); (1,0) twice; (0,0) (0,1).
+                 * An empty vector makes no angle: cos 0. */
+                want[i] = i % 4 == 0   ? arc(13, 4, 4, a, b)
+                          : i % 4 == 2 ? 0.75 * a + 0.25 * b
+                                       : sin(0.75 * acos(0.0)) * a +
+                                             sin(0.25 * acos(0.0)) * b;
+        }
+        merge(&f, 3, cases, "nuslerp", 0, p, 4);
+        expect(&f, want); /* the base is 0 */
+    }
+}
+
+static void karcher_of_two_is_the_middle(void **state)
+{
+    struct fx f;
+    double want[8];
+
+    (void)state;
+    /* The middle of the arc, as long as the inputs are on average. */
+    const double na = sqrt(14.0);
+    const double nb = sqrt(22.0);
+    const double m = sqrt(2 + 2 * 5 / (na * nb));
+    for (size_t i = 0; i < 8; i++)
+        want[i] = (na + nb) / 2 *
+                  ((double)rows[1][i] / na + (double)rows[2][i] / nb) / m;
+    fx_open(&f);
+    /* Model 0 is empty: it has no direction and halves nothing but the
+     * length. */
+    for (int i = 0; i < 3; i++)
+        fx_model(&f, shapes, 2, cases);
+    fx_plan(&f, "karcher", -1, NULL, 0, TV_DTYPE_NONE);
+    for (size_t i = 0; i < 8; i++)
+        want[i] *= 2.0 / 3.0;
+    expect(&f, want);
+}
+
+static void multislerp_of_two_keeps_the_mean_length(void **state)
+{
+    const struct fx_param p[] = {{"weight", 1, 1.0}, {"weight", 2, 3.0}};
+    struct fx f;
+    double want[8];
+
+    (void)state;
+    /* The weighted mean of the unit vectors, T being 0, at the weighted
+     * length. */
+    const double na = sqrt(14.0);
+    const double nb = sqrt(22.0);
+    const double wa = 0.25 / na;
+    const double wb = 0.75 / nb;
+    const double m = sqrt(wa * wa * 14 + wb * wb * 22 + 2 * wa * wb * 5);
+    for (size_t i = 0; i < 8; i++)
+        want[i] = (0.25 * na + 0.75 * nb) *
+                  (wa * (double)rows[1][i] + wb * (double)rows[2][i]) / m;
+    merge(&f, 3, cases, "multislerp", 0, p, 2);
+    expect(&f, want);
+}
+
+static void arcee_fusion_takes_what_stands_out(void **state)
+{
+    struct fx f;
+    uint64_t n = 0;
+
+    (void)state;
+    merge(&f, 2, cases, "arcee_fusion", 0, NULL, 0);
+    /* Importances: 3 k, k (row 1) and 2 q (row 2), the other five are 0:
+     * quartiles 0, 0 and sorted[5]. */
+    float *y = fx_merged(&f, "v", &n);
+    for (size_t i = 0; i < 8; i++)
+        assert_true(y[i] == rows[1][i] || y[i] == 0.0f);
+    assert_true(y[0] == 3.0f);
+    tv_free(y);
+    fx_close(&f);
+}
+
+/* ---- properties ---------------------------------------------------------- */
+
+struct subject {
+    const char *name;
+    size_t n_models;
+    int base;
+    bool keeps_equal; /* equal donors give themselves */
+    struct fx_param params[3];
+    size_t n_params;
+};
+
+static const struct subject subjects[] = {
+    {"nearswap", 2, 0, false, {{"t", FX_ALL, 0.001}}, 1},
+    {"ram", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
+    {"ramplus_tl", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
+    {"sce", 4, 0, true, {{"select_topk", FX_ALL, 1.0}}, 1},
+    {"sce", 4, 0, false, {{"select_topk", FX_ALL, 0.3}}, 1},
+    {"model_stock", 4, 0, true, {{"filter_wise", FX_ALL, 0}}, 1},
+    {"model_stock", 4, 0, true, {{"filter_wise", FX_ALL, 1}}, 1},
+    {"nuslerp",
+     3,
+     0,
+     true,
+     {{"weight", 1, 0.3}, {"weight", 2, 0.9}, {"nuslerp_flatten", FX_ALL, 1}},
+     3},
+    {"nuslerp",
+     3,
+     0,
+     true,
+     {{"weight", 1, 0.3}, {"weight", 2, 0.9}, {"nuslerp_flatten", FX_ALL, 0}},
+     3},
+    {"multislerp", 3, 0, true, {{"weight", 1, 0.3}, {"weight", 2, 0.9}}, 2},
+    {"arcee_fusion", 2, 0, false, {{NULL, 0, 0}}, 0},
+};
+#define N_SUBJECTS (sizeof(subjects) / sizeof(*subjects))
+
+static void no_change_gives_the_base(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < N_SUBJECTS; i++) {
+        const struct subject *s = &subjects[i];
+        struct fx f;
+        uint64_t n = 0;
+        merge(&f, s->n_models, unchanged, s->name, s->base, s->params,
+              s->n_params);
+        float *y = fx_merged(&f, "w", &n);
+        float *b = fx_values(&f, 0, "w", &n);
+        if (memcmp(y, b, n * sizeof(*y)) != 0)
+            fail_msg("%s changes the base without any change", s->name);
+        tv_free(y);
+        tv_free(b);
+        fx_close(&f);
+    }
+}
+
+static void equal_donors_give_themselves(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < N_SUBJECTS; i++) {
+        const struct subject *s = &subjects[i];
+        struct fx f;
+        uint64_t n = 0;
+        if (!s->keeps_equal)
+            continue;
+        merge(&f, s->n_models, same, s->name, s->base, s->params, s->n_params);
+        float *y = fx_merged(&f, "w", &n);
+        float *x = fx_values(&f, 1, "w", &n);
+        for (uint64_t e = 0; e < n; e++)
+            if (fabsf(y[e] - x[e]) > 1.2e-7f * fabsf(x[e]))
+                fail_msg("%s: element %llu is %.9g instead of %.9g", s->name,
+                         (unsigned long long)e, (double)y[e], (double)x[e]);
+        tv_free(y);
+        tv_free(x);
+        fx_close(&f);
+    }
+}
+
+static void bytes_do_not_depend_on_threads_or_memory(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < N_SUBJECTS; i++) {
+        const struct subject *s = &subjects[i];
+        struct fx f;
+        struct tv_hash one;
+        merge(&f, s->n_models, cases, s->name, s->base, s->params, s->n_params);
+        f.plan.options.threads = 1;
+        one = fx_run(&f);
+        f.plan.options.threads = 3;
+        f.plan.options.memory_bytes = 20u << 20;
+        const struct tv_hash three = fx_run(&f);
+        f.plan.options.kernels = tvk_table_for(TVK_REF);
+        const struct tv_hash ref = fx_run(&f);
+        assert_memory_equal(&one, &three, sizeof(one));
+        assert_memory_equal(&one, &ref, sizeof(one));
+        fx_close(&f);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(nearswap_moves_where_near),
+        cmocka_unit_test(ram_averages_only_what_is_shared),
+        cmocka_unit_test(ramplus_raises_what_is_alone),
+        cmocka_unit_test(sce_selects_weighs_and_erases),
+        cmocka_unit_test(sce_weighs_by_energy),
+        cmocka_unit_test(model_stock_by_tensor_and_row),
+        cmocka_unit_test(nuslerp_by_tensor_row_and_column),
+        cmocka_unit_test(karcher_of_two_is_the_middle),
+        cmocka_unit_test(multislerp_of_two_keeps_the_mean_length),
+        cmocka_unit_test(arcee_fusion_takes_what_stands_out),
+        cmocka_unit_test(no_change_gives_the_base),
+        cmocka_unit_test(equal_donors_give_themselves),
+        cmocka_unit_test(bytes_do_not_depend_on_threads_or_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
