@@ -19,7 +19,8 @@
 static size_t find_role(const struct tv_arch *a, enum tv_role role)
 {
     for (size_t i = 0; i < a->n_tensors; i++) {
-        if (a->tensors[i].role == role && !a->tensors[i].is_bias)
+        if (a->tensors[i].role == role && !a->tensors[i].is_bias &&
+            a->tensors[i].vocab_dim == 0)
             return i;
     }
     return SIZE_MAX;

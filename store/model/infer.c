@@ -281,10 +281,11 @@ enum tv_err tv_infer(struct tv_arch_tensor *tensors,
 
         if (t->role != TV_ROLE_EMBED && t->role != TV_ROLE_LM_HEAD)
             continue;
-        /* Smaller tables (token types, ...) do not count tokens. */
+        /* Smaller tables (token types, ...) do not count tokens, nor do other
+         * layers of a head (RoBERTa's lm_head.dense). */
         if (names[i].rank == (t->is_bias ? 1 : 2) && names[i].shape[0] >= rows)
             t->vocab_dim = 0;
-        else if (t->role == TV_ROLE_EMBED)
+        else
             t->role = TV_ROLE_OTHER;
     }
 out:

@@ -8,6 +8,8 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+
+#include <jansson.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -172,18 +174,39 @@ static void test_slices(void **state)
     planned_free(&p);
 }
 
-static void test_layer_lists_warn(void **state)
+static void test_layer_lists(void **state)
 {
     struct planned p;
     struct tiny_model m;
+    json_t *j = NULL;
+    struct tv_error err;
     (void)state;
     tiny_model_init(&m);
     m.layers = 3;
-    m.config_more = "\"layer_types\": [\"x\", \"x\", \"y\"]";
+    m.config_more = "\"layer_types\": [\"x\", \"y\", \"z\"], "
+                    "\"eos_token_id\": [1, 2, 3]";
     model("typed", &m);
+    m.config_more = "\"layer_types\": [\"a\", \"b\", \"c\"]";
+    model("typed2", &m);
     plan_good(&p, dir,
               "merge_method: passthrough\nslices:\n"
-              "- sources: [{model: $/typed, layer_range: [0, 2]}]\n",
+              "- sources: [{model: $/typed, layer_range: [1, 3]}]\n"
+              "- sources: [{model: $/typed2, layer_range: [0, 2]}]\n",
+              NULL);
+    const struct tvm_side_file *const f = planned_file(&p, "config.json");
+    assert_ok(tv_json_parse_exact(f->data, f->n, "config.json", &err, &j),
+              &err);
+    json_t *const want = json_pack("[s, s, s, s]", "y", "z", "a", "b");
+    assert_true(json_equal(json_object_get(j, "layer_types"), want));
+    assert_int_equal(json_array_size(json_object_get(j, "eos_token_id")), 3);
+    json_decref(want);
+    json_decref(j);
+    planned_free(&p);
+    /* A model without the list. */
+    plan_good(&p, dir,
+              "merge_method: passthrough\nslices:\n"
+              "- sources: [{model: $/typed, layer_range: [1, 3]}]\n"
+              "- sources: [{model: $/b, layer_range: [0, 2]}]\n",
               NULL);
     expect_problem(&p, false, TV_OK, "config.json", "'layer_types' has one");
     planned_free(&p);
@@ -1357,7 +1380,7 @@ int main(void)
         cmocka_unit_test(test_whole_models),
         cmocka_unit_test(test_base),
         cmocka_unit_test(test_slices),
-        cmocka_unit_test(test_layer_lists_warn),
+        cmocka_unit_test(test_layer_lists),
         cmocka_unit_test(test_adapters),
         cmocka_unit_test(test_adapter_does_not_fit),
         cmocka_unit_test(test_tied),

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""check_families.py TVMERGE [NAME...]
+
+For each family of models: two tiny random ones from their transformers config
+are merged, and the result must load without missing or unexpected weights, hold
+the mean of every tensor, and give finite logits. Causal models are also stacked
+to another number of layers, and merged across different vocabulary sizes
+(--unsafe-truncate-embeddings). One line per family. For developers: needs torch
+and transformers from PyPI in a throw-away environment.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+import transformers as tf
+import yaml
+from safetensors.torch import load_file
+
+tf.logging.set_verbosity_error()
+tf.logging.disable_progress_bar()
+V = 61
+LM = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3,
+          num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+          max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+          pad_token_id=0)
+MOE = dict(num_experts=4, num_local_experts=4, n_routed_experts=4,
+           num_experts_per_tok=2, moe_intermediate_size=24,
+           shared_expert_intermediate_size=24, n_shared_experts=1,
+           decoder_sparse_step=1)
+GPT = dict(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=64,
+           bos_token_id=1, eos_token_id=2)
+DEEPSEEK = dict(LM, **MOE, num_key_value_heads=4, n_group=1, topk_group=1,
+                q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+                qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1)
+ENC = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3,
+           num_attention_heads=4, intermediate_size=48,
+           max_position_embeddings=64, pad_token_id=0)
+CASES = {  # name: (config class, model class, config)
+    "llama": ("Llama", "LlamaForCausalLM", LM),
+    "mistral": ("Mistral", "MistralForCausalLM", LM),
+    "mixtral": ("Mixtral", "MixtralForCausalLM", dict(LM, **MOE)),
+    "qwen2": ("Qwen2", "Qwen2ForCausalLM", LM),
+    "qwen2-tied": ("Qwen2", "Qwen2ForCausalLM",
+                   dict(LM, tie_word_embeddings=True)),
+    "qwen2_moe": ("Qwen2Moe", "Qwen2MoeForCausalLM", dict(LM, **MOE)),
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM", dict(LM, head_dim=8)),
+    "qwen3_moe": ("Qwen3Moe", "Qwen3MoeForCausalLM",
+                  dict(LM, head_dim=8, **MOE)),
+    "gemma": ("Gemma", "GemmaForCausalLM", dict(LM, head_dim=8)),
+    "gemma2": ("Gemma2", "Gemma2ForCausalLM", dict(LM, head_dim=8)),
+    "gemma3_text": ("Gemma3Text", "Gemma3ForCausalLM", dict(LM, head_dim=8)),
+    "phi": ("Phi", "PhiForCausalLM", dict(LM, num_key_value_heads=4)),
+    "phi3": ("Phi3", "Phi3ForCausalLM", LM),
+    "gpt2": ("GPT2", "GPT2LMHeadModel", GPT),
+    "gpt_neox": ("GPTNeoX", "GPTNeoXForCausalLM", LM),
+    "gpt_bigcode": ("GPTBigCode", "GPTBigCodeForCausalLM", GPT),
+    "gptj": ("GPTJ", "GPTJForCausalLM", dict(GPT, rotary_dim=4)),
+    "bloom": ("Bloom", "BloomForCausalLM",
+              dict(vocab_size=V, hidden_size=32, n_layer=3, n_head=4)),
+    "opt": ("OPT", "OPTForCausalLM",
+            dict(LM, ffn_dim=48, word_embed_proj_dim=32)),
+    "falcon": ("Falcon", "FalconForCausalLM", dict(LM)),
+    "mpt": ("Mpt", "MptForCausalLM", dict(vocab_size=V, d_model=32,
+                                          n_heads=4, n_layers=3,
+                                          max_seq_len=64)),
+    "stablelm": ("StableLm", "StableLmForCausalLM", LM),
+    "starcoder2": ("Starcoder2", "Starcoder2ForCausalLM", LM),
+    "cohere": ("Cohere", "CohereForCausalLM", LM),
+    "cohere2": ("Cohere2", "Cohere2ForCausalLM", LM),
+    "olmo": ("Olmo", "OlmoForCausalLM", LM),
+    "olmo2": ("Olmo2", "Olmo2ForCausalLM", LM),
+    "olmoe": ("Olmoe", "OlmoeForCausalLM", dict(LM, **MOE)),
+    "granite": ("Granite", "GraniteForCausalLM", LM),
+    "granitemoe": ("GraniteMoe", "GraniteMoeForCausalLM", dict(LM, **MOE)),
+    "glm": ("Glm", "GlmForCausalLM", dict(LM, head_dim=8)),
+    "glm4": ("Glm4", "Glm4ForCausalLM", dict(LM, head_dim=8)),
+    "glm4_moe": ("Glm4Moe", "Glm4MoeForCausalLM",
+                 dict(LM, head_dim=8, **MOE, first_k_dense_replace=1)),
+    "deepseek_v2": ("DeepseekV2", "DeepseekV2ForCausalLM", DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3", "DeepseekV3ForCausalLM", DEEPSEEK),
+    "nemotron": ("Nemotron", "NemotronForCausalLM", LM),
+    "smollm3": ("SmolLM3", "SmolLM3ForCausalLM", LM),
+    "mamba": ("Mamba", "MambaForCausalLM",
+              dict(vocab_size=V, hidden_size=32, num_hidden_layers=3,
+                   state_size=8)),
+    "bert": ("Bert", "BertForMaskedLM", ENC),
+    "roberta": ("Roberta", "RobertaForMaskedLM", ENC),
+    "distilbert": ("DistilBert", "DistilBertForMaskedLM",
+                   dict(vocab_size=V, dim=32, n_layers=3, n_heads=4,
+                        hidden_dim=48)),
+    "bert-class": ("Bert", "BertForSequenceClassification", ENC),
+    "t5": ("T5", "T5ForConditionalGeneration",
+           dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=3,
+                num_heads=4)),
+    "whisper": ("Whisper", "WhisperForConditionalGeneration",
+                dict(vocab_size=V, d_model=32, encoder_layers=2,
+                     decoder_layers=2, encoder_attention_heads=4,
+                     decoder_attention_heads=4, encoder_ffn_dim=48,
+                     decoder_ffn_dim=48, num_mel_bins=8,
+                     max_source_positions=16, max_target_positions=16,
+                     pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                     decoder_start_token_id=1)),
+}
+
+
+def llava():
+    return tf.LlavaConfig(
+        text_config=tf.LlamaConfig(**LM).to_dict(),
+        vision_config=tf.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, image_size=16, patch_size=8).to_dict(),
+        image_token_index=60)
+
+
+def make(name, vocab=V):
+    if name == "llava":
+        return llava(), tf.LlavaForConditionalGeneration
+    config, cls, settings = CASES[name]
+    known = dict(settings, vocab_size=vocab)
+    if vocab == V:
+        known = settings
+    return getattr(tf, config + "Config")(**known), getattr(tf, cls)
+
+
+def save(path, name, seed, vocab=V):
+    torch.manual_seed(seed)
+    config, cls = make(name, vocab)
+    m = cls(config)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    m.save_pretrained(path)
+    return cls
+
+
+def tensors(path):
+    return load_file(os.path.join(path, "model.safetensors"))
+
+
+def run(tvmerge, root, recipe, out, *options):
+    with open(os.path.join(root, "r.yml"), "w") as f:
+        yaml.safe_dump(recipe, f)
+    return subprocess.run([tvmerge, "run", "r.yml", out, "-q",
+                           "--progress=none", "--force", *options], cwd=root,
+                          capture_output=True, text=True)
+
+
+def loads(cls, path):
+    m, info = cls.from_pretrained(path, output_loading_info=True)
+    bad = {k: v for k, v in info.items() if v and k != "error_msgs"}
+    return m.float(), bad
+
+
+def finite(m, name):
+    ids = torch.tensor([[1, 5, 7, 3, 9, 4]])
+    kw = {}
+    if name == "t5":
+        kw = dict(decoder_input_ids=ids)
+    if name == "whisper":
+        kw = dict(input_features=torch.randn(1, 8, 32), decoder_input_ids=ids)
+        out = m(**kw)
+    else:
+        out = m(input_ids=ids, **kw)
+    return bool(torch.isfinite(out.logits).all())
+
+
+def is_causal(name):
+    return name != "llava" and ("Causal" in CASES[name][1]
+                                or "LMHead" in CASES[name][1])
+
+
+def one(tvmerge, name):
+    said = []
+    with tempfile.TemporaryDirectory() as root:
+        a, b, out = (os.path.join(root, x) for x in ("a", "b", "out"))
+        cls = save(a, name, 1)
+        save(b, name, 2)
+        r = run(tvmerge, root, {
+            "merge_method": "linear", "dtype": "float32",
+            "parameters": {"weight": 0.5},
+            "models": [{"model": "a"}, {"model": "b"}]}, "out")
+        if r.returncode:
+            return [f"merge: exit {r.returncode}: {r.stderr.strip()[:300]}"]
+        x, y, z = tensors(a), tensors(b), tensors(out)
+        if set(z) != set(x):
+            said.append(f"tensors differ: {sorted(set(z) ^ set(x))[:4]}")
+        for k in set(x) & set(z):
+            want = (x[k] + y[k]) / 2 if x[k].is_floating_point() else x[k]
+            if not torch.allclose(z[k], want, atol=1e-6):
+                said.append(f"{k} is not the mean")
+        m, bad = loads(cls, out)
+        if bad:
+            said.append(f"loads with {bad}")
+        if not finite(m, name):
+            said.append("logits are not finite")
+        if not is_causal(name):
+            return said
+        n = 3
+        r = run(tvmerge, root, {
+            "merge_method": "passthrough", "slices": [
+                {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+                {"sources": [{"model": "b", "layer_range": [1, n]}]}]}, "st")
+        if r.returncode:
+            said.append(f"stack: exit {r.returncode}: "
+                        f"{r.stderr.strip()[:300]}")
+        else:
+            try:
+                m, bad = loads(cls, os.path.join(root, "st"))
+                if bad:
+                    said.append(f"stack loads with {str(bad)[:300]}")
+                elif not finite(m, name):
+                    said.append("stack: logits are not finite")
+            except Exception as e:
+                said.append(f"stack: {type(e).__name__} {str(e)[:200]} "
+                            f"[{r.stderr.strip()[:200]}]")
+        c = os.path.join(root, "c")
+        save(c, name, 3, V + 2)
+        r = run(tvmerge, root, {
+            "merge_method": "linear", "dtype": "float32",
+            "parameters": {"weight": 0.5},
+            "models": [{"model": "a"}, {"model": "c"}]}, "cut",
+            "--unsafe-truncate-embeddings")
+        if r.returncode:
+            said.append(f"vocabularies: exit {r.returncode}: "
+                        f"{r.stderr.strip()[:300]}")
+        else:
+            m, bad = loads(cls, os.path.join(root, "cut"))
+            if bad or len(m.get_input_embeddings().weight) != V:
+                said.append(f"vocabularies: loads with {bad}")
+            elif not finite(m, name):
+                said.append("vocabularies: logits are not finite")
+    return said
+
+
+def main():
+    tvmerge = os.path.abspath(sys.argv[1])
+    failed = 0
+    for name in sys.argv[2:] or [*CASES, "llava"]:
+        try:
+            said = one(tvmerge, name)
+        except Exception as e:
+            said = [f"{type(e).__name__}: {str(e)[:300]}"]
+        failed += bool(said)
+        print(f"{'BAD' if said else 'ok '} {name} {'; '.join(said)}",
+              flush=True)
+    print(f"{failed} failed")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
