@@ -45,6 +45,7 @@ static const struct argp_option common_options[] = {
      -2},
     {"threads", 'j', "N", 0,
      "Worker threads (default: the cores this process may use)", -2},
+    {"num-threads", 0, NULL, OPTION_ALIAS, NULL, -2},
     {"memory", KEY_MEMORY, "SIZE", 0,
      "Most memory to allocate (default: 512MiB)", -2},
     {"device", KEY_DEVICE, "DEVICE", 0, "auto, cpu or cuda[:N] (default: auto)",

@@ -31,13 +31,16 @@ enum {
     KEY_VERIFY_INPUTS,
     KEY_LOCK_TIMEOUT,
     KEY_CUDA,
-    KEY_LAZY_UNPICKLE,
-    KEY_LOW_CPU,
-    KEY_LORA_CACHE,
     KEY_TRUST,
     KEY_CRIMES,
+    KEY_PICKLE,
     KEY_NO_CACHE,
     KEY_TRUNCATE,
+    KEY_NO_TRUNCATE,
+    KEY_LORA_DTYPE,
+    KEY_DEFAULT,          /* says what is so anyway */
+    KEY_IGNORED = 0x2100, /* to LAST: mergekit's, without effect here */
+    KEY_IGNORED_LAST = KEY_IGNORED + 9,
 };
 
 const struct argp_option tvc_merge_options[] = {
@@ -75,9 +78,36 @@ const struct argp_option tvc_merge_options[] = {
     {"unsafe-truncate-embeddings", KEY_TRUNCATE, NULL, 0,
      "Without a tokenizer block: keep the first rows that all models have", 1},
     {"cuda", KEY_CUDA, NULL, 0, "Use the GPU where there is one", 1},
-    {"lazy-unpickle", KEY_LAZY_UNPICKLE, NULL, 0, "No effect", 1},
-    {"low-cpu-memory", KEY_LOW_CPU, NULL, 0, "No effect", 1},
-    {"lora-merge-cache", KEY_LORA_CACHE, "DIR", 0, "No effect", 1},
+    {"lora-merge-dtype", KEY_LORA_DTYPE, "DTYPE", 0,
+     "With --compat mergekit: what adapters are merged into (default: the "
+     "model's)",
+     1},
+    {"lazy-unpickle", KEY_IGNORED, NULL, 0, "No effect", 1},
+    {"low-cpu-memory", KEY_IGNORED + 1, NULL, 0, "No effect", 1},
+    {"lora-merge-cache", KEY_IGNORED + 2, "DIR", 0, "No effect", 1},
+    {"transformers-cache", KEY_IGNORED + 3, "DIR", 0,
+     "No effect: the Hugging Face cache is found by HF_HUB_CACHE and HF_HOME",
+     1},
+    {"read-to-gpu", KEY_IGNORED + 4, NULL, 0, "No effect", 1},
+    {"multi-gpu", KEY_IGNORED + 5, NULL, 0, "No effect", 1},
+    {"gpu-rich", KEY_IGNORED + 6, NULL, 0, "No effect", 1},
+    {"async-write", KEY_IGNORED + 7, NULL, 0, "No effect", 1},
+    {"write-threads", KEY_IGNORED + 8, "N", 0, "No effect", 1},
+    {"clone-tensors", KEY_IGNORED + 9, NULL, 0, "No effect", 1},
+    {"safe-serialization", KEY_DEFAULT, NULL, 0, "The default", 1},
+    {"no-safe-serialization", KEY_PICKLE, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-cuda", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-lazy-unpickle", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-low-cpu-memory", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-read-to-gpu", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-multi-gpu", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-gpu-rich", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-async-write", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-clone-tensors", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-trust-remote-code", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-allow-crimes", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-unsafe-truncate-embeddings", KEY_NO_TRUNCATE, NULL, OPTION_HIDDEN,
+     NULL, 1},
     {"trust-remote-code", KEY_TRUST, NULL, OPTION_HIDDEN, NULL, 1},
     {"allow-crimes", KEY_CRIMES, NULL, OPTION_HIDDEN, NULL, 1},
     {0}};
@@ -90,11 +120,32 @@ void tvc_merge_init(struct tvc *c)
     o->store_path = tvc_default_store();
 }
 
-static error_t ignored(struct tvc_merge_opts *o, const char *flag)
+static error_t ignored(struct tvc_merge_opts *o, int key)
 {
+    const struct argp_option *e = tvc_merge_options;
+    while (e->key != key)
+        e++;
     if (o->n_ignored < sizeof o->ignored / sizeof *o->ignored)
-        o->ignored[o->n_ignored++] = flag;
+        o->ignored[o->n_ignored++] = e->name;
     return 0;
+}
+
+static error_t option_lora_dtype(struct tvc *c, const char *arg)
+{
+    static const enum tv_dtype all[] = {TV_BF16, TV_F16, TV_F32};
+    const char *name = strncmp(arg, "torch.", 6) == 0 ? arg + 6 : arg;
+    struct tvc_merge_opts *o = c->opt;
+
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (strcmp(name, tv_dtype_torch_name(all[i])) != 0)
+            continue;
+        o->options.lora_dtype = all[i];
+        return 0;
+    }
+    return tvc_bad(c,
+                   "--lora-merge-dtype: '%s' is not float16, bfloat16 or "
+                   "float32",
+                   arg);
 }
 
 static error_t option_compat(struct tvc *c, const char *arg)
@@ -117,6 +168,9 @@ static error_t option_reject(struct tvc *c, int key)
     if (key == KEY_TRUST)
         return tvc_bad(c, "--trust-remote-code: this tool never runs code "
                           "that comes with a model");
+    if (key == KEY_PICKLE)
+        return tvc_bad(c, "--no-safe-serialization: only safetensors are "
+                          "written");
     return tvc_bad(c, "--allow-crimes: inputs that do not fit together are "
                       "refused; there is no switch for it");
 }
@@ -161,14 +215,14 @@ static error_t option_flag(struct tvc_merge_opts *o, int key)
     case KEY_CUDA:
         o->cuda_wanted = true;
         return 0;
-    case KEY_LAZY_UNPICKLE:
-        return ignored(o, "--lazy-unpickle");
-    case KEY_LOW_CPU:
-        return ignored(o, "--low-cpu-memory");
-    case KEY_LORA_CACHE:
-        return ignored(o, "--lora-merge-cache");
+    case KEY_NO_TRUNCATE:
+        m->truncate_embeddings = false;
+        return 0;
+    case KEY_DEFAULT:
+        return 0;
     default:
-        return ARGP_ERR_UNKNOWN;
+        return key >= KEY_IGNORED && key <= KEY_IGNORED_LAST ? ignored(o, key)
+                                                             : ARGP_ERR_UNKNOWN;
     }
 }
 
@@ -196,8 +250,11 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
         return tvc_parse_ms(c, "--lock-timeout", arg, &m->lock_timeout_ms);
     case KEY_COMPAT:
         return option_compat(c, arg);
+    case KEY_LORA_DTYPE:
+        return option_lora_dtype(c, arg);
     case KEY_TRUST:
     case KEY_CRIMES:
+    case KEY_PICKLE:
         return option_reject(c, key);
     default:
         return option_flag(o, key);
@@ -209,7 +266,7 @@ static void notes(struct tvc *c, const struct tvc_merge_opts *o)
     char list[256] = "";
     size_t at = 0;
     for (size_t i = 0; i < o->n_ignored && at < sizeof list; i++) {
-        const int n = snprintf(list + at, sizeof list - at, "%s%s",
+        const int n = snprintf(list + at, sizeof list - at, "%s--%s",
                                i ? ", " : "", o->ignored[i]);
         at += n > 0 ? (size_t)n : 0;
     }

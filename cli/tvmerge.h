@@ -16,7 +16,7 @@ struct tvc_merge_opts {
     struct tvm_options options; /* store and kernels are set by _prepare */
     const char *store_path;     /* --store, else TV_STORE */
     bool store_given;
-    const char *ignored[8]; /* mergekit's flags that change nothing here */
+    const char *ignored[24]; /* mergekit's flags that change nothing here */
     size_t n_ignored;
     bool cuda_wanted;
     bool peft; /* --compat peft */

@@ -38,7 +38,10 @@ const float *tvm_compat_input(const struct tvk_table *k,
     if (x != scratch)
         memcpy(scratch, x, n * sizeof *scratch);
     if (adapted)
-        tvm_compat_round(k, s->tensor->dtype, scratch, n);
+        tvm_compat_round(k,
+                         t->lora_dtype != TV_DTYPE_NONE ? t->lora_dtype
+                                                        : s->tensor->dtype,
+                         scratch, n);
     tvm_compat_round(k, t->compute, scratch, n);
     return scratch;
 }

@@ -77,6 +77,7 @@ static void describe_tensor(struct tv_buf *b, const struct tvm_tensor *t)
     tv_buf_le32(b, (uint32_t)t->dtype);
     if (t->compute != TV_DTYPE_NONE) {
         tv_buf_le32(b, (uint32_t)t->compute);
+        tv_buf_le32(b, (uint32_t)t->lora_dtype);
         tv_buf_le64(b, t->draw_at);
     }
     tv_buf_le32(b, t->rank);

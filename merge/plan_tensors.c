@@ -689,6 +689,7 @@ static void compat_arithmetic(struct build *b)
         return;
     t->compute =
         b->pl->r->dtype != TV_DTYPE_NONE ? b->pl->r->dtype : promoted(t);
+    t->lora_dtype = b->pl->plan->options.lora_dtype;
     if (t->method->compat != NULL)
         t->method = t->method->compat;
 }

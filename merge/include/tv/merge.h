@@ -129,6 +129,8 @@ struct tvm_options {
     bool no_cache;            /* leave masks and task vectors of the store
                                * alone */
     bool compat_mergekit;     /* its arithmetic, roundings and random stream */
+    enum tv_dtype lora_dtype; /* with it: what adapters are merged into;
+                               * TV_DTYPE_NONE: the model's own */
 };
 void tvm_options_init(struct tvm_options *o);
 
@@ -169,7 +171,7 @@ struct tvm_tensor {
     /* TV_DTYPE_NONE, or with --compat mergekit the dtype that inputs are
      * rounded to and that arithmetic is done in; and where in its stream of
      * random numbers this tensor's begin. */
-    enum tv_dtype compute;
+    enum tv_dtype compute, lora_dtype;
     uint64_t draw_at, n_draws;
     unsigned rank;
     uint64_t shape[TV_RANK_MAX];

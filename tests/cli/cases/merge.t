@@ -45,6 +45,8 @@ $ tvmerge --cuda --lazy-unpickle --lora-merge-cache c --low-cpu-memory r.yml out
 2> tvmerge: note: --cuda: <*>
 2> ...
 2> result in out3
+$ tvmerge r.yml out3b -q --transformers-cache c --read-to-gpu --multi-gpu --gpu-rich --no-async-write --write-threads 2 --clone-tensors --safe-serialization --num-threads 2 --lora-merge-dtype torch.float32 --no-cuda && tvstore diff s out3b out
+38 tensors, all equal
 $ tvmerge r.yml out4 -q --no-copy-tokenizer --no-write-model-card --out-shard-size 1MB && ls out4
 config.json
 generation_config.json
@@ -57,6 +59,14 @@ tvmerge.json
 tvmerge_config.yml
 $ tvmerge r.yml out5 --trust-remote-code
 2> tvmerge: error: --trust-remote-code: this tool never runs code that comes with a model
+2> ...
+=> 2
+$ tvmerge r.yml out5 --no-safe-serialization
+2> tvmerge: error: --no-safe-serialization: only safetensors are written
+2> ...
+=> 2
+$ tvmerge r.yml out5 --lora-merge-dtype bf16
+2> tvmerge: error: --lora-merge-dtype: 'bf16' is not float16, bfloat16 or float32
 2> ...
 => 2
 $ tvmerge r.yml out5 --allow-crimes
