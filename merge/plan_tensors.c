@@ -690,8 +690,17 @@ static void compat_arithmetic(struct build *b)
     t->compute =
         b->pl->r->dtype != TV_DTYPE_NONE ? b->pl->r->dtype : promoted(t);
     t->lora_dtype = b->pl->plan->options.lora_dtype;
-    if (t->method->compat != NULL)
+    if (t->method->compat != NULL) {
         t->method = t->method->compat;
+        return;
+    }
+    const size_t before = b->pl->problems->n;
+    plan_report(b->pl, "no compatible variant", 1, false, TV_OK, "",
+                "--compat mergekit: %s casts its inputs as mergekit does, but "
+                "keeps this program's arithmetic",
+                t->method->name);
+    if (b->pl->problems->n > before)
+        b->pl->problems->items[before].is_note = true;
 }
 
 static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,

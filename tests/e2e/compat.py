@@ -201,6 +201,11 @@ def main():
     plan = run_json(TVMERGE, "plan", "r.yml", "--compat", "mergekit", "--json")
     check(not any("rescale divides" in p["message"] for p in plan["problems"]),
           "a compatible plan speaks of other arithmetic")
+    recipe("s.yml", "merge_method: slerp\nparameters: {t: 0.5}\n" + based +
+           "models:\n- model: x0.safetensors\n")
+    plan = run_json(TVMERGE, "plan", "s.yml", "--compat", "mergekit", "--json")
+    check(sum("keeps this program's arithmetic" in p["message"]
+              for p in plan["problems"]) == 1, "slerp has no variant: say so")
     # A run that ended half-way goes on where it was.
     r = run_json(TVMERGE, "run", "r.yml", "whole", "--compat", "mergekit",
                  "--random-seed", SEED, "--json")
