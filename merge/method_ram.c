@@ -13,10 +13,12 @@
  * with counts over the tensor. "Reinforced Agent Merging", arXiv 2601.13572;
  * the tensor-local form is mergekit's.
  */
+#include "compat.h"
 #include "method.h"
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 enum { P_EPSILON, P_R, P_ALPHA, N_PARAMS };
 #define N_RAM 1u
@@ -157,6 +159,65 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
                 tvm_shared(t, P_EPSILON), n);
 }
 
+/* ---- --compat mergekit, of ram ---------------------------------------------
+ */
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct tvm_tensor *const t = job->tensor;
+    const struct tvk_table *const k = job->k;
+    const float *const base = x[t->base];
+    const float eps =
+        tvm_compat_round1(k, t->compute, tvm_shared(t, P_EPSILON));
+    unsigned char count[TVM_BLOCK] = {0};
+    float d[TVM_BLOCK];
+
+    (void)tile;
+    if (t->n_sources == 1) {
+        memcpy(dst, base, n * sizeof *dst);
+        return;
+    }
+    /* Two rounds over the donors: a count first, then the sum. */
+    memset(dst, 0, n * sizeof *dst);
+    for (unsigned round = 0; round < 2; round++) {
+        for (size_t s = 0; s < t->n_sources; s++) {
+            if ((int)s == t->base)
+                continue;
+            for (size_t i = 0; i < n; i++)
+                d[i] = x[s][i] - base[i];
+            tvm_compat_round(k, t->compute, d, n);
+            for (size_t i = 0; i < n; i++) {
+                const bool active = fabsf(d[i]) > eps;
+                if (round == 0)
+                    count[i] = (unsigned char)(count[i] + active);
+                else
+                    d[i] = active ? d[i] / (float)count[i] : 0.0f;
+            }
+            if (round == 0)
+                continue;
+            tvm_compat_round(k, t->compute, d, n);
+            for (size_t i = 0; i < n; i++)
+                dst[i] += d[i];
+        }
+    }
+    tvm_compat_round(k, t->compute, dst, n);
+    for (size_t i = 0; i < n; i++)
+        dst[i] = base[i] + dst[i];
+    tvm_compat_round(k, t->compute, dst, n);
+}
+
+static const struct tvm_method compat = {
+    .name = "ram",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_RAM,
+    .check = tvm_check_finite,
+    .combine = compat_combine,
+};
+
 const struct tvm_method tvm_method_ram = {
     .name = "ram",
     .summary = "task vectors averaged where shared, whole where not",
@@ -171,6 +232,7 @@ const struct tvm_method tvm_method_ram = {
     .state_bytes = state_bytes,
     .next_phase = next_phase,
     .combine = combine,
+    .compat = &compat,
 };
 
 const struct tvm_method tvm_method_ramplus_tl = {

@@ -129,6 +129,22 @@ def gta(b, xs, c, w, masks, rescale, consensus, normalize, lam):
     return c(b + y)
 
 
+def nearswap(b, x, c, t):
+    w = c(F(1) / np.maximum(c(np.abs(b - x)), c(F(1e-6))))
+    w = np.clip(c(w * F(t)), F(0), F(1))
+    return c(c(w * x) + c(c(F(1) - w) * b))
+
+
+def ram(b, xs, c, eps):
+    d = [c(x - b) for x in xs]
+    on = [np.abs(v) > c(F(eps)) for v in d]
+    count = np.maximum(sum(o.astype(F) for o in on), F(1))
+    y = np.zeros_like(b)
+    for v, o in zip(d, on):
+        y = y + np.where(o, c(v / count), F(0))
+    return c(b + c(y))
+
+
 def recipe(path, text):
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
@@ -184,6 +200,15 @@ def main():
                f"merge_method: ties\ndtype: {dtype}\n{based}{entries(w)}",
                {k: gta(base[k], each[k], c, w, [None] * 3, False, True, True,
                        1) for k in base})
+        expect(f"nearswap {dtype}",
+               f"merge_method: nearswap\ndtype: {dtype}\n{based}models:\n"
+               "- model: x1.safetensors\nparameters: {t: 0.03}\n",
+               {k: nearswap(base[k], each[k][1], c, 0.03) for k in base})
+        expect(f"ram {dtype}",
+               f"merge_method: ram\ndtype: {dtype}\n{based}models:\n"
+               "- model: x0.safetensors\n- model: x1.safetensors\n"
+               "- model: x2.safetensors\nparameters: {epsilon: 0.04}\n",
+               {k: ram(base[k], each[k], c, 0.04) for k in base})
         # fp32 sums of a million numbers are torch's own; bf16 hides them.
         rescale = dtype == "bfloat16"
         dens = [0.3, 1.0, 0.0]
