@@ -464,7 +464,6 @@ static void missing_parameter(struct build *b, const struct tvm_param *p,
     char cause[320];
     struct planner *const pl = b->pl;
     const size_t s = source == SIZE_MAX ? 0 : b->at[source];
-    const struct plan_ref *const ref = &pl->refs[b->slice->input[s]];
     const bool appended =
         source != SIZE_MAX && s >= b->slice->recipe->n_sources;
 
@@ -482,8 +481,8 @@ static void missing_parameter(struct build *b, const struct tvm_param *p,
                    p->name, source_ref(b, source));
     plan_report(
         pl, cause, 1, true, TV_E_USAGE,
-        plan_where(pl,
-                   appended ? ref->where : &b->slice->recipe->sources[s].model),
+        plan_where(pl, appended ? pl->refs[b->slice->input[s]].where
+                                : &b->slice->recipe->sources[s].model),
         "missing required parameter '%s' for '%s' (first needed for %s)%s",
         p->name, source_ref(b, source), b->t->name,
         appended ? "; base_model is not among the models and counts as one "
