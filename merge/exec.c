@@ -38,6 +38,7 @@
 #include "method.h"
 #include "mt.h"
 #include "source.h"
+#include "sums.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/pool.h"
@@ -65,7 +66,7 @@ struct geometry { /* how the memory budget is spent */
 
 /* Parts of a slot's memory, in order. */
 struct slot_layout {
-    size_t readers, leaves, local, state, tile_state, rows, end;
+    size_t readers, leaves, local, sums, state, tile_state, rows, end;
     size_t state_bytes, tile_state_bytes;
     uint64_t row_elems; /* 0: fed in blocks */
 };
@@ -127,7 +128,21 @@ static size_t row_floats(const struct tvm_tensor *t, uint64_t row_elems)
     return (t->n_sources + 1) * (size_t)round_up(row_elems, 16);
 }
 
-static struct slot_layout lay_out(const struct tvm_tensor *t,
+/* Leaves of linked inputs, whose checksums are taken while they are read: a
+ * table for every source that has none, NULL for others, then the leaves. A
+ * copy's leaves are those of its source. */
+static uint64_t sum_bytes(const struct tvm_plan *p, const struct tvm_tensor *t)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; t->action == TVM_MERGE && i < t->n_sources; i++)
+        if (tvm_sums_wanted(p, &t->sources[i]))
+            bytes += tv_leaf_count(t->sources[i].tensor->bytes) *
+                     sizeof(struct tv_hash);
+    return bytes > 0 ? bytes + t->n_sources * sizeof(struct tv_hash *) : 0;
+}
+
+static struct slot_layout lay_out(const struct tvm_plan *p,
+                                  const struct tvm_tensor *t,
                                   const struct tvm_job *job, unsigned n_workers)
 {
     struct slot_layout l = {.readers = 0};
@@ -138,6 +153,8 @@ static struct slot_layout lay_out(const struct tvm_tensor *t,
         (size_t)round_up(tv_leaf_count(t->bytes) * sizeof(struct tv_hash), 64);
     l.local = at;
     at += (size_t)round_up(n_workers * sizeof(uint32_t), 64);
+    l.sums = at;
+    at += (size_t)round_up(sum_bytes(p, t), 64);
     l.state = at;
     if (t->action == TVM_MERGE && t->n_elems > 0) {
         if (t->method->state_bytes)
@@ -166,15 +183,15 @@ static uint64_t reader_bytes(const struct tvm_tensor *t)
     return bytes;
 }
 
-static uint64_t slot_bytes(const struct tvm_tensor *t, size_t buf_bytes,
-                           unsigned n_workers)
+static uint64_t slot_bytes(const struct tvm_plan *p, const struct tvm_tensor *t,
+                           size_t buf_bytes, unsigned n_workers)
 {
     if (t->action == TVM_COPY)
         return 4096 + reader_bytes(t) +
                tv_leaf_count(t->bytes) * sizeof(struct tv_hash) +
                n_workers * sizeof(uint32_t);
     const struct tvm_job job = job_of(t, buf_bytes, n_workers);
-    return 4096 + reader_bytes(t) + lay_out(t, &job, n_workers).end;
+    return 4096 + reader_bytes(t) + lay_out(p, t, &job, n_workers).end;
 }
 
 static bool is_into(const struct tvm_plan *p)
@@ -223,7 +240,7 @@ static uint64_t most_slot(const struct tvm_plan *p, const struct geometry *g)
     uint64_t most = 0;
     for (size_t i = 0; i < p->n_tensors; i++) {
         const uint64_t bytes =
-            slot_bytes(&p->tensors[i], g->buf_bytes, g->n_workers);
+            slot_bytes(p, &p->tensors[i], g->buf_bytes, g->n_workers);
         if (bytes > most)
             most = bytes;
     }
@@ -324,7 +341,8 @@ struct slot { /* a tensor being worked on */
     struct tvm_reader *readers;
     size_t n_open; /* readers opened */
     struct tv_hash *leaves;
-    uint32_t *local; /* [n_workers] numbers within this pass */
+    struct tv_hash **sums; /* [n_sources] leaves of linked inputs, or NULL */
+    uint32_t *local;       /* [n_workers] numbers within this pass */
     uint32_t n_local;
     _Atomic uint64_t n_nonfinite_in, n_nonfinite_out;
     unsigned char *mem;
@@ -376,7 +394,9 @@ struct exec {
     size_t n_finished, n_committed;
     uint64_t bytes_finished, bytes_committed, bytes_read;
     double t_first_pending, t_sync;
-    bool changed; /* an input, under our hands; the writer's */
+    bool changed;             /* an input, under our hands; the writer's */
+    struct tvm_sums sums;     /* of linked tensors read until now */
+    struct tvm_sums for_sink; /* the writer's part of them */
     size_t n_reported;
     uint64_t bytes_reported, bytes_resumed;
     size_t n_resumed;
@@ -500,6 +520,25 @@ static enum pass choose_pass(struct slot *s)
     return PASS_COMBINE;
 }
 
+/* Gives every linked input its place for leaves. */
+static void lay_sums(const struct exec *ex, struct slot *s)
+{
+    const struct tvm_tensor *t = s->t;
+
+    s->sums = NULL;
+    if (sum_bytes(ex->p, t) == 0)
+        return;
+    s->sums = (struct tv_hash **)(void *)(s->mem + s->layout.sums);
+    struct tv_hash *at = (struct tv_hash *)(void *)(s->sums + t->n_sources);
+    for (size_t i = 0; i < t->n_sources; i++) {
+        s->sums[i] = NULL;
+        if (!tvm_sums_wanted(ex->p, &t->sources[i]))
+            continue;
+        s->sums[i] = at;
+        at += tv_leaf_count(t->sources[i].tensor->bytes);
+    }
+}
+
 static enum tv_err open_slot(struct exec *ex, struct slot *s,
                              struct tv_error *err)
 {
@@ -522,6 +561,7 @@ static enum tv_err open_slot(struct exec *ex, struct slot *s,
     s->local = (uint32_t *)(void *)(s->mem + s->layout.local);
     memset(s->readers, 0, t->n_sources * sizeof *s->readers);
     memset(s->mem + s->layout.state, 0, s->layout.end - s->layout.state);
+    lay_sums(ex, s);
     s->job.state = s->mem + s->layout.state;
     s->job.k = ex->k;
     s->job.seed = ex->p->options.seed;
@@ -559,7 +599,7 @@ static struct slot *reserve_next(struct exec *ex)
     struct tvm_job job = {.tensor = t, .n_workers = 1};
     if (t->action == TVM_MERGE)
         job = job_of(t, ex->g.buf_bytes, ex->g.n_workers);
-    const struct slot_layout layout = lay_out(t, &job, ex->g.n_workers);
+    const struct slot_layout layout = lay_out(ex->p, t, &job, ex->g.n_workers);
     const uint64_t extra = reader_bytes(t);
     struct slot *s = find_slot(ex, layout.end, extra);
     if (!s)
@@ -673,6 +713,35 @@ static void advance(struct exec *ex, struct slot *s)
     unlock(ex);
 }
 
+/* All of a tensor's inputs have been read: checks and keeps the checksums of
+ * the linked ones. */
+static enum tv_err take_sums(struct exec *ex, const struct slot *s,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_tensor *t = s->t;
+
+    for (size_t i = 0; i < t->n_sources; i++) {
+        const struct tvm_source *from = &t->sources[i];
+        const struct tv_hash *leaves = s->sums ? s->sums[i] : NULL;
+        if (is_replaced(s, i))
+            leaves = NULL;
+        if (t->action == TVM_COPY && i == t->copy_of &&
+            tvm_sums_wanted(ex->p, from))
+            leaves = s->leaves;
+        if (!leaves)
+            continue;
+        const struct tv_hash sum = tv_leaves_checksum(
+            leaves, (size_t)tv_leaf_count(from->tensor->bytes));
+        lock(ex);
+        rc = tvm_sums_take(&ex->sums, ex->p, from, sum, err);
+        unlock(ex);
+        TV_TRY(rc);
+    }
+out:
+    return rc;
+}
+
 /* ---- tiles --------------------------------------------------------------- */
 
 static void hash_out(struct slot *s, uint64_t off, const unsigned char *data,
@@ -683,6 +752,14 @@ static void hash_out(struct slot *s, uint64_t off, const unsigned char *data,
         s->leaves[(off + at) / TV_LEAF_BYTES] =
             tv_hash128(data + at, left < TV_LEAF_BYTES ? left : TV_LEAF_BYTES);
     }
+}
+
+/* Leaves of bytes [off, off + n) of a linked input. */
+static void hash_in(struct slot *s, size_t source, uint64_t off, uint64_t n)
+{
+    for (uint64_t at = off; at < off + n; at += TV_LEAF_BYTES)
+        s->sums[source][at / TV_LEAF_BYTES] =
+            tv_view_leaf(&s->readers[source].view, at / TV_LEAF_BYTES);
 }
 
 /* Hands the tile in w->buf over. */
@@ -841,6 +918,8 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
         else
             TV_TRY(tvm_reader_verify(&s->readers[i], tile.first * in_each,
                                      tile.n * in_each, err));
+        if (s->sums && s->sums[i])
+            hash_in(s, i, tile.first * in_each, tile.n * in_each);
     }
     double t1 = now();
     w->t_read += t1 - t0;
@@ -1010,9 +1089,14 @@ static void take_tile(struct exec *ex, struct worker *w, unsigned worker,
      * the tensor finished. */
     if (rc == TV_OK && ++s->n_tiles_done == s->n_tiles) {
         unlock(ex);
+        if (s->first)
+            rc = take_sums(ex, s, &err);
         s->first = false;
         s->job.phase++;
-        advance(ex, s);
+        if (rc == TV_OK)
+            advance(ex, s);
+        else
+            fail(ex, rc, &err);
         lock(ex);
     }
 }
@@ -1143,6 +1227,30 @@ static bool inputs_hold(struct exec *ex)
     return !ex->changed;
 }
 
+/* A merge into a directory only reads the store, but for what it learns. Where
+ * another process writes, or there is no room, it is not kept. */
+static void note_sums(struct exec *ex)
+{
+    tv_store *store = ex->p->options.store;
+    struct tvm_sums *sums = &ex->for_sink;
+    tv_batch *b = NULL;
+
+    tvm_sums_move(sums, &ex->sums);
+    if (sums->n == 0 || is_into(ex->p) || ex->changed ||
+        ex->p->options.no_cache || tv_store_is_read_only(store) ||
+        tvm_inputs_unchanged(ex->p, NULL) != TV_OK ||
+        tv_store_lock(store, "tvmerge run", 0, NULL) != TV_OK)
+        return;
+    if (tv_batch_begin(store, true, NULL, &b) == TV_OK &&
+        tvm_sums_put(sums, b, NULL) == TV_OK) {
+        const enum tv_err rc = tv_batch_commit(b, NULL);
+        (void)rc; /* the next merge finds out again */
+        b = NULL;
+    }
+    tv_batch_abort(b);
+    tv_store_unlock(store);
+}
+
 /* Mutex held, released in between. */
 static void commit(struct exec *ex)
 {
@@ -1152,6 +1260,7 @@ static void commit(struct exec *ex)
     const uint64_t bytes = ex->bytes_finished;
 
     ex->sink->stopping = ex->stop;
+    tvm_sums_move(&ex->for_sink, &ex->sums);
     unlock(ex);
     const double t0 = now();
     const bool hold = inputs_hold(ex);
@@ -1334,6 +1443,9 @@ static void tear_down(struct exec *ex)
     for (unsigned i = 0; i < ex->n_bufs; i++)
         tv_free(ex->bufs[i]);
     tvm_cache_close(ex->cache, !ex->sink->busy);
+    ex->sink->sums = NULL;
+    tvm_sums_free(&ex->sums);
+    tvm_sums_free(&ex->for_sink);
     tv_free(ex->workers);
     tv_free(ex->slots);
     tv_free(ex->bufs);
@@ -1394,8 +1506,10 @@ enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
             tvm_mt_stream_open(p->options.seed, p->n_draws, err, &ex.stream));
     TV_TRY(set_up(&ex, err));
     ex.n_working = ex.g.n_workers;
+    sink->sums = &ex.for_sink;
     TV_TRY(tv_pool_open(ex.g.n_workers + 1, err, &pool));
     tv_pool_run(pool, (size_t)ex.g.n_workers + 1, run_item, &ex);
+    note_sums(&ex);
     fill_stats(&ex, stats);
     tvm_cache_stats(ex.cache, &stats->cache);
     rc = ex.rc;

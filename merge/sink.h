@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "sums.h"
 #include "tv/merge.h"
 
 struct tvm_tensor_done {
@@ -64,6 +65,7 @@ struct tvm_sink {
     struct tvm_tensor_done *done; /* [plan->n_tensors] */
     bool already_done;            /* the same merge is complete */
     struct tvm_totals totals;     /* of it */
+    struct tvm_sums *sums;        /* for the next commit, into a store */
 };
 
 TV_NODISCARD enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,

@@ -198,6 +198,10 @@ static enum tv_err into_commit(struct tvm_sink *sink, const size_t *tensors,
         s->data = NULL;
         TV_TRY(tv_chunk_seal(s->b, &s->payload, s->chunk, err));
     }
+    if (s->base.sums && s->base.sums->n > 0) {
+        TV_TRY(need_batch(s, err));
+        TV_TRY(tvm_sums_put(s->base.sums, s->b, err));
+    }
     rc = end_batch(s, err);
 out:
     return rc;

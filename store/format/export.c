@@ -240,20 +240,30 @@ static enum tv_err write_tensor(const struct export *x, int fd,
     enum tv_err rc = TV_OK;
     const struct tv_input_tensor *t = tv_input_find(x->in, e->name);
     struct tv_view v;
+    struct tv_hash *leaves = NULL; /* of a linked tensor, whose sum is known */
+    struct tv_shown shown;
 
     memset(&v, 0, sizeof v);
     assert(t != NULL);
     TV_TRY(tv_input_view(x->in, t, x->err, &v));
+    if (t->linked && t->checksum_known) {
+        leaves = (struct tv_hash *)tv_calloc((size_t)tv_leaf_count(v.bytes) + 1,
+                                             sizeof *leaves);
+        if (leaves == NULL) {
+            rc = tv_error_set(x->err, TV_E_NOMEM, "no memory for checksums");
+            goto out;
+        }
+    }
     for (uint64_t i = 0; i < tv_leaf_count(v.bytes); i++) {
         uint64_t at = i * TV_LEAF_BYTES;
         uint64_t left = v.bytes - at;
 
         if (left > TV_LEAF_BYTES)
             left = TV_LEAF_BYTES;
+        if (leaves != NULL)
+            leaves[i] = tv_view_leaf(&v, i);
         if (v.leaves != NULL &&
             !tv_hash_equal(tv_view_leaf(&v, i), v.leaves[i])) {
-            struct tv_shown shown;
-
             rc = tv_error_set(x->err, TV_E_CORRUPT,
                               "%s: tensor '%s' is damaged (MiB %" PRIu64
                               " does not match its checksum)",
@@ -272,7 +282,16 @@ static enum tv_err write_tensor(const struct export *x, int fd,
             left -= n;
         }
     }
+    if (leaves != NULL &&
+        !tv_hash_equal(
+            tv_leaves_checksum(leaves, (size_t)tv_leaf_count(v.bytes)),
+            t->checksum))
+        rc = tv_error_set(x->err, TV_E_CORRUPT,
+                          "%s: linked tensor '%s' is damaged: its file has "
+                          "other bytes than when it was read first",
+                          x->name, tv_show(e->name, &shown));
 out:
+    tv_free(leaves);
     tv_input_release(x->in, &v);
     return rc;
 }

@@ -430,6 +430,7 @@ static enum tv_err open_object(const char *name, tv_store *store,
         p->n_elems = t->n_elems;
         p->bytes = t->bytes;
         p->contiguous = true;
+        p->linked = t->storage == TV_LINKED;
         p->checksum_known = t->checksum_known;
         p->checksum = t->checksum;
         p->offset = t->offset;

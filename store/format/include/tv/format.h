@@ -66,6 +66,7 @@ struct tv_input_tensor { /* borrowed from the input */
     uint64_t shape[TV_RANK_MAX];
     uint64_t n_elems, bytes;
     bool contiguous; /* false: strided in a .bin; its view is a copy */
+    bool linked;     /* a store's entry for bytes of a file outside */
     bool checksum_known;
     struct tv_hash checksum;
     size_t file;     /* index for tv_input_file (file inputs) */
