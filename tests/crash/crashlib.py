@@ -177,7 +177,8 @@ class Recorder:
 # ---- state ----
 
 def objects(tvstore, store):
-    """{name: digest} of what a reader sees; None: no store."""
+    """{name: digest} of what a reader sees; None: no store. Reads links: which
+    of their checksums are known depends on what has read them."""
     r = run(tvstore, "ls", store, "--json")
     if r.returncode == 10:
         return None
@@ -187,7 +188,7 @@ def objects(tvstore, store):
     for o in json.loads(r.stdout)["objects"]:
         if not o["complete"]:
             continue
-        i = run(tvstore, "info", store, o["name"], "--json")
+        i = run(tvstore, "info", store, o["name"], "--digest", "--json")
         if check(i.returncode == 0, f"info {o['name']}: {i.stderr}"):
             out[o["name"]] = json.loads(i.stdout)["digest"]
     return out
