@@ -226,6 +226,7 @@ static int run(struct tvc *c)
     TV_TRY(rc);
     TV_TRY(report(c, &l, &r));
 out:
+    tvc_table_free(&l.table);
     json_decref(l.layers);
     tv_store_close(m.store);
     return rc == TV_OK ? tvc_done(c, 0) : tvc_fail(c, &c->err);

@@ -21,6 +21,10 @@ from common import (check, finish, read_safetensors, run, run_json, temp,
 BIN, DATA = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
 LIMIT = 1e-6
+# One of each kind of change is also tried with threads, from a store, ...
+THOROUGH = {"plain", "rslora", "patterns", "dora", "dora_conv1d", "conv1d",
+            "conv2d", "embedding", "experts", "experts_transposed",
+            "lora_bias", "trainable_tokens", "modules_to_save", "bin"}
 
 
 def values(path):
@@ -54,6 +58,8 @@ def one(name):
     untouched = [k for k in base if (want[k] == base[k]).all()]
     check(all((got[k] == base[k]).all() for k in untouched),
           f"{name}: tensors without a change")
+    if name not in THOROUGH:
+        return
     for i, (more, env) in enumerate([(["--threads", "1"], {"TV_CPU": "ref"}),
                                      (["--threads", "3", "--memory", "16MiB"],
                                       {"TV_CPU": "avx2"})]):
