@@ -227,6 +227,26 @@ TV_NODISCARD enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
                                       size_t n_groups, tve_head_fn fn,
                                       void *arg, struct tv_error *err);
 
+/* ---- looking at inputs --------------------------------------------------- */
+
+/* fn sees the input x [rows, ldx] of every call of linear layers, which all
+ * items share, before their outputs are made; its error ends the run. */
+struct tve_tap {
+    enum tv_err (*fn)(void *arg, size_t layer, const struct tve_linear *items,
+                      size_t n_items, size_t rows, struct tv_error *err);
+    void *arg;
+    uint64_t reserve; /* bytes of the memory budget that fn needs */
+};
+/* All windows through all layers as one batch, without the output head. */
+TV_NODISCARD enum tv_err tve_run_layers(tve_model *m,
+                                        const struct tve_window *w, size_t n,
+                                        const struct tve_progress *progress,
+                                        const struct tve_tap *tap,
+                                        struct tv_error *err);
+TV_NODISCARD enum tv_err tve_check_windows(const tve_model *m,
+                                           const struct tve_window *w, size_t n,
+                                           struct tv_error *err);
+
 /* ---- arithmetic of rows -------------------------------------------------- */
 
 /* Same bits in every row of the table. */

@@ -60,6 +60,7 @@ struct batch {
     size_t n, ld;
     const struct tve_rows *table; /* of embeddings or positions */
     size_t layer;
+    const struct tve_tap *tap; /* NULL: nobody looks at inputs */
 };
 
 /* ---- memory -------------------------------------------------------------- */
@@ -296,7 +297,13 @@ static void add(struct batch *b, const float *from, size_t ld)
 static enum tv_err linear(struct batch *b, const struct tve_linear *items,
                           size_t n, struct tv_error *err)
 {
-    return tve_linear_run(b->m, items, n, b->groups, b->n_groups, err);
+    enum tv_err rc = TV_OK;
+
+    if (b->tap)
+        TV_TRY(b->tap->fn(b->tap->arg, b->layer, items, n, b->rows, err));
+    TV_TRY(tve_linear_run(b->m, items, n, b->groups, b->n_groups, err));
+out:
+    return rc;
 }
 
 static enum tv_err attention(struct batch *b, const float *x, size_t ldx,
@@ -612,15 +619,18 @@ static bool depends_on_length(const struct tve_spec *s)
     return false;
 }
 
-/* Fills b with as many groups of w as the budget allows, at least one. */
+/* Fills b with as many groups of w as the budget allows, at least one; with
+ * `whole` all of them, in a scratch file if need be. `reserve` bytes of the
+ * budget are left to others. */
 static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
-                              size_t n_windows, struct batch *b,
-                              struct tv_error *err)
+                              size_t n_windows, bool whole, uint64_t reserve,
+                              struct batch *b, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tve_spec *const s = &m->spec;
     const bool same_length = depends_on_length(s);
-    const uint64_t budget = activation_budget(m);
+    const uint64_t all = activation_budget(m);
+    const uint64_t budget = all > reserve ? all - reserve : 0;
     size_t floats = 0, bytes = 0;
 
     memset(b, 0, sizeof(*b));
@@ -637,9 +647,17 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         const size_t n = group_windows(w, b->n_windows, n_windows);
         const size_t rows = n * w[b->n_windows].n;
 
-        if (b->n_groups > 0 && (b->rows + rows > BATCH_ROWS ||
-                                (uint64_t)(b->rows + rows) * bytes > budget ||
-                                (same_length && w[b->n_windows].n != w[0].n)))
+        if (whole && same_length && w[b->n_windows].n != w[0].n) {
+            rc = tv_error_set(err, TV_E_INPUT,
+                              "window %zu has %zu tokens, the first one %zu; "
+                              "this model's rotations depend on the length",
+                              b->n_windows, w[b->n_windows].n, w[0].n);
+            goto out;
+        }
+        if (!whole && b->n_groups > 0 &&
+            (b->rows + rows > BATCH_ROWS ||
+             (uint64_t)(b->rows + rows) * bytes > budget ||
+             (same_length && w[b->n_windows].n != w[0].n)))
             break;
         b->groups[b->n_groups++] = (struct tve_group){b->rows, rows};
         b->rows += rows;
@@ -684,8 +702,8 @@ out:
     return rc;
 }
 
-static enum tv_err check_windows(const tve_model *m, const struct tve_window *w,
-                                 size_t n, struct tv_error *err)
+enum tv_err tve_check_windows(const tve_model *m, const struct tve_window *w,
+                              size_t n, struct tv_error *err)
 {
     const struct tve_spec *const s = &m->spec;
     const bool stretches =
@@ -741,11 +759,11 @@ static enum tv_err run_batches(tve_model *m, const struct tve_window *w,
     struct batch b = {.m = NULL};
     size_t at = 0;
 
-    TV_TRY(check_windows(m, w, n, err));
+    TV_TRY(tve_check_windows(m, w, n, err));
     for (size_t i = 0; i < n; i++)
         t.total += w[i].n * t.steps;
     while (at < n) {
-        TV_TRY(batch_open(m, w + at, n - at, &b, err));
+        TV_TRY(batch_open(m, w + at, n - at, false, 0, &b, err));
         TV_TRY(embed(&b, err));
         for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
             TV_TRY(layer(&b, err));
@@ -756,6 +774,29 @@ static enum tv_err run_batches(tve_model *m, const struct tve_window *w,
         at += b.n_windows;
         batch_close(&b);
         memset(&b, 0, sizeof(b));
+    }
+out:
+    batch_close(&b);
+    return rc;
+}
+
+enum tv_err tve_run_layers(tve_model *m, const struct tve_window *w, size_t n,
+                           const struct tve_progress *progress,
+                           const struct tve_tap *tap, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tally t = {progress, 0, 0, m->spec.n_layers};
+    struct batch b = {.m = NULL};
+
+    TV_TRY(tve_check_windows(m, w, n, err));
+    for (size_t i = 0; i < n; i++)
+        t.total += w[i].n * t.steps;
+    TV_TRY(batch_open(m, w, n, true, tap->reserve, &b, err));
+    TV_TRY(embed(&b, err));
+    b.tap = tap;
+    for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
+        TV_TRY(layer(&b, err));
+        TV_TRY(step(&t, b.rows, err));
     }
 out:
     batch_close(&b);

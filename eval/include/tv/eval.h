@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tv/eval.h - what a model is worth: tokenizer, forward pass, perplexity.
+ * tv/eval.h - what a model is worth: tokenizer, forward pass, perplexity; and
+ * statistics of its layers' inputs.
  *
  * A tve_model runs a decoder-only transformer in fp32 over the weights of an
  * opened tv_input, plus adapters that are added to each weight as it is
@@ -133,6 +134,45 @@ TV_NODISCARD enum tv_err tve_logits(tve_model *m, const int32_t *ids,
                                     const struct tve_progress *progress,
                                     tve_logits_fn sink, void *arg,
                                     struct tv_error *err);
+
+/* ---- input statistics -------------------------------------------------------
+ * What calibrated methods ask of a model: how large, and how correlated, the
+ * inputs of its linear layers are over all tokens of some windows. Projections
+ * of the same input (q, k and v; gate and up) share one. Blocks only: the
+ * output head has none, and an embedding's inputs are token counts. */
+enum tve_stat {
+    TVE_STAT_DIAG, /* sums [n]: of squares of each channel */
+    TVE_STAT_GRAM  /* sums [n (n + 1) / 2]: the upper triangle of X^T X, row by
+                    * row: (0,0) ... (0,n-1) (1,1) ... */
+};
+/* Entries of sums for n channels; 0 when there is no such size. */
+size_t tve_stat_size(enum tve_stat kind, size_t n);
+
+struct tve_stat_input { /* all borrowed during the call */
+    size_t layer;
+    const char *const *tensors; /* weights that take this input */
+    size_t n_tensors;
+    size_t n;        /* channels */
+    uint64_t n_rows; /* tokens */
+    const double *sums;
+};
+/* Its error ends the run. */
+typedef enum tv_err (*tve_stat_fn)(void *arg, const struct tve_stat_input *in,
+                                   struct tv_error *err);
+/* Calls fn for every input, in the order of computation; sums of one input are
+ * in memory at a time. Products are summed in fp32 over at most 1,024 tokens,
+ * the rest in fp64. All windows go through the model as one batch, so that each
+ * weight is read once (activations beyond the memory budget lie in the scratch
+ * file). Errors of tve_score; BUDGET when sums alone exceed the budget. */
+TV_NODISCARD enum tv_err
+tve_statistics(tve_model *m, const struct tve_window *w, size_t n_windows,
+               enum tve_stat kind, const struct tve_progress *progress,
+               tve_stat_fn fn, void *arg, struct tv_error *err);
+/* How often each id of the windows occurs, into counts [vocab]. */
+TV_NODISCARD enum tv_err tve_token_counts(const tve_model *m,
+                                          const struct tve_window *w,
+                                          size_t n_windows, uint64_t *counts,
+                                          struct tv_error *err);
 
 /* ---- perplexity -------------------------------------------------------------
  * windows   ids without special tokens, cut into pieces of N-1 ids, BOS in

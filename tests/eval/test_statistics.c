@@ -1,0 +1,352 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_statistics.c - sums over inputs of linear layers against those that
+ * transformers' inputs give (tests/data/statistics, made by
+ * tools/families/make_statistics.py): fused, shared and transposed projections,
+ * more channels than a tile and more tokens than a chunk; for any number of
+ * threads and any memory; and calls that must fail.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "test.h"
+
+#include "npy.h"
+#include "tv/alloc.h"
+#include "tv/eval.h"
+
+#define MAX_IDS 1280u
+
+static const char *const models[] = {
+    "families/llama", "families/phi3", "families/gpt2",
+    "families/gpt_neox-serial", "quickstart/base"};
+#define N_MODELS (sizeof(models) / sizeof(models[0]))
+
+struct opened {
+    tv_input *in;
+    tve_model *m;
+    int32_t ids[MAX_IDS];
+    struct tve_window windows[8];
+    size_t n_windows;
+};
+
+static void open_model(struct opened *o, const char *name,
+                       const struct tve_model_options *opt)
+{
+    struct tv_error err = {0};
+    char *const dir = test_data(name);
+    char relative[128];
+    size_t seq = 256;
+
+    memset(o, 0, sizeof(*o));
+    o->n_windows = 5;
+    if (strncmp(name, "families/", 9) == 0) {
+        struct npy ids;
+        (void)snprintf(relative, sizeof(relative), "%s/ids.npy", name);
+        char *const path = test_data(relative);
+        npy_read(path, "<i8", &ids);
+        o->n_windows = ids.shape[0];
+        seq = ids.shape[1];
+        assert_true(o->n_windows <= 8 && o->n_windows * seq <= MAX_IDS);
+        for (size_t i = 0; i < o->n_windows * seq; i++)
+            o->ids[i] = (int32_t)((const int64_t *)ids.data)[i];
+        tv_free(ids.file);
+        tv_free(path);
+    } else {
+        for (size_t i = 0; i < MAX_IDS; i++)
+            o->ids[i] = (int32_t)((i * 37 + 11) % 2045);
+    }
+    for (size_t i = 0; i < o->n_windows; i++)
+        o->windows[i] = (struct tve_window){o->ids + i * seq, seq, 1};
+    assert_ok(tv_input_open_path(dir, &err, &o->in), &err);
+    assert_ok(tve_model_open(o->in, NULL, 0, opt, &err, &o->m), &err);
+    tv_free(dir);
+}
+
+static void close_model(struct opened *o)
+{
+    tve_model_close(o->m);
+    tv_input_close(o->in);
+}
+
+struct collect { /* all sums, one input after the other */
+    enum tve_stat kind;
+    double *sums;
+    size_t n, n_inputs;
+    size_t channels[64];
+    char first[64][96]; /* name of an input's first tensor */
+    size_t n_tensors[64];
+    uint64_t n_rows;
+    size_t stop_at; /* inputs; 0: never */
+};
+
+static enum tv_err collect(void *arg, const struct tve_stat_input *in,
+                           struct tv_error *err)
+{
+    struct collect *const c = arg;
+    const size_t n = tve_stat_size(c->kind, in->n);
+
+    if (c->stop_at > 0 && c->n_inputs == c->stop_at)
+        return tv_error_set(err, TV_E_NOSPACE, "the callback has enough");
+    assert_true(c->n_inputs < 64);
+    c->channels[c->n_inputs] = in->n;
+    c->n_tensors[c->n_inputs] = in->n_tensors;
+    (void)snprintf(c->first[c->n_inputs++], sizeof(c->first[0]), "%s",
+                   in->tensors[0]);
+    c->n_rows = in->n_rows;
+    c->sums = tv_realloc(c->sums, (c->n + n) * sizeof(double));
+    assert_non_null(c->sums);
+    memcpy(c->sums + c->n, in->sums, n * sizeof(double));
+    c->n += n;
+    return TV_OK;
+}
+
+static void run(struct opened *o, enum tve_stat kind, struct collect *c)
+{
+    struct tv_error err = {0};
+
+    memset(c, 0, sizeof(*c));
+    c->kind = kind;
+    assert_ok(tve_statistics(o->m, o->windows, o->n_windows, kind, NULL,
+                             collect, c, &err),
+              &err);
+}
+
+static double at(const double *gram, size_t n, size_t i, size_t j)
+{
+    return i <= j ? gram[i * n - i * (i + 1) / 2 + j]
+                  : gram[j * n - j * (j + 1) / 2 + i];
+}
+
+static double probe(size_t i)
+{
+    return ((double)((7 * i) % 11) - 5) / 5;
+}
+
+static void test_against_transformers(void **state)
+{
+    (void)state;
+    for (size_t f = 0; f < N_MODELS; f++) {
+        char relative[128];
+        struct opened o;
+        struct collect gram, diag;
+        struct npy want;
+        const double *g = NULL, *d = NULL, *w = NULL;
+
+        (void)snprintf(relative, sizeof(relative), "statistics/%s.npy",
+                       strrchr(models[f], '/') + 1);
+        char *const path = test_data(relative);
+        npy_read(path, "<f8", &want);
+        open_model(&o, models[f], NULL);
+        run(&o, TVE_STAT_GRAM, &gram);
+        run(&o, TVE_STAT_DIAG, &diag);
+        assert_int_equal(gram.n_rows, o.n_windows * o.windows[0].n);
+        assert_int_equal(diag.n, want.shape[0]);
+        g = gram.sums;
+        d = diag.sums;
+        w = want.data;
+        for (size_t k = 0; k < gram.n_inputs; k++) {
+            const size_t n = gram.channels[k];
+            double off = 0, norm = 0, trace = 0;
+
+            for (size_t i = 0; i < n; i++) {
+                double sum = 0;
+                for (size_t j = 0; j < n; j++)
+                    sum += at(g, n, i, j) * probe(j);
+                off += (sum - w[i]) * (sum - w[i]);
+                norm += w[i] * w[i];
+                trace += d[i];
+                assert_true(fabs(at(g, n, i, i) - d[i]) <= 2e-6 * d[i]);
+            }
+            if (!(sqrt(off) <= 1e-5 * sqrt(norm)) || !(trace > 0))
+                fail_msg("%s, %s: off by %g of %g", models[f], gram.first[k],
+                         sqrt(off), sqrt(norm));
+            g += tve_stat_size(TVE_STAT_GRAM, n);
+            d += n;
+            w += n;
+        }
+        tv_free(gram.sums);
+        tv_free(diag.sums);
+        tv_free(want.file);
+        tv_free(path);
+        close_model(&o);
+    }
+}
+
+static void test_names(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *first;
+        size_t n, channels;
+    } want[4] = {{"model.layers.2.self_attn.q_proj.weight", 3, 24},
+                 {"model.layers.2.self_attn.o_proj.weight", 1, 40},
+                 {"model.layers.2.mlp.gate_proj.weight", 2, 24},
+                 {"model.layers.2.mlp.down_proj.weight", 1, 36}};
+    struct opened o;
+    struct collect c;
+
+    open_model(&o, "families/llama", NULL);
+    run(&o, TVE_STAT_DIAG, &c);
+    assert_int_equal(c.n_inputs, 12);
+    for (size_t i = 0; i < 4; i++) {
+        assert_string_equal(c.first[8 + i], want[i].first);
+        assert_int_equal(c.n_tensors[8 + i], want[i].n);
+        assert_int_equal(c.channels[8 + i], want[i].channels);
+    }
+    tv_free(c.sums);
+    close_model(&o);
+}
+
+/* Threads, a budget that leaves activations to the scratch file. */
+static void test_same_bytes(void **state)
+{
+    (void)state;
+    const size_t widest = tve_stat_size(TVE_STAT_GRAM, 352) * sizeof(double);
+    const struct tve_model_options ways[] = {
+        {.n_threads = 1},
+        {.n_threads = 2},
+        {.n_threads = 3, .memory_bytes = widest},
+        {.n_threads = 2, .kernels = tvk_table_for(TVK_REF)},
+    };
+    for (int kind = 0; kind < 2; kind++) {
+        struct collect first = {.sums = NULL};
+        for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++) {
+            struct opened o;
+            struct collect c;
+
+            open_model(&o, "quickstart/base", &ways[i]);
+            run(&o, kind ? TVE_STAT_GRAM : TVE_STAT_DIAG, &c);
+            close_model(&o);
+            if (i == 0) {
+                first = c;
+                continue;
+            }
+            assert_int_equal(c.n, first.n);
+            assert_memory_equal(c.sums, first.sums, c.n * sizeof(double));
+            tv_free(c.sums);
+        }
+        tv_free(first.sums);
+    }
+}
+
+static void test_token_counts(void **state)
+{
+    (void)state;
+    struct tv_error err = {0};
+    struct opened o;
+    uint64_t counts[61];
+    int32_t ids[6] = {3, 60, 3, 0, 3, 60};
+    const struct tve_window w[2] = {{ids, 4, 1}, {ids + 4, 2, 1}};
+
+    open_model(&o, "families/llama", NULL);
+    assert_ok(tve_token_counts(o.m, w, 2, counts, &err), &err);
+    for (size_t i = 0; i < 61; i++)
+        assert_int_equal(counts[i], i == 3 ? 3 : i == 60 ? 2 : i == 0);
+    ids[5] = 61;
+    assert_code(tve_token_counts(o.m, w, 2, counts, &err), TV_E_INPUT, &err);
+    close_model(&o);
+}
+
+static void test_refused(void **state)
+{
+    (void)state;
+    struct tv_error err = {0};
+    const volatile int cancel = 1;
+    const struct tve_progress stop = {.cancel = &cancel};
+    const struct tve_model_options small = {
+        .n_threads = 1,
+        .memory_bytes = tve_stat_size(TVE_STAT_GRAM, 40) * sizeof(double) - 1};
+    struct opened o;
+    struct collect c = {.stop_at = 5};
+
+    open_model(&o, "families/llama", NULL);
+    assert_code(tve_statistics(o.m, o.windows, 0, TVE_STAT_DIAG, NULL, collect,
+                               &c, &err),
+                TV_E_INPUT, &err);
+    assert_code(tve_statistics(o.m, o.windows, o.n_windows, TVE_STAT_DIAG, NULL,
+                               collect, &c, &err),
+                TV_E_NOSPACE, &err);
+    assert_message(&err, "has enough");
+    assert_int_equal(c.n_inputs, 5);
+    c.stop_at = 0;
+    assert_code(tve_statistics(o.m, o.windows, o.n_windows, TVE_STAT_DIAG,
+                               &stop, collect, &c, &err),
+                TV_E_INTERRUPTED, &err);
+    o.ids[1] = 61;
+    assert_code(tve_statistics(o.m, o.windows, o.n_windows, TVE_STAT_DIAG, NULL,
+                               collect, &c, &err),
+                TV_E_INPUT, &err);
+    assert_message(&err, "61");
+    tv_free(c.sums);
+    close_model(&o);
+    open_model(&o, "families/llama", &small);
+    c = (struct collect){.kind = TVE_STAT_GRAM};
+    assert_code(tve_statistics(o.m, o.windows, o.n_windows, TVE_STAT_GRAM, NULL,
+                               collect, &c, &err),
+                TV_E_BUDGET, &err);
+    assert_message(&err, "o_proj");
+    close_model(&o);
+    /* rotations that depend on the length of the window */
+    open_model(&o, "families/phi3-long", NULL);
+    o.windows[1].n--;
+    assert_code(tve_statistics(o.m, o.windows, o.n_windows, TVE_STAT_DIAG, NULL,
+                               collect, &c, &err),
+                TV_E_INPUT, &err);
+    assert_message(&err, "window 1");
+    close_model(&o);
+    assert_int_equal(tve_stat_size(TVE_STAT_GRAM, SIZE_MAX), 0);
+    assert_int_equal(tve_stat_size(TVE_STAT_GRAM, SIZE_MAX / 2), 0);
+}
+
+static enum tv_err count(void *arg, const struct tve_stat_input *in,
+                         struct tv_error *err)
+{
+    (void)err;
+    *(size_t *)arg += in->n_tensors;
+    return TV_OK;
+}
+
+/* Every allocation fails once. */
+static void test_allocations(void **state)
+{
+    (void)state;
+    const struct tve_model_options opt = {.n_threads = 1};
+    struct tv_error err = {0};
+    struct opened o;
+
+    open_model(&o, "families/gpt2", &opt);
+    for (uint64_t k = 1;; k++) {
+        const uint64_t before = tv_alloc_now();
+        size_t n = 0;
+
+        tv_alloc_fail_at(k, 1);
+        const enum tv_err rc = tve_statistics(
+            o.m, o.windows, o.n_windows, TVE_STAT_GRAM, NULL, count, &n, &err);
+        const uint64_t fired = tv_alloc_fired();
+        tv_alloc_fail_at(0, 0);
+        assert_int_equal(tv_alloc_now(), before);
+        if (!fired) {
+            assert_int_equal(rc, TV_OK);
+            assert_int_equal(n, 3 * 4);
+            assert_true(k > 10);
+            break;
+        }
+        assert_int_equal(rc, TV_E_NOMEM);
+    }
+    close_model(&o);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_against_transformers),
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_same_bytes),
+        cmocka_unit_test(test_token_counts),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_allocations),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
