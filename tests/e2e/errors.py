@@ -193,6 +193,15 @@ bad("empty file", b"")
 bad("seven bytes", b"\1\0\0\0\0\0\0")
 bad("header longer than the file", struct.pack("<Q", 1000) + b"{}")
 bad("huge header length", struct.pack("<Q", 1 << 63) + b"{}")
+# Both are beyond the limits (32 MiB, 2^18 tensors) and refused before they are
+# looked at: quickly, and in less memory than they have bytes.
+bad("header of 100 MB", header(b"{" + b" " * (100 << 20) + b"}"), "limit")
+bad("a million tensors", header(b"{" + b",".join(
+    b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i
+    for i in range(1000000)) + b"}"), "limit")
+bad("300,000 tensors", header(b"{" + b",".join(
+    b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i
+    for i in range(300000)) + b"}"), "members")
 bad("not JSON", header(b"{nope}") + b"\0" * 8)
 bad("not an object", header(b"[]"))
 bad("not UTF-8", header(b'{"\xff\xfe": 1}'))
