@@ -160,6 +160,10 @@ extern const struct tvm_method tvm_method_arcee_fusion;
 extern const struct tvm_method tvm_method_passthrough;
 extern const struct tvm_method tvm_method_task_arithmetic;
 extern const struct tvm_method tvm_method_ties;
+extern const struct tvm_method tvm_method_breadcrumbs;
+extern const struct tvm_method tvm_method_breadcrumbs_ties;
+extern const struct tvm_method tvm_method_della;
+extern const struct tvm_method tvm_method_della_linear;
 extern const struct tvm_method tvm_method_dare_linear;
 extern const struct tvm_method tvm_method_dare_ties;
 

@@ -19,13 +19,15 @@
  * HIGH and LOW go over at most GROUP_MAX donors at a time, as every worker has
  * a histogram for each; more donors take more passes, not more memory.
  * LOW and COUNT are left out for donors whose bucket or pattern is kept whole.
- * Zeros are never kept. Random thinning needs no pass, nor does a donor whose
- * mask is known from an earlier run.
+ * Outlier trimming (breadcrumbs) takes the largest entries off again: a second
+ * selection from the same histogram. Zeros are never kept. Random thinning
+ * needs no pass, nor does a donor whose mask is known from an earlier run.
  */
 #include "method_gta.h"
 
 #include "compat_gta.h"
 #include "mt.h"
+#include "select.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -45,6 +47,7 @@ struct donor {
     size_t source; /* index into the tensor's sources */
     enum keep keep;
     size_t slot; /* KEEP_TOP: place in the arrays of struct gta_state */
+    size_t less; /* index of what is taken off the mask again, 0: none */
     bool needs_low, needs_count;
     uint64_t key, threshold; /* KEEP_RANDOM */
     float p;                 /* ... of mergekit's stream */
@@ -57,13 +60,14 @@ struct donor {
 struct gta_state {
     enum step step;
     size_t n_donors, n_top; /* n_top: with a slot */
+    size_t n_select;        /* donors, then what is taken off again */
     size_t n_hist;          /* KEEP_TOP at first: histograms */
     size_t n_random;        /* KEEP_RANDOM from mergekit's stream */
     size_t n_measured;      /* KEEP_TOP; the rest of n_top is KEEP_KNOWN */
     bool match_l1;
     struct tvk_gta call;
     double *coef, *weight; /* [n_donors] */
-    struct donor *donor;   /* [n_donors] */
+    struct donor *donor;   /* [n_select] */
     size_t first;          /* slot of the group being measured */
     bool any_count;        /* some donor needs the COUNT pass */
     uint32_t *hist;        /* [n_workers][group_size][TVK_HIST_HI] */
@@ -86,16 +90,19 @@ static const struct gta_detail *detail_of(const struct tvm_tensor *t)
 
 static double weight_of(const struct tvm_tensor *t, size_t source)
 {
-    return tvm_of(t, source, GTA_WEIGHT, GTA_N_PARAMS);
+    return tvm_of(t, source, GTA_WEIGHT, t->method->n_params);
 }
 
 static enum keep keep_of(const struct tvm_tensor *t, size_t source)
 {
-    const double density = tvm_of(t, source, GTA_DENSITY, GTA_N_PARAMS);
+    const double density = tvm_of(t, source, GTA_DENSITY, t->method->n_params);
 
     if (detail_of(t)->sparsify == GTA_NONE || density >= 1.0)
         return KEEP_ALL;
     if (!(density > 0.0))
+        return KEEP_NONE;
+    if (detail_of(t)->sparsify == GTA_OUTLIERS &&
+        density * (double)t->n_elems < 1.0)
         return KEEP_NONE;
     return detail_of(t)->sparsify == GTA_RANDOM ? KEEP_RANDOM : KEEP_TOP;
 }
@@ -112,7 +119,7 @@ static size_t count_donors(const struct tvm_tensor *t, size_t *n_top,
             continue;
         n++;
         if (keep_of(t, s) == KEEP_TOP)
-            (*n_top)++;
+            *n_top += detail_of(t)->sparsify == GTA_OUTLIERS ? 2 : 1;
         if (keep_of(t, s) == KEEP_RANDOM)
             (*n_random)++;
     }
@@ -207,7 +214,7 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     (void)carve(&c, 1, sizeof *st);
     st->coef = carve(&c, k, sizeof *st->coef);
     st->weight = carve(&c, k, sizeof *st->weight);
-    st->donor = carve(&c, k, sizeof *st->donor);
+    st->donor = carve(&c, st->n_select, sizeof *st->donor);
     st->hist = carve(&c, w * group_size(st) * TVK_HIST_HI, sizeof *st->hist);
     st->eq = carve(&c, job->n_tiles * top, sizeof *st->eq);
     st->eq_seen = carve(&c, w * top, sizeof *st->eq_seen);
@@ -218,7 +225,7 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     }
     if (detail_of(job->tensor)->mergekit) {
         st->scale = carve(&c, k, sizeof *st->scale);
-        st->delta = carve(&c, w * k * TVM_BLOCK, sizeof *st->delta);
+        st->delta = carve(&c, w * st->n_select * TVM_BLOCK, sizeof *st->delta);
         st->mt_tile =
             carve(&c, job->n_tiles * st->n_random, sizeof *st->mt_tile);
         st->mt = carve(&c, w * st->n_random, sizeof *st->mt);
@@ -230,6 +237,9 @@ static void count_parts(const struct tvm_tensor *t, struct gta_state *st)
 {
     st->n_donors = count_donors(t, &st->n_hist, &st->n_random);
     st->n_top = st->n_hist;
+    st->n_select = st->n_donors;
+    if (detail_of(t)->sparsify == GTA_OUTLIERS)
+        st->n_select += st->n_hist / 2;
     if (detail_of(t)->mergekit)
         st->n_top += st->n_random;
     st->match_l1 = st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0;
@@ -264,6 +274,30 @@ static void set_top(const struct tvm_job *job, struct donor *d, size_t *slot,
     d->eq_limit = UINT64_MAX;
 }
 
+/* Ascending positions [bot, bot + target) of n, top above them: the target +
+ * top largest but the top largest. */
+static void set_outliers(const struct tvm_job *job, struct donor *d,
+                         struct donor *less, size_t *slot, double density)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const double n = (double)t->n_elems;
+    const double gamma = tvm_of(t, d->source, GTA_EXTRA, t->method->n_params);
+    const uint64_t target = (uint64_t)(density * n);
+    const uint64_t top = (uint64_t)(gamma * n);
+
+    d->slot = *slot;
+    d->k = top < t->n_elems - target ? target + top : t->n_elems;
+    d->eq_limit = UINT64_MAX;
+    if (d->k > target) {
+        *less = *d;
+        less->slot = *slot + 1;
+        less->k = d->k - target;
+        d->less = (size_t)(less - ((struct gta_state *)job->state)->donor);
+    }
+    /* Two slots always: a pair then never falls into two groups. */
+    *slot += 2;
+}
+
 uint64_t gta_draws(const struct tvm_tensor *t)
 {
     uint64_t n = 0;
@@ -272,7 +306,8 @@ uint64_t gta_draws(const struct tvm_tensor *t)
         return 0;
     /* A density of 0 draws as well. */
     for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base && tvm_of(t, s, GTA_DENSITY, GTA_N_PARAMS) < 1.0)
+        if ((int)s != t->base &&
+            tvm_of(t, s, GTA_DENSITY, t->method->n_params) < 1.0)
             n += t->n_elems;
     return n;
 }
@@ -287,7 +322,8 @@ static void find_draws(const struct tvm_job *job)
 
     for (size_t j = 0; j < st->n_donors; j++) {
         struct donor *d = &st->donor[j];
-        const double density = tvm_of(t, d->source, GTA_DENSITY, GTA_N_PARAMS);
+        const double density =
+            tvm_of(t, d->source, GTA_DENSITY, t->method->n_params);
         struct tvm_mt mt;
         if (!(density < 1.0))
             continue;
@@ -319,9 +355,11 @@ static double rescaled(double weight, double all, double kept)
 bool gta_trims(const struct tvm_tensor *t, size_t source, double *density,
                bool *needs_sums)
 {
-    if (t->base < 0 || (int)source == t->base || keep_of(t, source) != KEEP_TOP)
+    if (t->base < 0 || (int)source == t->base ||
+        keep_of(t, source) != KEEP_TOP ||
+        detail_of(t)->sparsify != GTA_MAGNITUDE)
         return false;
-    *density = tvm_of(t, source, GTA_DENSITY, GTA_N_PARAMS);
+    *density = tvm_of(t, source, GTA_DENSITY, t->method->n_params);
     *needs_sums = tvm_shared(t, GTA_RESCALE) != 0.0;
     return true;
 }
@@ -339,7 +377,7 @@ static void set_up(struct tvm_job *job)
         if ((int)s == t->base)
             continue;
         struct donor *d = &st->donor[j];
-        const double density = tvm_of(t, s, GTA_DENSITY, GTA_N_PARAMS);
+        const double density = tvm_of(t, s, GTA_DENSITY, t->method->n_params);
         d->source = s;
         d->keep = keep_of(t, s);
         st->weight[j] = weight_of(t, s);
@@ -355,7 +393,10 @@ static void set_up(struct tvm_job *job)
                 st->coef[j] = rescaled(st->weight[j], job->trim[s].sum_all,
                                        job->trim[s].sum_kept);
         }
-        if (d->keep == KEEP_TOP)
+        if (d->keep == KEEP_TOP && detail_of(t)->sparsify == GTA_OUTLIERS)
+            set_outliers(job, d, &st->donor[st->n_donors + slot / 2], &slot,
+                         density);
+        else if (d->keep == KEEP_TOP)
             set_top(job, d, &slot, density);
         j++;
     }
@@ -381,28 +422,26 @@ static uint32_t *hist_of(const struct gta_state *st, unsigned worker,
            ((size_t)worker * group_size(st) + slot - st->first) * TVK_HIST_HI;
 }
 
-/* The bucket that holds the k-th largest entry; *k becomes its rank inside the
- * bucket, *count the bucket's population. Joins the workers' counts. */
-static uint32_t find_bucket(const struct tvm_job *job, size_t slot,
-                            uint32_t n_buckets, uint64_t *k, uint64_t *count)
+/* Joins the workers' counts of a slot. */
+static const uint32_t *joined(const struct tvm_job *job, size_t slot,
+                              uint32_t n_buckets)
 {
     const struct gta_state *st = job->state;
-    uint32_t *sum = hist_of(st, 0, slot);
+    uint32_t *hist = hist_of(st, 0, slot);
 
-    for (unsigned w = 1; w < job->n_workers; w++) {
-        const uint32_t *more = hist_of(st, w, slot);
-        for (uint32_t i = 0; i < n_buckets; i++)
-            sum[i] += more[i];
-    }
-    for (uint32_t i = n_buckets; i-- > 1;) {
-        if (*k <= sum[i]) {
-            *count = sum[i];
-            return i;
-        }
-        *k -= sum[i];
-    }
-    *count = sum[0];
-    return 0;
+    tvm_hist_join(hist, group_size(st) * TVK_HIST_HI, job->n_workers,
+                  n_buckets);
+    return hist;
+}
+
+static bool find_high(struct donor *d, const uint32_t *hist)
+{
+    uint64_t count = 0;
+
+    d->hi = tvm_hist_find(hist, TVK_HIST_HI, &d->k, &count);
+    d->pattern = d->hi << 15;
+    d->needs_low = d->k < count;
+    return d->needs_low;
 }
 
 /* Returns true when some donor needs the LOW pass. */
@@ -415,11 +454,10 @@ static bool after_high(struct tvm_job *job)
         struct donor *d = &st->donor[j];
         if (!in_group(st, d))
             continue;
-        uint64_t count = 0;
-        d->hi = find_bucket(job, d->slot, TVK_HIST_HI, &d->k, &count);
-        d->pattern = d->hi << 15;
-        d->needs_low = d->k < count;
-        again = again || d->needs_low;
+        const uint32_t *hist = joined(job, d->slot, TVK_HIST_HI);
+        again = find_high(d, hist) || again;
+        if (d->less > 0)
+            again = find_high(&st->donor[d->less], hist) || again;
         for (unsigned w = 0; w < job->n_workers; w++)
             memset(hist_of(st, w, d->slot), 0, TVK_HIST_LO * sizeof(uint32_t));
     }
@@ -431,12 +469,13 @@ static bool after_low(struct tvm_job *job)
 {
     struct gta_state *st = job->state;
 
-    for (size_t j = 0; j < st->n_donors; j++) {
+    for (size_t j = 0; j < st->n_select; j++) {
         struct donor *d = &st->donor[j];
         if (!d->needs_low)
             continue;
         uint64_t count = 0;
-        d->pattern |= find_bucket(job, d->slot, TVK_HIST_LO, &d->k, &count);
+        d->pattern |= tvm_hist_find(joined(job, d->slot, TVK_HIST_LO),
+                                    TVK_HIST_LO, &d->k, &count);
         d->needs_low = false;
         /* Zeros are dropped anyway: no need to know which. */
         if (d->k < count && d->pattern != 0) {
@@ -604,10 +643,26 @@ static const float *donor_values(const struct tvm_job *job,
     if (!detail_of(t)->mergekit)
         return xj;
     float *d =
-        st->delta + ((size_t)tile->worker * st->n_donors + j) * TVM_BLOCK;
+        st->delta + ((size_t)tile->worker * st->n_select + j) * TVM_BLOCK;
     gta_compat_delta(job->k, t->compute, d, xj, *base, n);
     *base = NULL;
     return d;
+}
+
+/* The entries of a donor that are kept. */
+static void kept_mask(const struct tvm_job *job, const struct tvm_tile *tile,
+                      const struct donor *d, uint64_t *mask, const float *x,
+                      const float *base, size_t n)
+{
+    const struct gta_state *st = job->state;
+    uint64_t less[BLOCK_WORDS];
+
+    top_mask(job, tile, d, mask, x, base, n);
+    if (d->less == 0)
+        return;
+    top_mask(job, tile, &st->donor[d->less], less, x, base, n);
+    for (size_t i = 0; i < (n + 63) / 64; i++)
+        mask[i] &= ~less[i];
 }
 
 static void random_mask(const struct tvm_job *job, const struct tvm_tile *tile,
@@ -630,11 +685,15 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
     const struct tvk_table *k = job->k;
     const float *base = NULL;
 
-    for (size_t j = 0; j < st->n_donors; j++) {
+    for (size_t j = 0; j < st->n_select; j++) {
         const struct donor *d = &st->donor[j];
         uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
         if (!has_slot(job, d))
             continue;
+        /* What is taken off has the histogram of its donor, and no sums. */
+        if (j >= st->n_donors &&
+            (st->step == STEP_HIGH || st->step == STEP_KEPT))
+            break;
         const float *xj = donor_values(job, tile, j, x, n, &base);
         switch (st->step) {
         case STEP_HIGH:
@@ -661,7 +720,7 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                 put_sum(job, tile, d->slot, st->sum_all,
                         k->abs_sum(xj, base, NULL, n), n);
             } else {
-                top_mask(job, tile, d, mask, xj, base, n);
+                kept_mask(job, tile, d, mask, xj, base, n);
             }
             put_sum(job, tile, d->slot, st->sum_kept,
                     k->abs_sum(xj, base, mask, n), n);
@@ -689,7 +748,7 @@ static void mix(const struct tvm_job *job, const struct tvm_tile *tile,
 
     for (size_t j = 0; j < st->n_donors; j++)
         delta[j] =
-            st->delta + ((size_t)tile->worker * st->n_donors + j) * TVM_BLOCK;
+            st->delta + ((size_t)tile->worker * st->n_select + j) * TVM_BLOCK;
     gta_compat_mix(job->k, &m, dst, base, delta, masks, n);
 }
 
@@ -716,8 +775,8 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
             memset(mask, 0, BLOCK_WORDS * sizeof *mask);
             break;
         case KEEP_TOP:
-            top_mask(job, tile, d, mask, donors[j], base, n);
-            if (tile->made)
+            kept_mask(job, tile, d, mask, donors[j], base, n);
+            if (tile->made && d->less == 0)
                 tile->made[d->source] = mask;
             break;
         case KEEP_KNOWN:

@@ -9,7 +9,12 @@
 
 #include "method.h"
 
-enum gta_sparsify { GTA_NONE = 0, GTA_MAGNITUDE = 1, GTA_RANDOM = 2 };
+enum gta_sparsify {
+    GTA_NONE = 0,
+    GTA_MAGNITUDE = 1,
+    GTA_RANDOM = 2,
+    GTA_OUTLIERS = 3
+};
 
 struct gta_detail {
     enum gta_sparsify sparsify;
@@ -24,49 +29,52 @@ enum {
     GTA_RESCALE,
     GTA_LAMBDA,
     GTA_INT8_MASK,
-    GTA_N_PARAMS
+    GTA_N_PARAMS,
+    GTA_EXTRA = GTA_N_PARAMS /* gamma or epsilon, where a method has it */
 };
 
 /* The parameters with a method's own defaults; int8_mask saves memory in
  * mergekit and never changes a result, so it is accepted and ignored. */
 #define GTA_PARAMS(normalize_default, rescale_default)                         \
     {                                                                          \
-        [GTA_WEIGHT] = {.name = "weight",                                      \
-                        .scope = TVM_NON_BASE,                                 \
-                        .type = TVM_FLOAT,                                     \
-                        .required = true,                                      \
-                        .help = "factor of this task vector"},                 \
-        [GTA_DENSITY] = {.name = "density",                                    \
-                         .scope = TVM_NON_BASE,                                \
-                         .type = TVM_FLOAT,                                    \
-                         .has_default = true,                                  \
-                         .fallback = 1.0,                                      \
-                         .help = "fraction of the task vector to keep"},       \
-        [GTA_NORMALIZE] = {.name = "normalize",                                \
-                           .scope = TVM_SHARED,                                \
-                           .type = TVM_BOOL,                                   \
-                           .has_default = true,                                \
-                           .fallback = (normalize_default),                    \
-                           .help = "divide by the weights that took part"},    \
-        [GTA_RESCALE] = {.name = "rescale",                                    \
-                         .scope = TVM_SHARED,                                  \
-                         .type = TVM_BOOL,                                     \
-                         .has_default = true,                                  \
-                         .fallback = (rescale_default),                        \
-                         .help = "make up for what was dropped"},              \
-        [GTA_LAMBDA] = {.name = "lambda",                                      \
-                        .scope = TVM_SHARED,                                   \
-                        .type = TVM_FLOAT,                                     \
-                        .has_default = true,                                   \
-                        .fallback = 1.0,                                       \
-                        .help = "factor of the merged task vector"},           \
-        [GTA_INT8_MASK] = {.name = "int8_mask",                                \
-                           .scope = TVM_SHARED,                                \
-                           .type = TVM_BOOL,                                   \
-                           .has_default = true,                                \
-                           .fallback = 0.0,                                    \
-                           .help = "accepted for mergekit; changes nothing"},  \
+        GTA_PARAM_LIST(normalize_default, rescale_default)                     \
     }
+#define GTA_PARAM_LIST(normalize_default, rescale_default)                     \
+    [GTA_WEIGHT] = {.name = "weight",                                          \
+                    .scope = TVM_NON_BASE,                                     \
+                    .type = TVM_FLOAT,                                         \
+                    .required = true,                                          \
+                    .help = "factor of this task vector"},                     \
+    [GTA_DENSITY] = {.name = "density",                                        \
+                     .scope = TVM_NON_BASE,                                    \
+                     .type = TVM_FLOAT,                                        \
+                     .has_default = true,                                      \
+                     .fallback = 1.0,                                          \
+                     .help = "fraction of the task vector to keep"},           \
+    [GTA_NORMALIZE] = {.name = "normalize",                                    \
+                       .scope = TVM_SHARED,                                    \
+                       .type = TVM_BOOL,                                       \
+                       .has_default = true,                                    \
+                       .fallback = (normalize_default),                        \
+                       .help = "divide by the weights that took part"},        \
+    [GTA_RESCALE] = {.name = "rescale",                                        \
+                     .scope = TVM_SHARED,                                      \
+                     .type = TVM_BOOL,                                         \
+                     .has_default = true,                                      \
+                     .fallback = (rescale_default),                            \
+                     .help = "make up for what was dropped"},                  \
+    [GTA_LAMBDA] = {.name = "lambda",                                          \
+                    .scope = TVM_SHARED,                                       \
+                    .type = TVM_FLOAT,                                         \
+                    .has_default = true,                                       \
+                    .fallback = 1.0,                                           \
+                    .help = "factor of the merged task vector"},               \
+    [GTA_INT8_MASK] = {.name = "int8_mask",                                    \
+                       .scope = TVM_SHARED,                                    \
+                       .type = TVM_BOOL,                                       \
+                       .has_default = true,                                    \
+                       .fallback = 0.0,                                        \
+                       .help = "accepted for mergekit; changes nothing"},
 
 /* Random numbers that a tensor takes from mergekit's stream. */
 uint64_t gta_draws(const struct tvm_tensor *t);
@@ -83,11 +91,13 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, float *dst, size_t n);
 
 #define GTA_FUNCTIONS                                                          \
+    .n_params = GTA_N_PARAMS, .check = gta_check, GTA_SHARED_FUNCTIONS
+
+#define GTA_SHARED_FUNCTIONS                                                   \
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
-    .n_params = GTA_N_PARAMS, .check = gta_check, .fold = gta_fold,            \
-    .state_bytes = gta_state_bytes, .next_phase = gta_next_phase,              \
-    .tile_begin = gta_tile_begin, .measure = gta_measure,                      \
-    .combine = gta_combine, .trims = gta_trims
+    .fold = gta_fold, .state_bytes = gta_state_bytes,                          \
+    .next_phase = gta_next_phase, .tile_begin = gta_tile_begin,                \
+    .measure = gta_measure, .combine = gta_combine, .trims = gta_trims
 
 /* The variant for --compat mergekit of a method with those; never folded to a
  * copy, since adding a difference back rounds. */

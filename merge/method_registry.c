@@ -14,14 +14,26 @@
 #include "tv/text.h"
 
 static const struct tvm_method *const methods[] = {
-    &tvm_method_linear,       &tvm_method_slerp,
-    &tvm_method_nuslerp,      &tvm_method_multislerp,
-    &tvm_method_karcher,      &tvm_method_task_arithmetic,
-    &tvm_method_ties,         &tvm_method_dare_linear,
-    &tvm_method_dare_ties,    &tvm_method_model_stock,
-    &tvm_method_sce,          &tvm_method_ram,
-    &tvm_method_ramplus_tl,   &tvm_method_nearswap,
-    &tvm_method_arcee_fusion, &tvm_method_passthrough,
+    &tvm_method_linear,
+    &tvm_method_slerp,
+    &tvm_method_nuslerp,
+    &tvm_method_multislerp,
+    &tvm_method_karcher,
+    &tvm_method_task_arithmetic,
+    &tvm_method_ties,
+    &tvm_method_dare_linear,
+    &tvm_method_dare_ties,
+    &tvm_method_breadcrumbs,
+    &tvm_method_breadcrumbs_ties,
+    &tvm_method_della,
+    &tvm_method_della_linear,
+    &tvm_method_model_stock,
+    &tvm_method_sce,
+    &tvm_method_ram,
+    &tvm_method_ramplus_tl,
+    &tvm_method_nearswap,
+    &tvm_method_arcee_fusion,
+    &tvm_method_passthrough,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

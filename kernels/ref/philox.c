@@ -40,6 +40,25 @@ static uint64_t philox_mask(uint64_t *TVK_RESTRICT mask, uint64_t start,
     return kept;
 }
 
+void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
+                      uint64_t name_hash, size_t n)
+{
+    const philox4x32_key_t k = {{(uint32_t)key, (uint32_t)(key >> 32)}};
+    philox4x32_ctr_t words = {{0, 0, 0, 0}};
+
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t e = start + i;
+        if (i == 0 || e % 4 == 0) {
+            const uint64_t c = e >> 2;
+            const philox4x32_ctr_t ctr = {{(uint32_t)c, (uint32_t)(c >> 32),
+                                           (uint32_t)name_hash,
+                                           (uint32_t)(name_hash >> 32)}};
+            words = philox4x32_R(10, ctr, k);
+        }
+        dst[i] = words.v[e % 4];
+    }
+}
+
 void tvk_ref_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;

@@ -254,6 +254,55 @@ static void arcee_fusion_takes_what_stands_out(void **state)
     fx_close(&f);
 }
 
+static void breadcrumbs_drops_both_ends(void **state)
+{
+    /* Eight entries: 3, 2, 1 and zeros. gamma drops one, density keeps two. */
+    const struct fx_param p[] = {{"weight", FX_ALL, 1.0},
+                                 {"density", FX_ALL, 0.25},
+                                 {"gamma", FX_ALL, 0.125}};
+    const double want[8] = {0, 0, 1, 0, 2, 0, 0, 0};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 2, cases, "breadcrumbs", 0, p, 3);
+    expect(&f, want);
+}
+
+/* How often the smallest and the largest quarter of the rows stay. */
+static void della_keeps_large_entries_more_often(void **state)
+{
+    const struct fx_param p[] = {{"weight", FX_ALL, 1.0},
+                                 {"density", FX_ALL, 0.5},
+                                 {"epsilon", FX_ALL, 0.4},
+                                 {"rescale", FX_ALL, 0.0}};
+    struct fx f;
+    uint64_t n = 0;
+    double kept[2] = {0, 0};
+    double count[2] = {0, 0};
+
+    (void)state;
+    merge(&f, 2, cases, "della_linear", 0, p, 4);
+    float *y = fx_merged(&f, "w", &n);
+    float *b = fx_values(&f, 0, "w", &n);
+    float *x = fx_values(&f, 1, "w", &n);
+    /* |sin| is below sin(pi/8) for a quarter of the angles, above sin(3 pi/8)
+     * for another. */
+    for (uint64_t i = 0; i < n; i++) {
+        const float d = fabsf(x[i] - b[i]);
+        const int end = d < 0.003826f ? 0 : d > 0.009239f ? 1 : -1;
+        if (end < 0)
+            continue;
+        count[end] += 1;
+        kept[end] += y[i] != b[i];
+    }
+    assert_true(fabs(kept[0] / count[0] - 0.2) < 0.01);
+    assert_true(fabs(kept[1] / count[1] - 0.8) < 0.01);
+    tv_free(y);
+    tv_free(b);
+    tv_free(x);
+    fx_close(&f);
+}
+
 /* ---- properties ---------------------------------------------------------- */
 
 struct subject {
@@ -287,6 +336,30 @@ static const struct subject subjects[] = {
      3},
     {"multislerp", 3, 0, true, {{"weight", 1, 0.3}, {"weight", 2, 0.9}}, 2},
     {"arcee_fusion", 2, 0, false, {{NULL, 0, 0}}, 0},
+    {"breadcrumbs",
+     3,
+     0,
+     false,
+     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}, {"gamma", FX_ALL, 0.1}},
+     3},
+    {"breadcrumbs_ties",
+     3,
+     0,
+     false,
+     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}, {"rescale", FX_ALL, 1}},
+     3},
+    {"della",
+     3,
+     0,
+     false,
+     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}},
+     2},
+    {"della_linear",
+     3,
+     0,
+     false,
+     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}},
+     2},
 };
 #define N_SUBJECTS (sizeof(subjects) / sizeof(*subjects))
 
@@ -365,6 +438,8 @@ int main(void)
         cmocka_unit_test(karcher_of_two_is_the_middle),
         cmocka_unit_test(multislerp_of_two_keeps_the_mean_length),
         cmocka_unit_test(arcee_fusion_takes_what_stands_out),
+        cmocka_unit_test(breadcrumbs_drops_both_ends),
+        cmocka_unit_test(della_keeps_large_entries_more_often),
         cmocka_unit_test(no_change_gives_the_base),
         cmocka_unit_test(equal_donors_give_themselves),
         cmocka_unit_test(bytes_do_not_depend_on_threads_or_memory),

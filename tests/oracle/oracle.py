@@ -36,6 +36,10 @@ METHODS = {
     "ties": (True, "magnitude", True, False),
     "dare_ties": (True, "random", False, True),
     "dare_linear": (False, "random", False, True),
+    "breadcrumbs": (False, "outliers", False, False),
+    "breadcrumbs_ties": (True, "outliers", False, False),
+    "della": (True, "della", True, True),
+    "della_linear": (False, "della", False, True),
 }
 
 
@@ -230,7 +234,7 @@ def philox(counter, key):
     return c
 
 
-def dare_mask(n, seed, donor, name, density):
+def philox_words(n, seed, donor, name):
     key = xxhash.xxh3_64_intdigest(
         seed.to_bytes(8, "little") + donor.to_bytes(4, "little"))
     h = xxhash.xxh3_64_intdigest(name.encode())
@@ -238,8 +242,12 @@ def dare_mask(n, seed, donor, name, density):
     z = np.zeros_like(groups)
     c = [groups & np.uint64(0xFFFFFFFF), groups >> np.uint64(32),
          z + np.uint64(h & 0xFFFFFFFF), z + np.uint64(h >> 32)]
-    words = np.stack(philox(c, (key & 0xFFFFFFFF, key >> 32)), 1).ravel()[:n]
-    return words < np.uint64(int(np.floor(density * 2.0 ** 32 + 0.5)))
+    return np.stack(philox(c, (key & 0xFFFFFFFF, key >> 32)), 1).ravel()[:n]
+
+
+def dare_mask(n, seed, donor, name, density):
+    return philox_words(n, seed, donor, name) < np.uint64(
+        int(np.floor(density * 2.0 ** 32 + 0.5)))
 
 
 # ---- methods ----------------------------------------------------------------
@@ -261,6 +269,32 @@ def topk(d, density):
     return keep.reshape(d.shape)
 
 
+def outliers(d, density, gamma):
+    """Ascending by magnitude: without the largest and the smallest; ties go to
+    the lowest index."""
+    if density >= 1:
+        return np.ones(d.shape, bool)
+    m = np.abs(f32(d)).ravel()
+    target, top = int(density * m.size), int(gamma * m.size)
+    bot = max(0, m.size - target - top)
+    order = np.argsort(-m, kind="stable")[::-1]
+    keep = np.zeros(m.size, bool)
+    keep[order[bot:bot + target]] = True
+    return (keep & (m > 0)).reshape(d.shape)
+
+
+def della_mask(d, density, eps, seed, donor, name):
+    m = np.abs(f32(d)).reshape(-1, d.shape[-1])
+    n = m.shape[1]
+    rank = np.empty(m.shape)
+    at = np.argsort(m, axis=1, kind="stable")
+    np.put_along_axis(rank, at, np.arange(n, dtype=float)[None, :], axis=1)
+    p = (density - eps) + 2 * eps * rank / (n - 1) if n > 1 else rank + density
+    words = philox_words(d.size, seed, donor, name).reshape(m.shape)
+    return (words < np.floor(p * 2.0 ** 32 + 0.5).astype(np.uint64)).reshape(
+        d.shape)
+
+
 def gta(method, b, donors, get, name, seed):
     consensus, sparsifier, norm_default, rescale_default = METHODS[method]
     normalize = bool(get("normalize", None, norm_default))
@@ -271,8 +305,15 @@ def gta(method, b, donors, get, name, seed):
         w = get("weight", i, None)
         density = get("density", i, 1.0)
         d = x - b
-        if sparsifier == "magnitude" and density < 1:
-            kept = np.where(topk(d, density), d, 0.0)
+        if sparsifier in ("magnitude", "outliers", "della") and density < 1:
+            if sparsifier == "magnitude":
+                mask = topk(d, density)
+            elif sparsifier == "outliers":
+                mask = outliers(d, density, get("gamma", i, 0.01))
+            else:
+                mask = della_mask(d, density, get("epsilon", i, 0.15), seed, i,
+                                  name)
+            kept = np.where(mask, d, 0.0)
             if rescale:
                 before = np.abs(f32(d)).sum()
                 after = np.abs(f32(kept)).sum()

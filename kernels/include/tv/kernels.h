@@ -201,6 +201,9 @@ const char *tvk_cpu_features(char *dst, size_t cap);
  * two below n. Independent of who computed which leaf. */
 struct tvk_dots tvk_dots_tree(const struct tvk_dots *leaves, size_t n);
 double tvk_sum_tree(const double *leaves, size_t n);
+/* The words of philox_mask themselves, of elements [start, start + n). */
+void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
+                      uint64_t name_hash, size_t n);
 void tvk_stats_merge(struct tvk_stats *into, const struct tvk_stats *more);
 
 /* Converts n elements of a math dtype to/from fp32 through the table's

@@ -1,11 +1,11 @@
 # tvmerge methods.
 $ tvmerge methods
-METHOD           BASE      SUMMARY
+METHOD <*>BASE      SUMMARY
 ...
-linear           optional  <*>
+linear <*>optional  <*>
 ...
-$ tvmerge methods -q | sort | grep -cx -e linear -e slerp -e passthrough -e task_arithmetic -e ties -e dare_linear -e dare_ties
-7
+$ tvmerge methods -q | sort | grep -cx -e linear -e slerp -e passthrough -e task_arithmetic -e ties -e dare_linear -e dare_ties -e nuslerp -e multislerp -e karcher -e breadcrumbs -e breadcrumbs_ties -e della -e della_linear -e model_stock -e sce -e ram -e ramplus_tl -e nearswap -e arcee_fusion
+20
 $ tvmerge methods ties
 ties: <*>
 paper: <*>2306.01708
