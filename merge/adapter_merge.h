@@ -6,13 +6,13 @@
  *   adapter_merge.c    recipe, inputs, modules, cat, svd, Core Space, running
  *   adapter_peft.c     PEFT's combination types
  *   adapter_config.c   adapter_config.json of the result
- *   lowrank.c          factors of sums of low-rank products
+ *   product_sum.c      factors of sums of low-rank products
  */
 #ifndef TVM_ADAPTER_MERGE_H
 #define TVM_ADAPTER_MERGE_H
 
 #include "arena.h"
-#include "lowrank.h"
+#include "product_sum.h"
 #include "tv/adapters.h"
 
 struct json_t;

@@ -50,7 +50,7 @@ CODE_RULES = [
      r"^(store/mask\w*\.[ch]|tests/|tools/)",
      "CRoaring only in store/mask*"),
     (include("jansson"),
-     r"^(store/(format|model)|merge|cli|eval|tests|tools)/",
+     r"^(store/(format|model)|adapt|merge|cli|eval|tests|tools)/",
      "jansson only where JSON is read or written"),
     (include("xxhash"), r"^(store/\w+\.[ch]|tests/|tools/)",
      "xxHash only in store"),

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * lowrank.c - sums of low-rank products, factored without forming them.
+ * product_sum.c - sums of low-rank products, factored without forming them.
  *
  *   sum of B_t A_t = [B_1 ... B_K] [A_1; ...; A_K] = Ub (Rb Ra^T) Ua^T
  *
@@ -8,7 +8,7 @@
  * the sum of ranks squared: the truncation is the best one (Eckart-Young), for
  * about 2 (out + in) cols^2 operations and (out + in) cols numbers.
  */
-#include "lowrank.h"
+#include "product_sum.h"
 
 #include <math.h>
 #include <string.h>

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * lowrank.h - factors of sums of low-rank products (private to merge/).
+ * product_sum.h - factors of sums of low-rank products (private to merge/).
  */
-#ifndef TVM_LOWRANK_H
-#define TVM_LOWRANK_H
+#ifndef TVM_PRODUCT_SUM_H
+#define TVM_PRODUCT_SUM_H
 
 #include <stdbool.h>
 #include <stddef.h>
