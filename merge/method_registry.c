@@ -34,6 +34,7 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_nearswap,
     &tvm_method_arcee_fusion,
     &tvm_method_passthrough,
+    &tvm_method_consensus,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

@@ -94,6 +94,89 @@ static void ram_averages_only_what_is_shared(void **state)
     expect(&f, want);
 }
 
+static void consensus_keeps_what_matters_to_several(void **state)
+{
+    const struct fx_param p[] = {{"weight", 3, 0.5},
+                                 {"mask_lambda", FX_ALL, 0.5},
+                                 {"mask_lambda", 3, 2.0},
+                                 {"lambda", FX_ALL, 0.25}};
+    /* D: 3 0 0; 0 4 0; 1 1 -1.5; 2 2 1; 0 1 0. Sums 3, 4, 0.5, 5, 1.
+     * Columns 0, 1, 7: one model each. Third: 1 >= 0.5 * 0.5 twice,
+     * 1.5 < 2 * 2. Fifth: 2 >= 0.5 * 3 twice, 1 < 2 * 4. */
+    const double want[8] = {0, 0, 0.125, 0, 1.25, 0, 0, 0};
+    const double all[8] = {0.75, 1, 0.125, 0, 1.25, 0, 0, 0.25};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "consensus", 0, p, 4);
+    expect(&f, want);
+    /* One model is enough: nothing is dropped here. */
+    const struct fx_param one[] = {
+        p[0], p[1], p[2], p[3], {"agree", FX_ALL, 1}};
+    merge(&f, 4, cases, "consensus", 0, one, 5);
+    expect(&f, all);
+}
+
+static float hole(size_t model, size_t tensor, uint64_t i)
+{
+    return model == 1 && i % 8 == 3 ? NAN : cases(model, tensor, i);
+}
+
+static void consensus_does_not_hide_nan(void **state)
+{
+    struct fx f;
+    uint64_t n = 0;
+
+    (void)state;
+    merge(&f, 3, hole, "consensus", 0, NULL, 0);
+    float *y = fx_merged(&f, "v", &n);
+    for (size_t i = 0; i < 8; i++)
+        assert_true((i == 3) == (isnan(y[i]) != 0));
+    tv_free(y);
+    fx_close(&f);
+}
+
+static float doubled(size_t model, size_t tensor, uint64_t i)
+{
+    return model == 0 ? 0.0f : 4.0f * noise(model + tensor, i);
+}
+
+static float plain(size_t model, size_t tensor, uint64_t i)
+{
+    return doubled(model, tensor, i) / 4.0f;
+}
+
+static float negated(size_t model, size_t tensor, uint64_t i)
+{
+    return -plain(model, tensor, i);
+}
+
+/* On a base of 0 the merged delta is the result itself. */
+static void consensus_scales_and_negates_exactly(void **state)
+{
+    static const fx_fill fills[3] = {plain, doubled, negated};
+    static const float factor[3] = {1.0f, 4.0f, -1.0f};
+    float *y[3];
+    uint64_t n = 0;
+    uint64_t kept = 0;
+
+    (void)state;
+    for (int k = 0; k < 3; k++) {
+        struct fx f;
+        merge(&f, 4, fills[k], "consensus", 0, NULL, 0);
+        y[k] = fx_merged(&f, "w", &n);
+        fx_close(&f);
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        kept += y[0][i] != 0.0f;
+        assert_true(y[1][i] == factor[1] * y[0][i]);
+        assert_true(y[2][i] == factor[2] * y[0][i]);
+    }
+    assert_true(kept > n / 10 && kept < n);
+    for (int k = 0; k < 3; k++)
+        tv_free(y[k]);
+}
+
 static void ramplus_raises_what_is_alone(void **state)
 {
     const struct fx_param p[] = {
@@ -316,6 +399,7 @@ struct subject {
 
 static const struct subject subjects[] = {
     {"nearswap", 2, 0, false, {{"t", FX_ALL, 0.001}}, 1},
+    {"consensus", 4, 0, false, {{"mask_lambda", FX_ALL, 0.6}}, 1},
     {"ram", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
     {"ramplus_tl", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
     {"sce", 4, 0, true, {{"select_topk", FX_ALL, 1.0}}, 1},
@@ -430,6 +514,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(nearswap_moves_where_near),
         cmocka_unit_test(ram_averages_only_what_is_shared),
+        cmocka_unit_test(consensus_keeps_what_matters_to_several),
+        cmocka_unit_test(consensus_does_not_hide_nan),
+        cmocka_unit_test(consensus_scales_and_negates_exactly),
         cmocka_unit_test(ramplus_raises_what_is_alone),
         cmocka_unit_test(sce_selects_weighs_and_erases),
         cmocka_unit_test(sce_weighs_by_energy),

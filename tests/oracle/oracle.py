@@ -470,6 +470,13 @@ def ram(b, xs, eps, plus):
     return b + y
 
 
+def consensus(b, weighted, mask_lambda, lam, agree):
+    s = sum(weighted)
+    votes = sum((np.abs(d) >= l * np.abs(s - d)).astype(int)
+                for d, l in zip(weighted, mask_lambda))
+    return np.where(votes >= agree, b + lam * s, b)
+
+
 def nearswap(b, x, t):
     w = np.clip(t / np.maximum(np.abs(x - b), 1e-6), 0, 1)
     return w * x + (1 - w) * b
@@ -600,6 +607,11 @@ def expected(recipe, root, seed):
             y = ram(b, [xs[i] for i in donors], get("epsilon", None, 1e-5),
                     (get("r", None, 0.1), get("alpha", None, 0.2))
                     if method == "ramplus_tl" else None)
+        elif method == "consensus":
+            y = consensus(b, [get("weight", i, 1.0) * (xs[i] - b)
+                              for i in donors],
+                          [get("mask_lambda", i, 0.4) for i in donors],
+                          get("lambda", None, 1.0), get("agree", None, 2))
         elif method == "nearswap":
             y = nearswap(b, xs[donors[0]], get("t", None, None))
         elif method == "arcee_fusion":
