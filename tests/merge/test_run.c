@@ -240,7 +240,7 @@ static void killed_at_random(void **state)
  */
 
 static const struct tv_sys_table *real_sys;
-static unsigned calls_left;
+static _Atomic unsigned calls_left; /* any worker may write */
 
 static void count_or_die(void)
 {
