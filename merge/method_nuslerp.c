@@ -92,7 +92,9 @@ static enum feed feed_of(const struct tvm_tensor *t)
 
 static size_t columns_of(const struct tvm_tensor *t)
 {
-    return t->n_elems == 0 ? 1 : (size_t)(t->n_elems / t->shape[0]);
+    /* A scalar has no first dimension to divide by. */
+    return t->rank == 0 || t->n_elems == 0 ? 1
+                                           : (size_t)(t->n_elems / t->shape[0]);
 }
 
 static double t_of(const struct tvm_tensor *t)
