@@ -11,9 +11,12 @@
 #include "fixture.h"
 #include "tv/alloc.h"
 
-/* Tensor v holds the cases; w is large enough for several tiles. */
+/* Tensor v holds the cases; w is large enough for several tiles; s has no
+ * dimension to divide by. */
 static const struct fx_tensor shapes[] = {{"v", TV_F32, 2, {2, 4}},
-                                          {"w", TV_F32, 2, {700, 257}}};
+                                          {"w", TV_F32, 2, {700, 257}},
+                                          {"s", TV_F32, 0, {0}}};
+#define N_SHAPES (sizeof(shapes) / sizeof(*shapes))
 
 static float noise(size_t model, uint64_t i)
 {
@@ -52,7 +55,7 @@ static void merge(struct fx *f, size_t n_models, fx_fill fill,
 {
     fx_open(f);
     for (size_t i = 0; i < n_models; i++)
-        fx_model(f, shapes, 2, fill);
+        fx_model(f, shapes, N_SHAPES, fill);
     fx_plan(f, method, base, params, n_params, TV_DTYPE_NONE);
 }
 
@@ -292,7 +295,7 @@ static void karcher_of_two_is_the_middle(void **state)
     /* Model 0 is empty: it has no direction and halves nothing but the
      * length. */
     for (int i = 0; i < 3; i++)
-        fx_model(&f, shapes, 2, cases);
+        fx_model(&f, shapes, N_SHAPES, cases);
     fx_plan(&f, "karcher", -1, NULL, 0, TV_DTYPE_NONE);
     for (size_t i = 0; i < 8; i++)
         want[i] *= 2.0 / 3.0;
