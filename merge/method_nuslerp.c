@@ -7,10 +7,13 @@
  * the angle between the vectors v_1 and v_2 (lengths below 1e-7 count as 1e-7):
  *
  *   y = (sin((1-t) theta) v_1 + sin(t theta) v_2) / sin theta
- *   y = (1-t) v_1 + t v_2                 when 1 - cos^2 theta <= 1e-16
+ *   y = (1-t) v_1 + t v_2                 when 1 - cos^2 theta <= 1e-10
  *
- * Shoemake 1985 in mergekit's form. The vectors are the whole tensor
- * (nuslerp_flatten), or runs along the last dimension, or, with
+ * Shoemake 1985 in mergekit's form, but for the last limit (1e-16 there, which
+ * fp32 rounds to 'equal' anyway): rounding leaves opposite vectors, such as
+ * two changes of a single entry, up to 1e-12 short of a cosine of -1, and
+ * dividing by their sine would make results of any size. The vectors are the
+ * whole tensor (nuslerp_flatten), or runs along the last dimension, or, with
  * nuslerp_row_wise, along the first one (mergekit's name for it).
  *
  * Sums along the first dimension are needed for each column of a matrix that
@@ -51,7 +54,7 @@ static const struct tvm_param params[N_PARAMS] = {
 };
 
 #define NORM_MIN     1e-7
-#define COLINEAR_MAX 1e-16
+#define COLINEAR_MAX 1e-10
 
 enum feed { WHOLE, ROWS, COLUMNS };
 

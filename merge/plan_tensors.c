@@ -683,7 +683,8 @@ static enum tv_err count_bytes(struct build *b)
 static void compat_arithmetic(struct build *b)
 {
     struct tvm_tensor *const t = b->t;
-    if (!b->pl->plan->options.compat_mergekit ||
+    /* Without a method the recipe is wrong, which has been said. */
+    if (t->method == NULL || !b->pl->plan->options.compat_mergekit ||
         b->like->role == TV_ROLE_BUFFER || !all_math(t))
         return;
     t->compute =

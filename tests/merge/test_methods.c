@@ -278,6 +278,40 @@ static void nuslerp_by_tensor_row_and_column(void **state)
     }
 }
 
+/* Two opposite changes of one entry of a column: no angle can be told from
+ * their cosine, so they are averaged, whatever the rounding of the sums. */
+static float opposite(size_t model, size_t tensor, uint64_t i)
+{
+    const uint64_t column = i % 257;
+    const float b = noise(3, i);
+
+    if (tensor != 1 || model == 0 || i / 257 != column)
+        return b;
+    return b + (model == 1 ? 1.0f : -0.7f) * noise(5, i + 1);
+}
+
+static void nuslerp_of_opposite_columns_stays_between(void **state)
+{
+    struct fx f;
+    uint64_t n = 0;
+
+    (void)state;
+    for (int by_column = 0; by_column < 2; by_column++) {
+        const struct fx_param p[] = {{"weight", 1, 1.0},
+                                     {"weight", 2, 1.0},
+                                     {"nuslerp_flatten", FX_ALL, 0},
+                                     {"nuslerp_row_wise", FX_ALL, by_column}};
+        merge(&f, 3, opposite, "nuslerp", 0, p, 4);
+        float *y = fx_merged(&f, "w", &n);
+        for (uint64_t i = 0; i < n; i++)
+            if (!(fabsf(y[i]) < 0.05f))
+                fail_msg("element %llu is %g", (unsigned long long)i,
+                         (double)y[i]);
+        tv_free(y);
+        fx_close(&f);
+    }
+}
+
 static void karcher_of_two_is_the_middle(void **state)
 {
     struct fx f;
@@ -525,6 +559,7 @@ int main(void)
         cmocka_unit_test(sce_weighs_by_energy),
         cmocka_unit_test(model_stock_by_tensor_and_row),
         cmocka_unit_test(nuslerp_by_tensor_row_and_column),
+        cmocka_unit_test(nuslerp_of_opposite_columns_stays_between),
         cmocka_unit_test(karcher_of_two_is_the_middle),
         cmocka_unit_test(multislerp_of_two_keeps_the_mean_length),
         cmocka_unit_test(arcee_fusion_takes_what_stands_out),

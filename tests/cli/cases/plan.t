@@ -89,3 +89,8 @@ $ tvmerge run in.yml out6 --random-seed 9223372036854775808
 2> tvmerge: error: --random-seed: '9223372036854775808' is not a number from 0 to 9223372036854775807
 2> ...
 => 2
+# A method that does not exist is one problem, with mergekit's arithmetic too.
+$ printf 'merge_method: cat\nmodels:\n- model: %s/base\n' $DATA > cat.yml
+$ tvmerge plan cat.yml --compat mergekit
+2> cat.yml:1:15: error: unknown merge_method 'cat' <*>
+=> 2
