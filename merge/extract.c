@@ -453,8 +453,14 @@ static enum tv_err save_whole(struct extract *e,
     tva_view_f32(e->k, &v, 0, w->n_elems, x);
     TV_TRY(tva_out_tensor(e->out, e->k, name, w->rank, w->shape, w->dtype, x,
                           err));
-    if (json_array_append_new(e->saved, json_string(module)) != 0)
-        rc = no_memory(err);
+    /* Weight and bias of a module follow each other. */
+    const size_t n_saved = json_array_size(e->saved);
+    const char *last =
+        n_saved > 0 ? json_string_value(json_array_get(e->saved, n_saved - 1))
+                    : NULL;
+    if (!last || strcmp(last, module) != 0)
+        if (json_array_append_new(e->saved, json_string(module)) != 0)
+            rc = no_memory(err);
 out:
     tv_input_release(e->model.in, &v);
     tv_free(x);
@@ -490,6 +496,36 @@ static bool is_norm(enum tv_role r)
            r == TV_ROLE_EMBED_NORM;
 }
 
+/* Does the other tensor of the module (its bias, of a bias its weight) differ?
+ * PEFT loads whole modules: one that changed is saved with both. */
+static enum tv_err sibling_differs(struct extract *e, const char *name,
+                                   bool *differs, struct tv_error *err)
+{
+    const char *dot = strrchr(name, '.');
+    const bool is_bias = strcmp(dot, ".bias") == 0;
+    char *other = tv_asprintf("%.*s%s", (int)(dot - name), name,
+                              is_bias ? ".weight" : ".bias");
+    struct diff f = {.rows = 0};
+    enum tv_err rc = TV_OK;
+
+    *differs = false;
+    if (!other)
+        return no_memory(err);
+    const struct tv_input_tensor *w = tv_input_find(e->model.in, other);
+    const struct tv_input_tensor *w0 = tv_input_find(e->base.in, other);
+    /* What does not fit is reported when its own turn comes. */
+    if (w && w0 && w->rank == w0->rank &&
+        memcmp(w->shape, w0->shape, w->rank * sizeof *w->shape) == 0 &&
+        tv_dtype_is_math(w->dtype) && tv_dtype_is_math(w0->dtype)) {
+        TV_TRY(diff_open(&f, e, w, w0, err));
+        *differs = diff_energy(&f) != 0;
+    }
+out:
+    diff_close(&f);
+    tv_free(other);
+    return rc;
+}
+
 static enum tv_err one_tensor(struct extract *e, size_t index,
                               tvm_extracted_fn each, void *arg,
                               struct tv_error *err)
@@ -519,7 +555,12 @@ static enum tv_err one_tensor(struct extract *e, size_t index,
     TV_TRY(diff_open(&f, e, w, w0, err));
     e->bytes_read += w->bytes + w0->bytes;
     energy = diff_energy(&f);
-    if (energy == 0)
+    const bool whole = (is_vocabulary(t->role) && e->x->embeddings) ||
+                       (is_norm(t->role) && e->x->norms);
+    bool differs = energy != 0;
+    if (!differs && whole)
+        TV_TRY(sibling_differs(e, w->name, &differs, err));
+    if (!differs)
         goto out;
     if (!isfinite(energy)) {
         rc = tv_error_set(err, TV_E_CORRUPT,
@@ -531,8 +572,7 @@ static enum tv_err one_tensor(struct extract *e, size_t index,
         rc = no_memory(err);
         goto out;
     }
-    if ((is_vocabulary(t->role) && e->x->embeddings && !t->is_bias) ||
-        (is_norm(t->role) && e->x->norms && !t->is_bias))
+    if (whole)
         rc = save_whole(e, w, module, dot + 1, err);
     else if (w->rank == 2 && strcmp(dot, ".weight") == 0 && !is_norm(t->role) &&
              t->role != TV_ROLE_EMBED && t->role != TV_ROLE_POSITION)

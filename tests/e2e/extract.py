@@ -9,6 +9,7 @@ fine-tune comes back as it was, [in, out] matrices too.
 """
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -115,6 +116,35 @@ def low_rank():
         check(e < 2e-6, f"{case}: {e:.1e}")
 
 
+def norms_with_biases():
+    """PEFT loads whole modules: one that changed has weight and bias, whichever
+    of them did."""
+    base = os.path.join(os.path.dirname(DATA), "families", "gpt2")
+    file = os.path.join("ln", "model.safetensors")
+    shutil.copytree(base, "ln")
+    with open(file, "r+b") as f:
+        os.chmod(file, 0o644)
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+        changed = sorted(k for k in header if ".ln_" in k)[:3] + [
+            k for k in header if k.endswith("attn.c_attn.weight")][:1]
+        for k in changed:
+            f.seek(8 + n + header[k]["data_offsets"][0])
+            f.write(b"\x00\x3f" * 2)
+    r = extract("lna", "--rank", "4", "--norms", model="ln", base=base)
+    check(len(r["layers"]) == 1, "one matrix changed")
+    keys = set(read_safetensors("lna/adapter_model.safetensors"))
+    modules = {k.rsplit(".", 1)[0] for k in keys if ".lora_" not in k}
+    with open("lna/adapter_config.json") as f:
+        saved = json.load(f)["modules_to_save"]
+    check(len(saved) == len(set(saved)) == len(modules), f"modules: {saved}")
+    for m in modules:
+        check({m + ".weight", m + ".bias"} <= keys, f"{m}: weight and bias")
+    got, want = apply(base, "lna", "lny"), values("ln")
+    for k in want:
+        check(np.allclose(got[k], want[k], atol=1e-6), f"{k} comes back")
+
+
 def wrong():
     for code, more in ((2, ["--model", FT, "--base", BASE]),
                        (2, ["--model", FT, "--rank", "4"]),
@@ -133,5 +163,6 @@ os.chdir(temp())
 optimal()
 whole()
 low_rank()
+norms_with_biases()
 wrong()
 finish("extract")
