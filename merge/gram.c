@@ -14,36 +14,20 @@ static size_t pair_of(size_t i, size_t j)
     return j * (j + 1) / 2 + i;
 }
 
-static size_t round64(size_t n)
+void tvm_gram_carve(struct tvm_gram *g, struct tvm_carver *c,
+                    const struct tvm_job *job, size_t n, bool deltas)
 {
-    return (n + 63u) & ~(size_t)63u;
-}
-
-size_t tvm_gram_bytes(const struct tvm_job *job, size_t n, bool deltas)
-{
-    const size_t pairs = n * (n + 1) / 2;
     const size_t workers = job->n_workers;
-    size_t bytes = round64(pairs * (size_t)job->n_leaves * sizeof(double)) +
-                   round64(workers * pairs * BLOCKS_PER_LEAF * sizeof(double));
-
-    if (deltas)
-        bytes += round64(workers * n * TVM_BLOCK * sizeof(float));
-    return bytes;
-}
-
-void tvm_gram_init(struct tvm_gram *g, const struct tvm_job *job, size_t n,
-                   bool deltas, void *mem)
-{
-    unsigned char *at = mem;
 
     g->n = n;
     g->n_pairs = n * (n + 1) / 2;
-    g->leaf = (double *)(void *)at;
-    at += round64(g->n_pairs * (size_t)job->n_leaves * sizeof(double));
-    g->block = (double *)(void *)at;
-    at +=
-        round64(job->n_workers * g->n_pairs * BLOCKS_PER_LEAF * sizeof(double));
-    g->delta = deltas ? (float *)(void *)at : NULL;
+    g->matrix = tvm_carve(c, n * n, sizeof *g->matrix);
+    g->leaf = tvm_carve(c, g->n_pairs * job->n_leaves, sizeof *g->leaf);
+    g->block =
+        tvm_carve(c, workers * g->n_pairs * BLOCKS_PER_LEAF, sizeof *g->block);
+    g->delta = NULL;
+    if (deltas)
+        g->delta = tvm_carve(c, workers * n * TVM_BLOCK, sizeof *g->delta);
 }
 
 /* Of one run of at most TVK_LEAF elements: pair p goes to out[p * stride]. */
@@ -102,14 +86,14 @@ static void mirror(const double *pairs, size_t n, double *out)
             out[i * n + j] = out[j * n + i] = pairs[pair_of(i, j)];
 }
 
-void tvm_gram_sum(const struct tvm_gram *g, const struct tvm_job *job,
-                  double *out)
+double *tvm_gram_sum(const struct tvm_gram *g, const struct tvm_job *job)
 {
     for (size_t j = 0; j < g->n; j++)
         for (size_t i = 0; i <= j; i++)
-            out[i * g->n + j] = out[j * g->n + i] =
+            g->matrix[i * g->n + j] = g->matrix[j * g->n + i] =
                 tvk_sum_tree(g->leaf + pair_of(i, j) * (size_t)job->n_leaves,
                              (size_t)job->n_leaves);
+    return g->matrix;
 }
 
 void tvm_gram_row(const struct tvk_table *k, const float *const *v,

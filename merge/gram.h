@@ -25,21 +25,19 @@ struct tvm_gram {
     double *leaf;   /* [n_pairs][n_leaves] */
     double *block;  /* [n_workers][n_pairs][blocks of a leaf] */
     float *delta;   /* [n_workers][n][TVM_BLOCK], with a base */
+    double *matrix; /* [n * n], symmetric; tvm_gram_sum fills it */
 };
 
-/* Bytes of memory (a multiple of 64) for n vectors; `deltas`: the vectors are
+/* Lays g out for n vectors in a job's zeroed state; `deltas`: the vectors are
  * differences to the base. */
-size_t tvm_gram_bytes(const struct tvm_job *job, size_t n, bool deltas);
-/* mem: zeroed, tvm_gram_bytes of it, 64-byte aligned. */
-void tvm_gram_init(struct tvm_gram *g, const struct tvm_job *job, size_t n,
-                   bool deltas, void *mem);
+void tvm_gram_carve(struct tvm_gram *g, struct tvm_carver *c,
+                    const struct tvm_job *job, size_t n, bool deltas);
 /* A block of a tile: v[i] [n]. base NULL: the vectors as they are. */
 void tvm_gram_add(const struct tvm_gram *g, const struct tvm_job *job,
                   const struct tvm_tile *tile, const float *const *v,
                   const float *base, size_t n);
-/* out [n * n], symmetric. */
-void tvm_gram_sum(const struct tvm_gram *g, const struct tvm_job *job,
-                  double *out);
+/* Joins all leaves; returns g->matrix, the caller's to change. */
+double *tvm_gram_sum(const struct tvm_gram *g, const struct tvm_job *job);
 
 /* The same of one row [n] in memory at once; scratch [n_vectors][TVM_BLOCK]
  * with a base, else NULL. At most TVM_GRAM_ROW_VECTORS. */

@@ -142,6 +142,37 @@ static inline uint64_t tvm_row_elems(const struct tvm_tensor *t)
     return t->rank == 0 || t->n_elems == 0 ? 1 : t->shape[t->rank - 1];
 }
 
+/* Sources but the base, and their values in order. */
+static inline size_t tvm_donor_count(const struct tvm_tensor *t)
+{
+    return t->n_sources - (t->base >= 0);
+}
+
+static inline size_t tvm_donors(const struct tvm_tensor *t,
+                                const float *const *x, const float **out)
+{
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            out[n++] = x[s];
+    return n;
+}
+
+/* Hands out 64-byte aligned parts of a job's state; with base NULL only counts
+ * what they take. */
+struct tvm_carver {
+    unsigned char *base;
+    size_t used;
+};
+
+static inline void *tvm_carve(struct tvm_carver *c, uint64_t n, size_t each)
+{
+    void *at = c->base ? c->base + c->used : NULL;
+    c->used += ((size_t)n * each + 63u) & ~(size_t)63u;
+    return at;
+}
+
 /* A problem for every parameter value that is not a finite number. */
 void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);

@@ -46,16 +46,22 @@ static uint64_t n_rows(const struct tvm_tensor *t)
     return t->n_elems / tvm_row_elems(t);
 }
 
-static size_t round64(size_t n)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct arcee_state *st)
 {
-    return (n + 63u) & ~(size_t)63u;
+    struct tvm_carver c = {base, 0};
+
+    (void)tvm_carve(&c, 1, sizeof *st);
+    st->kl = tvm_carve(&c, n_rows(job->tensor), sizeof *st->kl);
+    st->hist = tvm_carve(&c, job->n_workers * LOW_WORDS, sizeof *st->hist);
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    return round64(sizeof(struct arcee_state)) +
-           round64((size_t)n_rows(job->tensor) * sizeof(double)) +
-           job->n_workers * LOW_WORDS * sizeof(uint32_t);
+    struct arcee_state st;
+
+    return lay_out(job, NULL, &st);
 }
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
@@ -176,17 +182,13 @@ static void after_low(struct tvm_job *job)
 static bool next_phase(struct tvm_job *job)
 {
     struct arcee_state *st = job->state;
-    unsigned char *mem = job->state;
 
     if (job->tensor->n_sources != 2) {
         st->step = 3;
         return false;
     }
     if (job->phase == 0) {
-        mem += round64(sizeof *st);
-        st->kl = (double *)(void *)mem;
-        mem += round64((size_t)n_rows(job->tensor) * sizeof(double));
-        st->hist = (uint32_t *)(void *)mem;
+        (void)lay_out(job, st, st);
         return true;
     }
     if (st->step == 0)

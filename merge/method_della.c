@@ -135,18 +135,6 @@ static uint64_t row_elems(const struct tvm_tensor *t)
 
 /* ---- state --------------------------------------------------------------- */
 
-struct carver {
-    unsigned char *base;
-    size_t used;
-};
-
-static void *carve(struct carver *c, size_t n, size_t each)
-{
-    void *at = c->base ? c->base + c->used : NULL;
-    c->used += (n * each + 63u) & ~(size_t)63u;
-    return at;
-}
-
 static size_t mask_words(uint64_t row)
 {
     return (size_t)((row + 63) / 64);
@@ -159,18 +147,18 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     const size_t row = (size_t)row_elems(t);
     const size_t w = job->n_workers;
     const size_t k = t->n_sources;
-    struct carver c = {base, 0};
+    struct tvm_carver c = {base, 0};
 
-    (void)carve(&c, 1, sizeof *st);
+    (void)tvm_carve(&c, 1, sizeof *st);
     if (row == 0)
         return c.used;
-    st->entries = carve(&c, w * 2 * row, sizeof *st->entries);
-    st->words = carve(&c, w * row, sizeof *st->words);
-    st->masks = carve(&c, w * k * mask_words(row), sizeof *st->masks);
+    st->entries = tvm_carve(&c, w * 2 * row, sizeof *st->entries);
+    st->words = tvm_carve(&c, w * row, sizeof *st->words);
+    st->masks = tvm_carve(&c, w * k * mask_words(row), sizeof *st->masks);
     if (rescales(t)) {
         const size_t rows = (size_t)(t->n_elems / row);
-        st->sum_all = carve(&c, k * rows, sizeof *st->sum_all);
-        st->sum_kept = carve(&c, k * rows, sizeof *st->sum_kept);
+        st->sum_all = tvm_carve(&c, k * rows, sizeof *st->sum_all);
+        st->sum_kept = tvm_carve(&c, k * rows, sizeof *st->sum_kept);
     }
     return c.used;
 }

@@ -179,19 +179,6 @@ int gta_fold(const struct tvm_tensor *t)
 
 /* ---- state --------------------------------------------------------------- */
 
-/* Hands out the parts of the state's one block; with base NULL only counts. */
-struct carver {
-    unsigned char *base;
-    size_t used;
-};
-
-static void *carve(struct carver *c, uint64_t n, size_t each)
-{
-    void *at = c->base ? c->base + c->used : NULL;
-    c->used += ((size_t)n * each + 63u) & ~(size_t)63u;
-    return at;
-}
-
 static size_t group_size(const struct gta_state *st)
 {
     return st->n_hist < GROUP_MAX ? st->n_hist : GROUP_MAX;
@@ -206,29 +193,32 @@ static bool in_group(const struct gta_state *st, const struct donor *d)
 static size_t lay_out(const struct tvm_job *job, void *base,
                       struct gta_state *st)
 {
-    struct carver c = {base, 0};
+    struct tvm_carver c = {base, 0};
     const size_t k = st->n_donors;
     const size_t top = st->n_top;
     const uint64_t w = job->n_workers;
 
-    (void)carve(&c, 1, sizeof *st);
-    st->coef = carve(&c, k, sizeof *st->coef);
-    st->weight = carve(&c, k, sizeof *st->weight);
-    st->donor = carve(&c, st->n_select, sizeof *st->donor);
-    st->hist = carve(&c, w * group_size(st) * TVK_HIST_HI, sizeof *st->hist);
-    st->eq = carve(&c, job->n_tiles * top, sizeof *st->eq);
-    st->eq_seen = carve(&c, w * top, sizeof *st->eq_seen);
+    (void)tvm_carve(&c, 1, sizeof *st);
+    st->coef = tvm_carve(&c, k, sizeof *st->coef);
+    st->weight = tvm_carve(&c, k, sizeof *st->weight);
+    st->donor = tvm_carve(&c, st->n_select, sizeof *st->donor);
+    st->hist =
+        tvm_carve(&c, w * group_size(st) * TVK_HIST_HI, sizeof *st->hist);
+    st->eq = tvm_carve(&c, job->n_tiles * top, sizeof *st->eq);
+    st->eq_seen = tvm_carve(&c, w * top, sizeof *st->eq_seen);
     if (st->match_l1) {
-        st->sum_all = carve(&c, top * job->n_leaves, sizeof *st->sum_all);
-        st->sum_kept = carve(&c, top * job->n_leaves, sizeof *st->sum_kept);
-        st->block = carve(&c, 2 * w * top * BLOCKS_PER_LEAF, sizeof *st->block);
+        st->sum_all = tvm_carve(&c, top * job->n_leaves, sizeof *st->sum_all);
+        st->sum_kept = tvm_carve(&c, top * job->n_leaves, sizeof *st->sum_kept);
+        st->block =
+            tvm_carve(&c, 2 * w * top * BLOCKS_PER_LEAF, sizeof *st->block);
     }
     if (detail_of(job->tensor)->mergekit) {
-        st->scale = carve(&c, k, sizeof *st->scale);
-        st->delta = carve(&c, w * st->n_select * TVM_BLOCK, sizeof *st->delta);
+        st->scale = tvm_carve(&c, k, sizeof *st->scale);
+        st->delta =
+            tvm_carve(&c, w * st->n_select * TVM_BLOCK, sizeof *st->delta);
         st->mt_tile =
-            carve(&c, job->n_tiles * st->n_random, sizeof *st->mt_tile);
-        st->mt = carve(&c, w * st->n_random, sizeof *st->mt);
+            tvm_carve(&c, job->n_tiles * st->n_random, sizeof *st->mt_tile);
+        st->mt = tvm_carve(&c, w * st->n_random, sizeof *st->mt);
     }
     return c.used;
 }

@@ -50,21 +50,21 @@ static int fold(const struct tvm_tensor *t)
     return t->n_sources == 1 ? 0 : -1;
 }
 
-static size_t own_bytes(void)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct karcher_state *st)
 {
-    return (sizeof(struct karcher_state) + 63u) & ~(size_t)63u;
-}
+    struct tvm_carver c = {base, 0};
 
-static size_t square_bytes(size_t n)
-{
-    return (n * n * sizeof(double) + 63u) & ~(size_t)63u;
+    (void)tvm_carve(&c, 1, sizeof *st);
+    tvm_gram_carve(&st->gram, &c, job, job->tensor->n_sources, false);
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    const size_t n = job->tensor->n_sources;
+    struct karcher_state st;
 
-    return own_bytes() + square_bytes(n) + tvm_gram_bytes(job, n, false);
+    return lay_out(job, NULL, &st);
 }
 
 /* <m, u_i> for m = sum_j c_j u_j; g is the Gram matrix of the u. */
@@ -152,22 +152,18 @@ static bool next_phase(struct tvm_job *job)
 {
     struct karcher_state *st = job->state;
     const size_t n = job->tensor->n_sources;
-    unsigned char *const mem = job->state;
 
     if (n == 1) {
         st->coef[0] = 1.0;
         return false;
     }
     if (job->phase == 0) {
-        tvm_gram_init(&st->gram, job, n, false,
-                      mem + own_bytes() + square_bytes(n));
+        (void)lay_out(job, st, st);
         return true;
     }
-    double *g = (double *)(void *)(mem + own_bytes());
     const double most = tvm_shared(job->tensor, P_MAX_ITER);
-    tvm_gram_sum(&st->gram, job, g);
-    solve(g, n, tvm_shared(job->tensor, P_TOL), most > 0 ? (unsigned)most : 0,
-          st->coef);
+    solve(tvm_gram_sum(&st->gram, job), n, tvm_shared(job->tensor, P_TOL),
+          most > 0 ? (unsigned)most : 0, st->coef);
     return false;
 }
 

@@ -38,34 +38,19 @@ static const struct tvm_param params[N_PARAMS] = {
 struct stock_state {
     struct tvm_gram gram;
     size_t n;
+    float *row_delta; /* [n_workers][n][TVM_BLOCK], by rows */
     double coef[TVK_DONORS_MAX];
 };
-
-static size_t count_donors(const struct tvm_tensor *t)
-{
-    return t->n_sources - (t->base >= 0);
-}
-
-static size_t donors(const struct tvm_tensor *t, const float *const *x,
-                     const float **out)
-{
-    size_t n = 0;
-
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            out[n++] = x[s];
-    return n;
-}
 
 static bool by_row(const struct tvm_tensor *t)
 {
     return tvm_shared(t, P_FILTER_WISE) != 0.0 && t->rank > 1 &&
-           count_donors(t) >= 2;
+           tvm_donor_count(t) >= 2;
 }
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
-    const size_t n = count_donors(t);
+    const size_t n = tvm_donor_count(t);
 
     tvm_check_finite(t, problems);
     if (n < 2)
@@ -80,7 +65,7 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 
 static int fold(const struct tvm_tensor *t)
 {
-    return count_donors(t) < 2 ? t->base : -1;
+    return tvm_donor_count(t) < 2 ? t->base : -1;
 }
 
 static uint64_t row_elems(const struct tvm_tensor *t)
@@ -88,23 +73,26 @@ static uint64_t row_elems(const struct tvm_tensor *t)
     return by_row(t) ? tvm_row_elems(t) : 0;
 }
 
-static size_t own_bytes(void)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct stock_state *st)
 {
-    return (sizeof(struct stock_state) + 63u) & ~(size_t)63u;
-}
+    struct tvm_carver c = {base, 0};
+    const size_t n = tvm_donor_count(job->tensor);
 
-static size_t square_bytes(size_t n)
-{
-    return (n * n * sizeof(double) + 63u) & ~(size_t)63u;
+    (void)tvm_carve(&c, 1, sizeof *st);
+    if (by_row(job->tensor))
+        st->row_delta = tvm_carve(&c, (uint64_t)job->n_workers * n * TVM_BLOCK,
+                                  sizeof *st->row_delta);
+    else
+        tvm_gram_carve(&st->gram, &c, job, n, true);
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    const size_t n = count_donors(job->tensor);
+    struct stock_state st;
 
-    if (by_row(job->tensor))
-        return own_bytes() + job->n_workers * n * TVM_BLOCK * sizeof(float);
-    return own_bytes() + square_bytes(n) + tvm_gram_bytes(job, n, true);
+    return lay_out(job, NULL, &st);
 }
 
 /* Factor of the sum of the task vectors. */
@@ -129,19 +117,13 @@ static bool next_phase(struct tvm_job *job)
 {
     struct stock_state *st = job->state;
     const struct tvm_tensor *t = job->tensor;
-    unsigned char *const mem = job->state;
 
-    st->n = count_donors(t);
-    if (by_row(t) || st->n < 2)
-        return false;
     if (job->phase == 0) {
-        tvm_gram_init(&st->gram, job, st->n, true,
-                      mem + own_bytes() + square_bytes(st->n));
-        return true;
+        st->n = tvm_donor_count(t);
+        (void)lay_out(job, st, st);
+        return !by_row(t) && st->n >= 2;
     }
-    double *g = (double *)(void *)(mem + own_bytes());
-    tvm_gram_sum(&st->gram, job, g);
-    const double c = ratio(g, st->n);
+    const double c = ratio(tvm_gram_sum(&st->gram, job), st->n);
     for (size_t i = 0; i < st->n; i++)
         st->coef[i] = c;
     return false;
@@ -153,7 +135,7 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     const struct stock_state *st = job->state;
     const float *v[TVK_DONORS_MAX];
 
-    (void)donors(job->tensor, x, v);
+    (void)tvm_donors(job->tensor, x, v);
     tvm_gram_add(&st->gram, job, tile, v, x[job->tensor->base], n);
 }
 
@@ -161,7 +143,7 @@ static void add(const struct tvm_job *job, const double *coef,
                 const float *const *x, float *dst, size_t n)
 {
     const float *v[TVK_DONORS_MAX];
-    const struct tvk_gta sum = {.n_donors = donors(job->tensor, x, v),
+    const struct tvk_gta sum = {.n_donors = tvm_donors(job->tensor, x, v),
                                 .coef = coef,
                                 .weight = coef,
                                 .lambda = 1.0};
@@ -183,15 +165,13 @@ static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
                         size_t n)
 {
     const struct stock_state *st = job->state;
-    unsigned char *const mem = job->state;
-    float *scratch =
-        (float *)(void *)(mem + own_bytes()) + tile->worker * st->n * TVM_BLOCK;
+    float *scratch = st->row_delta + tile->worker * st->n * TVM_BLOCK;
     const float *v[TVK_DONORS_MAX];
     double g[TVM_GRAM_ROW_VECTORS * TVM_GRAM_ROW_VECTORS];
     double coef[TVM_GRAM_ROW_VECTORS];
 
     (void)row;
-    (void)donors(job->tensor, x, v);
+    (void)tvm_donors(job->tensor, x, v);
     tvm_gram_row(job->k, v, st->n, x[job->tensor->base], n, scratch, g);
     const double c = ratio(g, st->n);
     for (size_t i = 0; i < st->n; i++)

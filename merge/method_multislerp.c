@@ -51,46 +51,29 @@ struct multislerp_state {
     double coef[N_MAX];
 };
 
-static size_t count_donors(const struct tvm_tensor *t)
-{
-    return t->n_sources - (t->base >= 0);
-}
-
-/* Sources but the base, in order. */
-static size_t donors(const struct tvm_tensor *t, const float *const *x,
-                     const float **out)
-{
-    size_t n = 0;
-
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            out[n++] = x[s];
-    return n;
-}
-
 static int fold(const struct tvm_tensor *t)
 {
-    if (count_donors(t) == 0)
+    if (tvm_donor_count(t) == 0)
         return t->base;
-    return count_donors(t) == 1 ? (t->base == 0 ? 1 : 0) : -1;
+    return tvm_donor_count(t) == 1 ? (t->base == 0 ? 1 : 0) : -1;
 }
 
-static size_t own_bytes(void)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct multislerp_state *st)
 {
-    return (sizeof(struct multislerp_state) + 63u) & ~(size_t)63u;
-}
+    struct tvm_carver c = {base, 0};
 
-static size_t square_bytes(size_t n)
-{
-    return (n * n * sizeof(double) + 63u) & ~(size_t)63u;
+    (void)tvm_carve(&c, 1, sizeof *st);
+    tvm_gram_carve(&st->gram, &c, job, tvm_donor_count(job->tensor),
+                   job->tensor->base >= 0);
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    const size_t n = count_donors(job->tensor);
+    struct multislerp_state st;
 
-    return own_bytes() + square_bytes(n) +
-           tvm_gram_bytes(job, n, job->tensor->base >= 0);
+    return lay_out(job, NULL, &st);
 }
 
 static void weights_of(const struct tvm_tensor *t, double *w)
@@ -156,21 +139,17 @@ static bool next_phase(struct tvm_job *job)
 {
     struct multislerp_state *st = job->state;
     const struct tvm_tensor *t = job->tensor;
-    unsigned char *const mem = job->state;
 
-    st->n = count_donors(t);
+    st->n = tvm_donor_count(t);
     if (st->n < 2) {
         st->coef[0] = 1.0;
         return false;
     }
     if (job->phase == 0) {
-        tvm_gram_init(&st->gram, job, st->n, t->base >= 0,
-                      mem + own_bytes() + square_bytes(st->n));
+        (void)lay_out(job, st, st);
         return true;
     }
-    double *g = (double *)(void *)(mem + own_bytes());
-    tvm_gram_sum(&st->gram, job, g);
-    solve(t, g, st->n, st->coef);
+    solve(t, tvm_gram_sum(&st->gram, job), st->n, st->coef);
     return false;
 }
 
@@ -181,7 +160,7 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     const struct tvm_tensor *t = job->tensor;
     const float *v[N_MAX];
 
-    (void)donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     tvm_gram_add(&st->gram, job, tile, v, t->base >= 0 ? x[t->base] : NULL, n);
 }
 
@@ -195,7 +174,7 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
         .n_donors = st->n, .coef = st->coef, .weight = st->coef, .lambda = 1.0};
 
     (void)tile;
-    (void)donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     if (t->base >= 0)
         job->k->gta(dst, x[t->base], v, NULL, &sum, n);
     else

@@ -69,22 +69,8 @@ struct nuslerp_state {
     bool summing;          /* COLUMNS: the second pass */
     struct column *column; /* [n_workers][columns] */
     double *pair;          /* [columns][2] */
+    float *row_delta;      /* [n_workers][2][TVM_BLOCK], ROWS */
 };
-
-static size_t count_donors(const struct tvm_tensor *t)
-{
-    return t->n_sources - (t->base >= 0);
-}
-
-static void donors(const struct tvm_tensor *t, const float *const *x,
-                   const float **out)
-{
-    size_t n = 0;
-
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            out[n++] = x[s];
-}
 
 static enum feed feed_of(const struct tvm_tensor *t)
 {
@@ -115,39 +101,42 @@ static int fold(const struct tvm_tensor *t)
 {
     if (t->n_sources == 1)
         return 0;
-    return count_donors(t) == 1 ? (t->base == 0 ? 1 : 0) : -1;
+    return tvm_donor_count(t) == 1 ? (t->base == 0 ? 1 : 0) : -1;
 }
 
 static uint64_t row_elems(const struct tvm_tensor *t)
 {
-    return feed_of(t) == ROWS && count_donors(t) == 2 ? tvm_row_elems(t) : 0;
+    return feed_of(t) == ROWS && tvm_donor_count(t) == 2 ? tvm_row_elems(t) : 0;
 }
 
-static size_t round64(size_t n)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct nuslerp_state *st)
 {
-    return (n + 63u) & ~(size_t)63u;
-}
+    struct tvm_carver c = {base, 0};
+    const struct tvm_tensor *t = job->tensor;
+    const uint64_t w = job->n_workers;
 
-static size_t own_bytes(void)
-{
-    return round64(sizeof(struct nuslerp_state));
+    (void)tvm_carve(&c, 1, sizeof *st);
+    switch (feed_of(t)) {
+    case WHOLE:
+        tvm_gram_carve(&st->gram, &c, job, 2, t->base >= 0);
+        break;
+    case ROWS:
+        st->row_delta = tvm_carve(&c, w * 2 * TVM_BLOCK, sizeof *st->row_delta);
+        break;
+    case COLUMNS:
+        st->column = tvm_carve(&c, w * columns_of(t), sizeof *st->column);
+        st->pair = tvm_carve(&c, 2 * columns_of(t), sizeof *st->pair);
+        break;
+    }
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    const struct tvm_tensor *t = job->tensor;
-    const size_t columns = columns_of(t);
+    struct nuslerp_state st;
 
-    switch (feed_of(t)) {
-    case ROWS:
-        return own_bytes() + job->n_workers * 2 * TVM_BLOCK * sizeof(float);
-    case COLUMNS:
-        return own_bytes() +
-               round64(job->n_workers * columns * sizeof(struct column)) +
-               round64(columns * 2 * sizeof(double));
-    default:
-        return own_bytes() + tvm_gram_bytes(job, 2, t->base >= 0);
-    }
+    return lay_out(job, NULL, &st);
 }
 
 static void set_coefs(double aa, double bb, double ab, double t, double *coef)
@@ -268,24 +257,14 @@ static bool next_phase(struct tvm_job *job)
 {
     struct nuslerp_state *st = job->state;
     const struct tvm_tensor *t = job->tensor;
-    unsigned char *const mem = job->state;
     const enum feed feed = feed_of(t);
-    const size_t columns = columns_of(t);
 
-    if (count_donors(t) != 2 || feed == ROWS)
-        return false;
-    if (job->phase == 0 && feed == WHOLE)
-        tvm_gram_init(&st->gram, job, 2, t->base >= 0, mem + own_bytes());
-    if (job->phase == 0 && feed == COLUMNS) {
-        st->column = (struct column *)(void *)(mem + own_bytes());
-        st->pair = (double *)(void *)(mem + own_bytes() +
-                                      round64(job->n_workers * columns *
-                                              sizeof(struct column)));
+    if (job->phase == 0) {
+        (void)lay_out(job, st, st);
+        return tvm_donor_count(t) == 2 && feed != ROWS;
     }
-    if (job->phase == 0)
-        return true;
     if (feed == COLUMNS && !st->summing) {
-        join_most(job, st, columns);
+        join_most(job, st, columns_of(t));
         st->summing = true;
         return true;
     }
@@ -293,8 +272,7 @@ static bool next_phase(struct tvm_job *job)
         set_pairs(job);
         return false;
     }
-    double g[4];
-    tvm_gram_sum(&st->gram, job, g);
+    const double *g = tvm_gram_sum(&st->gram, job);
     set_coefs(g[0], g[3], g[1], t_of(t), st->coef);
     return false;
 }
@@ -307,7 +285,7 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     const float *base = t->base >= 0 ? x[t->base] : NULL;
     const float *v[2];
 
-    donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     if (feed_of(t) == COLUMNS)
         measure_columns(job, tile, v, base, n);
     else
@@ -322,7 +300,7 @@ static void mix(const struct tvm_job *job, const double *coef,
     const struct tvk_gta sum = {
         .n_donors = 2, .coef = coef, .weight = coef, .lambda = 1.0};
 
-    donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     if (t->base >= 0)
         job->k->gta(dst, x[t->base], v, NULL, &sum, n);
     else
@@ -341,7 +319,7 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
         mix(job, st->coef, x, dst, n);
         return;
     }
-    donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     size_t at = (size_t)(tile->start % columns);
     for (size_t i = 0; i < n; i++, at = at + 1 == columns ? 0 : at + 1) {
         const double *c = &st->pair[2 * at];
@@ -357,15 +335,14 @@ static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
                         size_t n)
 {
     const struct tvm_tensor *t = job->tensor;
-    unsigned char *const mem = job->state;
-    float *scratch =
-        (float *)(void *)(mem + own_bytes()) + tile->worker * 2 * TVM_BLOCK;
+    const struct nuslerp_state *st = job->state;
+    float *scratch = st->row_delta + (size_t)tile->worker * 2 * TVM_BLOCK;
     const float *v[2];
     double g[4];
     double coef[2];
 
     (void)row;
-    donors(t, x, v);
+    (void)tvm_donors(t, x, v);
     tvm_gram_row(job->k, v, 2, t->base >= 0 ? x[t->base] : NULL, n, scratch, g);
     set_coefs(g[0], g[3], g[1], t_of(t), coef);
     mix(job, coef, x, dst, n);

@@ -50,6 +50,7 @@ struct counts {
 
 struct ram_state {
     double raise[TVK_DONORS_MAX]; /* by donor */
+    struct counts *counts;        /* [n_workers][n_sources], ramplus_tl */
 };
 
 static bool is_plus(const struct tvm_tensor *t)
@@ -62,24 +63,29 @@ static int fold(const struct tvm_tensor *t)
     return t->base >= 0 && t->n_sources == 1 ? t->base : -1;
 }
 
-static size_t own_bytes(void)
+static size_t lay_out(const struct tvm_job *job, void *base,
+                      struct ram_state *st)
 {
-    return (sizeof(struct ram_state) + 63u) & ~(size_t)63u;
-}
+    struct tvm_carver c = {base, 0};
 
-static struct counts *counts_of(const struct tvm_job *job, unsigned worker)
-{
-    unsigned char *const mem = job->state;
-    return (struct counts *)(void *)(mem + own_bytes()) +
-           worker * job->tensor->n_sources;
+    (void)tvm_carve(&c, 1, sizeof *st);
+    if (is_plus(job->tensor))
+        st->counts = tvm_carve(&c, job->n_workers * job->tensor->n_sources,
+                               sizeof *st->counts);
+    return c.used;
 }
 
 static size_t state_bytes(const struct tvm_job *job)
 {
-    if (!is_plus(job->tensor))
-        return own_bytes();
-    return own_bytes() +
-           job->n_workers * job->tensor->n_sources * sizeof(struct counts);
+    struct ram_state st;
+
+    return lay_out(job, NULL, &st);
+}
+
+static struct counts *counts_of(const struct tvm_job *job, unsigned worker)
+{
+    const struct ram_state *st = job->state;
+    return st->counts + worker * job->tensor->n_sources;
 }
 
 static bool next_phase(struct tvm_job *job)
@@ -88,6 +94,8 @@ static bool next_phase(struct tvm_job *job)
     const struct tvm_tensor *t = job->tensor;
     size_t donor = 0;
 
+    if (job->phase == 0)
+        (void)lay_out(job, st, st);
     if (!is_plus(t)) {
         for (size_t i = 0; i < TVK_DONORS_MAX; i++)
             st->raise[i] = 1.0;
@@ -149,12 +157,9 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     const struct ram_state *st = job->state;
     const struct tvm_tensor *t = job->tensor;
     const float *donors[TVK_DONORS_MAX];
-    size_t n_donors = 0;
+    const size_t n_donors = tvm_donors(t, x, donors);
 
     (void)tile;
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            donors[n_donors++] = x[s];
     job->k->ram(dst, x[t->base], donors, st->raise, n_donors,
                 tvm_shared(t, P_EPSILON), n);
 }

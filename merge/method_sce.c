@@ -62,22 +62,6 @@ struct sce_state {
     double *block;     /* [n_workers][n_donors][BLOCKS_PER_LEAF] */
 };
 
-static size_t count_donors(const struct tvm_tensor *t)
-{
-    return t->n_sources - (t->base >= 0);
-}
-
-static size_t donors(const struct tvm_tensor *t, const float *const *x,
-                     const float **out)
-{
-    size_t n = 0;
-
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            out[n++] = x[s];
-    return n;
-}
-
 static enum keep keep_of(const struct tvm_tensor *t)
 {
     const double top = tvm_shared(t, P_TOPK);
@@ -87,39 +71,27 @@ static enum keep keep_of(const struct tvm_tensor *t)
 
 static int fold(const struct tvm_tensor *t)
 {
-    if (t->base >= 0 && (count_donors(t) == 0 || keep_of(t) == KEEP_NONE))
+    if (t->base >= 0 && (tvm_donor_count(t) == 0 || keep_of(t) == KEEP_NONE))
         return t->base;
     return -1;
-}
-
-struct carver {
-    unsigned char *base;
-    size_t used;
-};
-
-static void *carve(struct carver *c, size_t n, size_t each)
-{
-    void *at = c->base ? c->base + c->used : NULL;
-    c->used += (n * each + 63u) & ~(size_t)63u;
-    return at;
 }
 
 static size_t lay_out(const struct tvm_job *job, void *base,
                       struct sce_state *st)
 {
-    struct carver c = {base, 0};
+    struct tvm_carver c = {base, 0};
     const size_t w = job->n_workers;
-    const size_t n = count_donors(job->tensor);
+    const size_t n = tvm_donor_count(job->tensor);
 
-    (void)carve(&c, 1, sizeof *st);
+    (void)tvm_carve(&c, 1, sizeof *st);
     if (keep_of(job->tensor) == KEEP_TOP) {
-        st->hist = carve(&c, w * TVK_HIST_HI, sizeof *st->hist);
-        st->nonzero = carve(&c, w, sizeof *st->nonzero);
-        st->eq = carve(&c, (size_t)job->n_tiles, sizeof *st->eq);
-        st->eq_seen = carve(&c, w, sizeof *st->eq_seen);
+        st->hist = tvm_carve(&c, w * TVK_HIST_HI, sizeof *st->hist);
+        st->nonzero = tvm_carve(&c, w, sizeof *st->nonzero);
+        st->eq = tvm_carve(&c, (size_t)job->n_tiles, sizeof *st->eq);
+        st->eq_seen = tvm_carve(&c, w, sizeof *st->eq_seen);
     }
-    st->square = carve(&c, n * (size_t)job->n_leaves, sizeof *st->square);
-    st->block = carve(&c, w * n * BLOCKS_PER_LEAF, sizeof *st->block);
+    st->square = tvm_carve(&c, n * (size_t)job->n_leaves, sizeof *st->square);
+    st->block = tvm_carve(&c, w * n * BLOCKS_PER_LEAF, sizeof *st->block);
     return c.used;
 }
 
@@ -208,7 +180,7 @@ static bool next_phase(struct tvm_job *job)
 
     if (job->phase == 0) {
         (void)lay_out(job, st, st);
-        st->n_donors = count_donors(job->tensor);
+        st->n_donors = tvm_donor_count(job->tensor);
         st->keep = keep_of(job->tensor);
         if (st->n_donors == 0 || st->keep == KEEP_NONE)
             return false;
@@ -321,7 +293,7 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     uint64_t *mask = tile->mask_words;
     float v[TVM_BLOCK];
 
-    (void)donors(job->tensor, x, d);
+    (void)tvm_donors(job->tensor, x, d);
     if (st->keep == KEEP_TOP) {
         hist = st->hist + (size_t)tile->worker * TVK_HIST_HI;
         variances(base, d, st->n_donors, v, n);
@@ -359,7 +331,7 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
         memcpy(dst, base, n * sizeof *dst);
         return;
     }
-    (void)donors(job->tensor, x, d);
+    (void)tvm_donors(job->tensor, x, d);
     if (st->keep == KEEP_TOP) {
         variances(base, d, st->n_donors, v, n);
         select_mask(job, tile, v, mask, n);
