@@ -166,6 +166,7 @@ void store_close_data(tv_store *s)
     if (s->env != NULL)
         tv_lmdb()->env_close(s->env);
     s->env = NULL;
+    atomic_store(&s->commit_failure, 0);
 }
 
 static void store_free(tv_store *s)
@@ -193,6 +194,7 @@ static enum tv_err store_new(const char *path,
     s->open_fd = -1;
     s->map_slot = -1;
     atomic_init(&s->n_txns, 0);
+    atomic_init(&s->commit_failure, 0);
     (void)pthread_mutex_init(&s->mutex, NULL);
     s->path = tv_strdup(path);
     s->data_path = tv_path_join(path, DATA_FILE);
@@ -311,7 +313,7 @@ static enum tv_err dbis_begin(tv_store *s, bool create, struct tv_error *err)
         return rc;
     int e = dbis_open(s, txn, create ? MDB_CREATE : 0);
     if (e == 0) {
-        e = tv_lmdb()->txn_commit(txn);
+        e = txn_commit(s, txn);
         txn = NULL;
     }
     if (txn != NULL)

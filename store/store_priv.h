@@ -73,7 +73,8 @@ struct tv_store {
     bool read_only;
     size_t page_bytes;
     uint64_t map_bytes, map_max, dirty_max;
-    uint64_t map_quota; /* the quota that the map was sized for */
+    uint64_t map_quota;        /* the quota that the map was sized for */
+    atomic_int commit_failure; /* LMDB's code for the last commit that failed */
     uint64_t session;   /* tells our unfinished payloads from those of others */
     int lock_fd;        /* writer lock, -1 when not held */
     int open_fd;        /* open.lock (session.c), -1 on read-only media */
@@ -185,6 +186,8 @@ enum tv_err batch_result(tv_batch *b, enum tv_err rc);
 enum tv_err batch_end(tv_batch *b, uint64_t before, enum tv_err rc);
 /* Starts a read transaction of LMDB, following a map that another process has
  * enlarged when nothing is borrowed. */
+/* Commits; returns LMDB's code. */
+TV_NODISCARD int txn_commit(tv_store *s, MDB_txn *txn);
 TV_NODISCARD enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
                                    struct tv_error *err);
 /* Printable, shortened name for messages. */

@@ -84,6 +84,23 @@ enum tv_err rec_damaged(const tv_store *s, const char *what, const char *why,
 /* ---- transactions ---------------------------------------------------------
  */
 
+/* After a meta page that could not be written LMDB answers everything with
+ * MDB_PANIC. Whoever hears that need not be the one whose commit failed: some
+ * commits may fail without harm (last use, trash), and their callers go on. */
+static int cause_of(tv_store *s, int e)
+{
+    const int cause = atomic_load(&s->commit_failure);
+    return e == MDB_PANIC && cause != 0 ? cause : e;
+}
+
+int txn_commit(tv_store *s, MDB_txn *txn)
+{
+    const int e = tv_lmdb()->txn_commit(txn);
+    if (e != 0 && e != MDB_PANIC)
+        atomic_store(&s->commit_failure, e);
+    return cause_of(s, e);
+}
+
 enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
                       struct tv_error *err)
 {
@@ -100,7 +117,8 @@ enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
             e = tv_lmdb()->txn_begin(s->env, NULL, flags, &txn);
     }
     if (e != 0)
-        return tv_lmdb_error(err, e, s->path, "cannot begin a transaction");
+        return tv_lmdb_error(err, cause_of(s, e), s->path,
+                             "cannot begin a transaction");
     atomic_fetch_add(&s->n_txns, 1);
     *out = txn;
     return TV_OK;
@@ -139,7 +157,8 @@ enum tv_err tv_read_renew(tv_read *r, struct tv_error *err)
     if (e == MDB_MAP_RESIZED)
         rc = txn_begin(r->t.s, MDB_RDONLY, &r->t.mdb, err);
     else
-        rc = tv_lmdb_error(err, e, r->t.s->path, "cannot renew a read");
+        rc = tv_lmdb_error(err, cause_of(r->t.s, e), r->t.s->path,
+                           "cannot renew a read");
     return rc;
 }
 
@@ -243,7 +262,7 @@ enum tv_err tv_batch_commit(tv_batch *b, struct tv_error *err)
     if (e == 0) {
         MDB_txn *txn = b->t.mdb;
         b->t.mdb = NULL; /* freed by commit, whatever it returns */
-        e = tv_lmdb()->txn_commit(txn);
+        e = txn_commit(s, txn);
         atomic_fetch_sub(&s->n_txns, 1);
     }
     if (e == MDB_MAP_FULL && b->quota != 0)

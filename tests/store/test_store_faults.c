@@ -444,6 +444,66 @@ static void codes_are_mapped(void **state)
     (void)loop_seam(j, work_write, ENOMEM, TV_E_NOMEM, 1, 7);
 }
 
+/* As the real one: from the failure of a meta page on, nothing but panic. */
+static int commit_code;
+static bool panics;
+
+static int panic_txn_commit(MDB_txn *txn)
+{
+    mdb_txn_abort(txn);
+    if (panics)
+        return MDB_PANIC;
+    panics = commit_code == EIO || commit_code == ENOSPC;
+    return commit_code;
+}
+
+static int panic_txn_begin(MDB_env *env, MDB_txn *parent, unsigned flags,
+                           MDB_txn **txn)
+{
+    return panics ? MDB_PANIC : mdb_txn_begin(env, parent, flags, txn);
+}
+
+static enum tv_err empty_commit(tv_store *s, struct tv_error *err)
+{
+    tv_batch *b = NULL;
+    const enum tv_err rc = tv_batch_begin(s, false, err, &b);
+    return rc == TV_OK ? tv_batch_commit(b, err) : rc;
+}
+
+/* Who hears of a panic is told what began it, whoever saw that; failures that
+ * LMDB survives are not taken for it. */
+static void panic_tells_its_cause(void **state)
+{
+    struct job *j = (struct job *)*state;
+    struct fx *f = j->f;
+    static const struct {
+        int code;
+        enum tv_err want;
+    } causes[] = {{ENOSPC, TV_E_NOSPACE}, {EIO, TV_E_IO}};
+    for (size_t i = 0; i < sizeof causes / sizeof causes[0]; i++) {
+        tv_read *r = NULL;
+        fx_open(f, NULL);
+        seam_table = *tv_lmdb();
+        seam_table.txn_commit = panic_txn_commit;
+        seam_table.txn_begin = panic_txn_begin;
+        panics = false;
+        tv_lmdb_replace(&seam_table);
+        commit_code = MDB_CORRUPTED;
+        assert_code(empty_commit(f->s, &f->err), TV_E_CORRUPT, &f->err);
+        commit_code = causes[i].code;
+        assert_int_equal(empty_commit(f->s, NULL), causes[i].want);
+        assert_true(panics);
+        assert_code(empty_commit(f->s, &f->err), causes[i].want, &f->err);
+        assert_code(tv_read_begin(f->s, &f->err, &r), causes[i].want, &f->err);
+        tv_lmdb_replace(NULL);
+        fx_close(f);
+        fx_open(f, NULL); /* another environment: it is over */
+        assert_ok(empty_commit(f->s, &f->err), &f->err);
+        fx_close(f);
+    }
+    sound(j);
+}
+
 /* After a failed renewal the read is of no use until one succeeds, and it is
  * counted off once. */
 static void failed_renewal(void **state)
@@ -505,6 +565,7 @@ int main(void)
         T(system_calls),          T(lmdb_calls),
         T(lmdb_calls_of_commits), T(codes_are_mapped),
         T(failed_renewal),        T(half_a_change_is_not_committed),
+        T(panic_tells_its_cause),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
