@@ -70,6 +70,8 @@ static enum tv_err sets_open(struct tvc *c, const char *path, struct sets *s)
     }
     for (size_t i = 0; i < s->list->n; i++) {
         const struct tv_derived *d = &s->list->items[i];
+        if (d->key.kind == TV_STAT)
+            continue; /* in groups of their own */
         if (s->n == 0 || s->all[s->n - 1].id != d->group)
             s->all[s->n++] =
                 (struct set){.id = d->group, .about = d->about, .from = i};

@@ -157,7 +157,7 @@ static int run_stat(struct tvc *c)
         tvc_json_u64(s.free_bytes));
     tvc_out_json(&c->out,
                  json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
-                           "s:o, s:o}",
+                           "s:o, s:o, s:o}",
                            "schema", "tvstore.stat/1", "quota_bytes",
                            tvc_json_u64(s.quota_bytes), "used_bytes",
                            tvc_json_u64(s.used_bytes), "file_bytes",
@@ -166,7 +166,8 @@ static int run_stat(struct tvc *c)
                            tvc_json_u64(s.dedup_saved_bytes), "n_objects",
                            tvc_json_u64(s.n_objects), "n_masks",
                            tvc_json_u64(s.n_masks), "n_task_vectors",
-                           tvc_json_u64(s.n_task_vectors), "reserved_bytes",
+                           tvc_json_u64(s.n_task_vectors), "n_statistics",
+                           tvc_json_u64(s.n_statistics), "reserved_bytes",
                            tvc_json_u64(s.charged_bytes)));
 out:
     tv_store_close(store);

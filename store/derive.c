@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * derive.c - storing masks and task vectors.
+ * derive.c - storing masks, task vectors and statistics.
  *
  * Items are small change: nothing is lost without them. So what finds no room
  * is left out, and a full map in the middle only ends the batch. Every commit
@@ -53,7 +53,15 @@ static enum tv_err end_batch(struct writing *w, size_t done,
 
 static uint64_t chunk_elems_of(const struct tv_derived_new *p)
 {
-    return p->key.kind == TV_MASK ? MASK_CHUNK_ELEMS : DELTA_CHUNK_ELEMS;
+    switch (p->key.kind) {
+    case TV_MASK:
+        return MASK_CHUNK_ELEMS;
+    case TV_DELTA:
+        return DELTA_CHUNK_ELEMS;
+    case TV_STAT:
+        break;
+    }
+    return STAT_CHUNK_ELEMS;
 }
 
 static uint64_t values_in(const struct tv_derived_new *p, uint64_t chunk,
@@ -77,6 +85,8 @@ static uint64_t chunk_bound(const struct tv_derived_new *p, uint64_t i)
         const uint64_t plain = (n + 63) / 64 * 8;
         return plain + plain / 100;
     }
+    if (p->key.kind == TV_STAT)
+        return n * (tv_dtype_bits(p->dtype) / 8);
     size_t n_blocks = 0;
     const uint64_t values = values_in(p, i, &n_blocks);
     return delta_table_bytes(n_blocks) + values * (tv_dtype_bits(p->dtype) / 8);
@@ -152,8 +162,8 @@ static enum tv_err put_part(struct writing *w, const struct rec_key *item,
     void *at = NULL;
     const size_t total = TV_CHUNK_HEADER + n_head + n_body;
     key_derived_chunk(&k, item, p->c.number);
-    TV_TRY(db_reserve(w->b, p->kind == TV_CHUNK_MASK ? DB_MASK : DB_DELTA, &k,
-                      total, &at, err));
+    TV_TRY(db_reserve(w->b, derived_db(w->items[w->at].key.kind), &k, total,
+                      &at, err));
     unsigned char *to = (unsigned char *)at + TV_CHUNK_HEADER;
     if (n_head > 0)
         memcpy(to, head, n_head);
@@ -215,6 +225,42 @@ static enum tv_err put_delta_chunk(struct writing *w, const struct rec_key *k,
     r->n_set += n_values;
 out:
     return rc;
+}
+
+static enum tv_err put_stat_chunk(struct writing *w, const struct rec_key *k,
+                                  struct rec_derived *r, uint64_t i,
+                                  struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tv_derived_new *p = &w->items[w->at];
+    const uint64_t first = i * STAT_CHUNK_ELEMS;
+    const uint64_t left = p->n_elems - first;
+    const uint64_t n = left < STAT_CHUNK_ELEMS ? left : STAT_CHUNK_ELEMS;
+    const size_t each = tv_dtype_bits(p->dtype) / 8u;
+    struct rec_part part = {
+        .kind = TV_CHUNK_STAT,
+        .c = {.dtype = p->dtype, .number = (uint32_t)i, .n_elems = n}};
+    TV_TRY(put_part(w, k, &part, NULL, 0,
+                    (const unsigned char *)p->values + first * each,
+                    (size_t)(n * each), &r->bytes, err));
+    r->n_set += n;
+out:
+    return rc;
+}
+
+static enum tv_err put_chunk(struct writing *w, const struct rec_key *k,
+                             struct rec_derived *r, uint64_t i,
+                             struct tv_error *err)
+{
+    switch (w->items[w->at].key.kind) {
+    case TV_MASK:
+        return put_mask_chunk(w, k, r, i, err);
+    case TV_DELTA:
+        return put_delta_chunk(w, k, r, i, err);
+    case TV_STAT:
+        break;
+    }
+    return put_stat_chunk(w, k, r, i, err);
 }
 
 /* ---- items ----------------------------------------------------------------
@@ -315,7 +361,8 @@ static enum tv_err put_item(struct writing *w, struct tv_error *err)
         .session = w->s->session,
         .n_elems = p->n_elems,
         .chunk_elems = chunk_elems_of(p),
-        .n_nonfinite = p->n_nonfinite,
+        /* one field of the record, for what each kind has to say */
+        .n_nonfinite = p->key.kind == TV_STAT ? p->n_rows : p->n_nonfinite,
         .sum_all = p->sum_all,
         .sum_kept = p->sum_kept,
         .name = {.s = p->key.tensor, .n = strlen(p->key.tensor)}};
@@ -345,8 +392,7 @@ static enum tv_err put_item(struct writing *w, struct tv_error *err)
                 goto out;
             }
         }
-        TV_TRY(p->key.kind == TV_MASK ? put_mask_chunk(w, &k, &r, i, err)
-                                      : put_delta_chunk(w, &k, &r, i, err));
+        TV_TRY(put_chunk(w, &k, &r, i, err));
     }
     r.state = REC_COMPLETE;
     TV_TRY(derived_put(w->b, p->key.kind, &k, &r, err));

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * derived.c - masks and task vectors: records, chunks, reading, writing.
+ * derived.c - masks, task vectors, statistics: records, chunks, reading.
  *
- * An item is a record in `mask` or `delta`, followed by its chunks:
+ * An item is a record in `mask`, `delta` or `stat`, followed by its chunks:
  *
  *     score [16] | tensor key              struct rec_derived
  *     score [16] | tensor key | 0, 1, ...  48-byte header, then
  *         mask   what mask.c has made of up to 2^23 elements
  *         delta  u32 values before each block of 1024 elements, and their sum;
  *                padded to 64 bytes; the values, packed; up to 2^20 elements
+ *         stat   the values; up to 2^20 elements
  *
  * The record is written first, as unfinished, and completed in the batch of the
  * last chunk. `use` lists items by the tick of their last use; a record holds
@@ -29,12 +30,46 @@ _Static_assert(DELTA_CHUNK_ELEMS % TV_DELTA_BLOCK == 0, "whole blocks");
 
 enum db derived_db(enum tv_derived_kind kind)
 {
-    return kind == TV_MASK ? DB_MASK : DB_DELTA;
+    switch (kind) {
+    case TV_MASK:
+        return DB_MASK;
+    case TV_DELTA:
+        return DB_DELTA;
+    case TV_STAT:
+        break;
+    }
+    return DB_STAT;
+}
+
+bool derived_kind_known(uint8_t kind)
+{
+    return kind >= TV_MASK && kind <= TV_STAT;
+}
+
+uint8_t derived_chunk_kind(enum tv_derived_kind kind)
+{
+    switch (kind) {
+    case TV_MASK:
+        return TV_CHUNK_MASK;
+    case TV_DELTA:
+        return TV_CHUNK_DELTA;
+    case TV_STAT:
+        break;
+    }
+    return TV_CHUNK_STAT;
 }
 
 const char *derived_word(enum tv_derived_kind kind)
 {
-    return kind == TV_MASK ? "mask" : "task vector";
+    switch (kind) {
+    case TV_MASK:
+        return "mask";
+    case TV_DELTA:
+        return "task vector";
+    case TV_STAT:
+        break;
+    }
+    return "statistic";
 }
 
 uint64_t derived_chunks(const struct rec_derived *r)
@@ -121,9 +156,8 @@ static enum tv_err part_open(const struct txn *t, enum tv_derived_kind kind,
     }
     const unsigned char *from =
         (const unsigned char *)val.mv_data + TV_CHUNK_HEADER;
-    if (p->kind != (kind == TV_MASK ? TV_CHUNK_MASK : TV_CHUNK_DELTA) ||
-        p->c.number != i || p->c.n_elems != chunk_elems_at(r, i) ||
-        p->c.dtype != r->dtype) {
+    if (p->kind != derived_chunk_kind(kind) || p->c.number != i ||
+        p->c.n_elems != chunk_elems_at(r, i) || p->c.dtype != r->dtype) {
         rc = damaged(t->s, kind, r->name,
                      "a chunk's header belongs to another chunk", err);
         goto out;
@@ -171,7 +205,8 @@ static void info_fill(struct tv_derived *out, enum tv_derived_kind kind,
         .has_sums = r->has_sums,
         .sum_all = r->sum_all,
         .sum_kept = r->sum_kept,
-        .n_nonfinite = r->n_nonfinite,
+        .n_nonfinite = kind == TV_STAT ? 0 : r->n_nonfinite,
+        .n_rows = kind == TV_STAT ? r->n_nonfinite : 0,
     };
 }
 
@@ -468,6 +503,56 @@ const void *tv_delta_values(const tv_delta *d, uint64_t start, size_t n_elems,
     return c->values + (size_t)c->before[block] * d->each;
 }
 
+/* ---- statistics -----------------------------------------------------------
+ */
+
+/* dst NULL: only the checks. */
+static enum tv_err stat_values(const struct txn *t, const struct rec_key *k,
+                               const struct rec_derived *r, unsigned char *dst,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const uint64_t n = derived_chunks(r);
+    const size_t each = tv_dtype_bits(r->dtype) / 8u;
+    unsigned char *copy = NULL;
+    for (uint64_t i = 0; i < n; i++) {
+        struct rec_part p;
+        const unsigned char *data = NULL;
+        TV_TRY(part_open(t, TV_STAT, k, r, i, &p, &data, &copy, err));
+        if (each == 0 || r->chunk_elems != STAT_CHUNK_ELEMS ||
+            p.c.bytes != p.c.n_elems * each) {
+            rc = damaged(t->s, TV_STAT, r->name, "a chunk has another size",
+                         err);
+            goto out;
+        }
+        if (dst != NULL)
+            memcpy(dst + i * STAT_CHUNK_ELEMS * each, data, (size_t)p.c.bytes);
+        tv_free(copy);
+        copy = NULL;
+    }
+out:
+    tv_free(copy);
+    return rc;
+}
+
+enum tv_err tv_stat_read(tv_read *r, struct tv_hash score, const char *tensor,
+                         enum tv_dtype dtype, uint64_t n_elems, bool *found,
+                         uint64_t *n_rows, void *dst, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct rec_key k;
+    struct rec_derived rec;
+    const struct tv_derived_key key = {TV_STAT, score, tensor};
+    TV_TRY(find(&r->t, &key, &k, found, &rec, err));
+    *found = *found && rec.dtype == dtype && rec.n_elems == n_elems;
+    if (!*found)
+        goto out;
+    TV_TRY(stat_values(&r->t, &k, &rec, (unsigned char *)dst, err));
+    *n_rows = rec.n_nonfinite;
+out:
+    return rc;
+}
+
 /* What derived_each says of a chunk whose record is gone. */
 static const char orphan[] = "it belongs to no record";
 
@@ -521,6 +606,16 @@ enum tv_err derived_each(const struct txn *t, enum tv_derived_kind kind,
     }
 out:
     walk_end(&w);
+    return rc;
+}
+
+enum tv_err derived_each_kind(const struct txn *t, derived_fn fn, void *arg,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    for (size_t i = 0; i < DERIVED_KINDS; i++)
+        TV_TRY(derived_each(t, derived_kinds[i], fn, arg, err));
+out:
     return rc;
 }
 
@@ -627,8 +722,7 @@ enum tv_err tv_derived_list(tv_read *r, struct tv_error *err,
     *out = NULL;
     tv_buf_init(&l.names, (size_t)1 << 32);
     TV_TRY(derived_pins_read(&r->t, &pins, err));
-    TV_TRY(derived_each(&r->t, TV_MASK, list_item, &l, err));
-    TV_TRY(derived_each(&r->t, TV_DELTA, list_item, &l, err));
+    TV_TRY(derived_each_kind(&r->t, list_item, &l, err));
     TV_TRY(add_groups(&l, 0, err));
     if (l.n > 0)
         qsort(l.items, l.n, sizeof *l.items, list_compare);
@@ -664,12 +758,20 @@ static enum tv_err stat_item(void *arg, enum tv_derived_kind kind,
     (void)err;
     if (r == NULL)
         return TV_OK;
-    if (kind == TV_MASK) {
+    const bool complete = r->state == REC_COMPLETE;
+    switch (kind) {
+    case TV_MASK:
         st->masks += r->bytes;
-        st->n_masks += r->state == REC_COMPLETE;
-    } else {
+        st->n_masks += complete;
+        break;
+    case TV_DELTA:
         st->task_vectors += r->bytes;
-        st->n_task_vectors += r->state == REC_COMPLETE;
+        st->n_task_vectors += complete;
+        break;
+    case TV_STAT:
+        st->statistics += r->bytes;
+        st->n_statistics += complete;
+        break;
     }
     return TV_OK;
 }
@@ -677,11 +779,7 @@ static enum tv_err stat_item(void *arg, enum tv_derived_kind kind,
 enum tv_err derived_stat(const struct txn *t, struct tv_store_stat *out,
                          struct tv_error *err)
 {
-    enum tv_err rc = TV_OK;
-    TV_TRY(derived_each(t, TV_MASK, stat_item, out, err));
-    TV_TRY(derived_each(t, TV_DELTA, stat_item, out, err));
-out:
-    return rc;
+    return derived_each_kind(t, stat_item, out, err);
 }
 
 struct verifying {
@@ -717,8 +815,17 @@ static enum tv_err verify_item(void *arg, enum tv_derived_kind kind,
     key_derived(&want, tv_hash_get(k->b), name);
     if (want.n != k->n || memcmp(want.b, k->b, k->n) != 0)
         v->problem(v->arg, name, "its mask is filed under another tensor");
-    rc = kind == TV_MASK ? mask_open(v->t, k, r, err, &m)
-                         : delta_open(v->t, k, r, err, &d);
+    switch (kind) {
+    case TV_MASK:
+        rc = mask_open(v->t, k, r, err, &m);
+        break;
+    case TV_DELTA:
+        rc = delta_open(v->t, k, r, err, &d);
+        break;
+    case TV_STAT:
+        rc = stat_values(v->t, k, r, NULL, err);
+        break;
+    }
     if (rc == TV_E_CORRUPT) {
         v->problem(v->arg, name, err->msg);
         tv_error_clear(err);
@@ -742,8 +849,7 @@ enum tv_err derived_verify(const struct txn *t, derived_problem problem,
         {DB_GROUP, REC_GROUP}, {DB_USE, REC_USE}, {DB_CHARGE, REC_CHARGE}};
     struct walk w = {0};
     tv_error_clear(&own);
-    TV_TRY(derived_each(t, TV_MASK, verify_item, &v, &own));
-    TV_TRY(derived_each(t, TV_DELTA, verify_item, &v, &own));
+    TV_TRY(derived_each_kind(t, verify_item, &v, &own));
     for (size_t i = 0; i < 3; i++) {
         bool more = true;
         TV_TRY(walk_begin(&w, t, small[i].db, NULL, &own));

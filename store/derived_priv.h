@@ -11,6 +11,11 @@
 #include "tv/derived.h"
 
 #define DELTA_CHUNK_ELEMS (1u << 20)
+#define STAT_CHUNK_ELEMS  (1u << 20)
+
+static const enum tv_derived_kind derived_kinds[] = {TV_MASK, TV_DELTA,
+                                                     TV_STAT};
+#define DERIVED_KINDS (sizeof derived_kinds / sizeof derived_kinds[0])
 
 /* Bytes of a delta chunk's table, padded so that values are aligned. */
 static inline size_t delta_table_bytes(size_t n_blocks)
@@ -22,6 +27,9 @@ static inline size_t delta_table_bytes(size_t n_blocks)
  */
 
 enum db derived_db(enum tv_derived_kind kind);
+/* Is this number of a record a kind that we know? */
+bool derived_kind_known(uint8_t kind);
+uint8_t derived_chunk_kind(enum tv_derived_kind kind);
 const char *derived_word(enum tv_derived_kind kind);
 uint64_t derived_chunks(const struct rec_derived *r);
 TV_NODISCARD enum tv_err derived_get(const struct txn *t,
@@ -44,6 +52,9 @@ typedef enum tv_err (*derived_fn)(void *arg, enum tv_derived_kind kind,
 TV_NODISCARD enum tv_err derived_each(const struct txn *t,
                                       enum tv_derived_kind kind, derived_fn fn,
                                       void *arg, struct tv_error *err);
+/* The same over all kinds. */
+TV_NODISCARD enum tv_err derived_each_kind(const struct txn *t, derived_fn fn,
+                                           void *arg, struct tv_error *err);
 
 /* ---- evict.c --------------------------------------------------------------
  */

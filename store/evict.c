@@ -362,15 +362,16 @@ out:
     return rc;
 }
 
-enum tv_err tv_derived_release(tv_store *s, const struct tv_derived_key *keys,
-                               size_t n, struct tv_error *err)
+static enum tv_err note_use(tv_store *s, const struct tv_derived_key *keys,
+                            size_t n, bool unpin, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
-    if (s->read_only)
+    if (s->read_only || (n == 0 && !unpin))
         return TV_OK;
     TV_TRY(tv_batch_begin(s, false, err, &b));
-    TV_TRY(drop_pins(b, true, err));
+    if (unpin)
+        TV_TRY(drop_pins(b, true, err));
     for (size_t i = 0; i < n; i++) {
         struct rec_key k;
         struct rec_derived r;
@@ -390,6 +391,18 @@ enum tv_err tv_derived_release(tv_store *s, const struct tv_derived_key *keys,
 out:
     tv_batch_abort(b);
     return rc;
+}
+
+enum tv_err tv_derived_used(tv_store *s, const struct tv_derived_key *keys,
+                            size_t n, struct tv_error *err)
+{
+    return note_use(s, keys, n, false, err);
+}
+
+enum tv_err tv_derived_release(tv_store *s, const struct tv_derived_key *keys,
+                               size_t n, struct tv_error *err)
+{
+    return note_use(s, keys, n, true, err);
 }
 
 /* ---- eviction -------------------------------------------------------------
@@ -445,8 +458,9 @@ static enum tv_err next_victim(tv_batch *b, const struct evict *e,
             continue;
         }
         walk_end(&w);
-        const enum tv_derived_kind kind =
-            u->kind == TV_MASK ? TV_MASK : TV_DELTA;
+        if (!derived_kind_known(u->kind))
+            continue;
+        const enum tv_derived_kind kind = (enum tv_derived_kind)u->kind;
         rc = derived_get(&b->t, kind, &u->item, &there, r, err);
         if (rc == TV_E_CORRUPT) {
             tv_error_clear(err);
@@ -485,8 +499,7 @@ static enum tv_err evict_some(tv_batch *b, struct evict *e,
         TV_TRY(next_victim(b, e, &pins, &after, &u, &r, &found, err));
         if (!found)
             break;
-        TV_TRY(derived_drop(b, u.kind == TV_MASK ? TV_MASK : TV_DELTA, &u.item,
-                            &r, err));
+        TV_TRY(derived_drop(b, (enum tv_derived_kind)u.kind, &u.item, &r, err));
         e->pages_freed += r.bytes / b->t.s->page_bytes + 1;
         e->chunks += derived_chunks(&r) + 1;
         e->n_items++;
@@ -661,8 +674,7 @@ enum tv_err tv_derived_room(tv_read *r, struct tv_derived_room *out,
     struct adding a = {.pins = &pins, .out = out};
     memset(out, 0, sizeof *out);
     TV_TRY(derived_pins_read(&r->t, &pins, err));
-    TV_TRY(derived_each(&r->t, TV_MASK, add_room, &a, err));
-    TV_TRY(derived_each(&r->t, TV_DELTA, add_room, &a, err));
+    TV_TRY(derived_each_kind(&r->t, add_room, &a, err));
 out:
     derived_pins_free(&pins);
     return rc;
@@ -883,8 +895,7 @@ static enum tv_err mend_groups(tv_batch *b, struct tv_error *err)
             break;
         first = false;
         after = c.id;
-        TV_TRY(derived_each(&b->t, TV_MASK, count_item, &c, err));
-        TV_TRY(derived_each(&b->t, TV_DELTA, count_item, &c, err));
+        TV_TRY(derived_each_kind(&b->t, count_item, &c, err));
         rc = derived_group_get(&b->t, c.id, &found, &g, err);
         if (rc == TV_E_CORRUPT)
             tv_error_clear(err);
@@ -932,9 +943,9 @@ static enum tv_err mend_uses(tv_batch *b, struct tv_error *err)
             continue;
         if (rec_open(REC_USE, w.key.mv_data, w.key.mv_size, w.val.mv_data,
                      w.val.mv_size, &body, &why) &&
-            rec_use_get(body, &u, &why)) {
-            rc = derived_get(&b->t, u.kind == TV_MASK ? TV_MASK : TV_DELTA,
-                             &u.item, &found, &r, err);
+            rec_use_get(body, &u, &why) && derived_kind_known(u.kind)) {
+            rc = derived_get(&b->t, (enum tv_derived_kind)u.kind, &u.item,
+                             &found, &r, err);
             if (rc == TV_E_CORRUPT)
                 tv_error_clear(err);
             else
@@ -961,8 +972,8 @@ out:
 enum tv_err derived_gc(tv_batch *b, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    TV_TRY(drop_leftovers(b, TV_MASK, err));
-    TV_TRY(drop_leftovers(b, TV_DELTA, err));
+    for (size_t i = 0; i < DERIVED_KINDS; i++)
+        TV_TRY(drop_leftovers(b, derived_kinds[i], err));
     TV_TRY(mend_uses(b, err));
     TV_TRY(mend_groups(b, err));
     TV_TRY(drop_pins(b, false, err));

@@ -248,7 +248,7 @@ enum tv_err tv_store_charge_check(tv_store *s, uint64_t bytes,
         goto out;
     if (!tv_add_u64(st.used_bytes + CHARGE_SLACK, bytes, &want))
         want = UINT64_MAX;
-    uint64_t spare = st.free_bytes + st.masks + st.task_vectors;
+    uint64_t spare = st.free_bytes + st.masks + st.task_vectors + st.statistics;
     const uint64_t most = bytes < SHRINK_LEAST ? SHRINK_LEAST : bytes;
     if (st.file_bytes - (spare < st.file_bytes ? spare : st.file_bytes) > most)
         spare = 0;

@@ -51,6 +51,7 @@
 #define TV_CHUNK_PAYLOAD 1u /* kind of a chunk: tensor bytes */
 #define TV_CHUNK_MASK    2u /* mask.h; flags say in which form */
 #define TV_CHUNK_DELTA   3u /* kept values of a task vector: derived.c */
+#define TV_CHUNK_STAT    4u /* sums of a layer's inputs: derived.c */
 
 enum rec_type {
     REC_STORE = 1,
@@ -195,14 +196,14 @@ struct rec_done {
 void rec_done_put(struct tv_buf *b, const struct rec_done *r);
 bool rec_done_get(struct rec_body body, struct rec_done *r, const char **why);
 
-struct rec_derived {     /* a mask or a task vector */
+struct rec_derived {     /* a mask, a task vector or a statistic */
     uint8_t state;       /* PARTIAL while its chunks are written */
     enum tv_dtype dtype; /* of values; NONE for masks */
     bool has_sums;
     uint64_t id, group, session;
     uint64_t n_elems, n_set, bytes, chunk_elems;
     uint64_t created, used; /* ticks */
-    uint64_t n_nonfinite;
+    uint64_t n_nonfinite;   /* of a statistic: rows summed over */
     double sum_all, sum_kept;
     struct rec_text name;
 };

@@ -73,6 +73,7 @@ static const char *const db_names[DB_COUNT] = {
     [DB_GROUP] = "group",
     [DB_USE] = "use",
     [DB_CHARGE] = "charge",
+    [DB_STAT] = "stat",
 };
 
 const char *db_name(enum db db)

@@ -42,6 +42,7 @@ enum db {
     DB_GROUP,
     DB_USE,
     DB_CHARGE,
+    DB_STAT,
     DB_COUNT,
     /* Tables of format 1: every store has them. One that is added later goes
      * behind DB_DONE and is made when an older store is opened for writing. */

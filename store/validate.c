@@ -850,7 +850,7 @@ enum tv_err tv_store_verify(tv_store *s, tv_verify_fn on_problem,
         {DB_DONE, done_entry},           {DB_PIN, pin_entry},
         {DB_MASK, derived_entry},        {DB_DELTA, derived_entry},
         {DB_GROUP, derived_entry},       {DB_USE, derived_entry},
-        {DB_CHARGE, derived_entry},
+        {DB_CHARGE, derived_entry},      {DB_STAT, derived_entry},
     };
     _Static_assert(sizeof tables / sizeof tables[0] == DB_COUNT, "all tables");
     enum tv_err rc = TV_OK;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* test_derived.c - masks and task vectors in a store: exact, small, evictable,
- * never in the way of user data. */
+/* test_derived.c - masks, task vectors and statistics in a store: exact, small,
+ * evictable, never in the way of user data. */
 #include "store_fixture.h"
 
 #include <fcntl.h>
@@ -244,6 +244,133 @@ static void task_vectors_come_back(void **state)
     assert_int_equal(st.n_task_vectors, 1);
     assert_true(st.task_vectors > 2 * bits(w, n));
     tv_free(w);
+}
+
+static bool put_stat(struct fx *f, uint64_t seed, const char *tensor,
+                     enum tv_dtype dtype, uint64_t n, uint64_t dirty)
+{
+    const size_t bytes = (size_t)n * tv_dtype_bits(dtype) / 8u;
+    unsigned char *values = (unsigned char *)tv_alloc(bytes + 1);
+    assert_non_null(values);
+    fx_bytes(seed, values, bytes);
+    struct tv_derived_new p = {
+        .key = {.kind = TV_STAT, .score = score_of(seed), .tensor = tensor},
+        .about = "{\"type\":\"statistics\"}",
+        .n_elems = n,
+        .dtype = dtype,
+        .values = values,
+        .n_rows = 1000 + seed};
+    assert_ok(tv_derived_store(f->s, &p, 1, dirty, 0, &f->err), &f->err);
+    tv_free(values);
+    return p.stored;
+}
+
+static void check_stat(struct fx *f, uint64_t seed, const char *tensor,
+                       enum tv_dtype dtype, uint64_t n)
+{
+    const size_t bytes = (size_t)n * tv_dtype_bits(dtype) / 8u;
+    unsigned char *want = (unsigned char *)tv_alloc(bytes + 1);
+    unsigned char *got = (unsigned char *)tv_alloc(bytes + 1);
+    tv_read *r = NULL;
+    uint64_t n_rows = 0;
+    bool found = false;
+    assert_non_null(want);
+    assert_non_null(got);
+    fx_bytes(seed, want, bytes);
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_ok(tv_stat_read(r, score_of(seed), tensor, dtype, n, &found, &n_rows,
+                           got, &f->err),
+              &f->err);
+    assert_true(found);
+    assert_int_equal(n_rows, 1000 + seed);
+    assert_memory_equal(got, want, bytes);
+    tv_read_end(r);
+    tv_free(want);
+    tv_free(got);
+}
+
+static void statistics_come_back(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t large = 5u * (1u << 19) + 77; /* three chunks */
+    struct tv_store_stat st;
+    struct tv_derived info;
+    tv_read *r = NULL;
+    uint64_t n_rows = 7;
+    bool found = true;
+    double one = 0;
+    assert_true(put_stat(f, 1, "layers.0.q", TV_F64, 100, 1u << 20));
+    assert_true(put_stat(f, 2, "layers.0.q", TV_F32, large, 1u << 16));
+    assert_true(put_stat(f, 3, "layers.1.q", TV_F64, 1, 1u << 20));
+    fx_close(f);
+    fx_open(f, NULL);
+    check_stat(f, 1, "layers.0.q", TV_F64, 100);
+    check_stat(f, 2, "layers.0.q", TV_F32, large);
+    check_stat(f, 3, "layers.1.q", TV_F64, 1);
+    /* Another size, type, name or key is another thing. */
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_ok(tv_stat_read(r, score_of(3), "layers.1.q", TV_F64, 2, &found,
+                           &n_rows, &one, &f->err),
+              &f->err);
+    assert_false(found);
+    assert_ok(tv_stat_read(r, score_of(3), "layers.1.q", TV_F32, 1, &found,
+                           &n_rows, &one, &f->err),
+              &f->err);
+    assert_false(found);
+    assert_ok(tv_stat_read(r, score_of(3), "layers.2.q", TV_F64, 1, &found,
+                           &n_rows, &one, &f->err),
+              &f->err);
+    assert_false(found);
+    assert_int_equal(n_rows, 7);
+    assert_true(one == 0);
+    const struct tv_derived_key key = {TV_STAT, score_of(2), "layers.0.q"};
+    assert_ok(tv_derived_find(r, &key, &found, &info, &f->err), &f->err);
+    assert_true(found);
+    assert_int_equal(info.n_elems, large);
+    assert_int_equal(info.n_rows, 1002);
+    assert_int_equal(info.dtype, TV_F32);
+    tv_read_end(r);
+    assert_false(has(f, TV_MASK, 2, "layers.0.q"));
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.n_statistics, 3);
+    assert_int_equal(st.n_masks, 0);
+    assert_true(st.statistics >= 4 * large + 8 * 101 &&
+                st.statistics < 4 * large + 8 * 101 + 4096);
+    fx_verify(f);
+}
+
+/* Statistics, masks and uses without dropping pins, in one order of use. */
+static void statistics_are_evicted_in_turn(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t quota = 2u << 20;
+    const uint64_t n = 16384; /* 128 KiB each, as the masks */
+    uint64_t used = 0;
+    assert_ok(tv_store_quota_set(f->s, quota, &f->err), &f->err);
+    for (uint64_t i = 0; i < 8; i++)
+        assert_true(i % 2 ? put_mask(f, i, "w", n * 64)
+                          : put_stat(f, i, "w", TV_F64, n, 1u << 20));
+    fx_close(f);
+    fx_open(f, NULL);
+    const struct tv_derived_key pin = {TV_STAT, score_of(2), "w"};
+    assert_ok(tv_derived_pin(f->s, &pin, 1, &f->err), &f->err);
+    const struct tv_derived_key touched = {TV_STAT, score_of(0), "w"};
+    assert_ok(tv_derived_used(f->s, &touched, 1, &f->err), &f->err);
+    assert_ok(tv_derived_reserve(f->s, 10u << 17, &f->err), &f->err);
+    assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
+    assert_true(used <= quota);
+    assert_false(has(f, TV_MASK, 1, "w"));
+    assert_false(has(f, TV_MASK, 3, "w"));
+    assert_true(has(f, TV_STAT, 2, "w")); /* pinned */
+    assert_true(has(f, TV_STAT, 0, "w")); /* used last */
+    uint64_t gone = 0;
+    assert_ok(tv_derived_evict_all(f->s, &gone, &f->err), &f->err);
+    assert_true(has(f, TV_STAT, 2, "w"));
+    check_stat(f, 2, "w", TV_F64, n);
+    assert_ok(tv_derived_release(f->s, NULL, 0, &f->err), &f->err);
+    assert_ok(tv_derived_evict_all(f->s, &gone, &f->err), &f->err);
+    assert_int_equal(gone, 1);
+    fx_verify(f);
 }
 
 /* The order in which 'gone' items disappear when room is asked for. */
@@ -516,6 +643,35 @@ static void damage_is_named(void **state)
     check_mask(f, 1, "layers.1.w", 131072);
 }
 
+static void damaged_statistics_are_named(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    unsigned char bytes[65536], got[65536];
+    tv_read *r = NULL;
+    bool found = false;
+    uint64_t freed = 0, n = 0, n_rows = 0;
+    assert_true(put_stat(f, 1, "layers.1.w", TV_F64, 8192, 1u << 20));
+    fx_bytes(1, bytes, sizeof bytes);
+    fx_close(f);
+    flip(f, bytes + 800, 64);
+    fx_open(f, NULL);
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_code(tv_stat_read(r, score_of(1), "layers.1.w", TV_F64, 8192, &found,
+                             &n_rows, got, &f->err),
+                TV_E_CORRUPT, &f->err);
+    assert_message(&f->err, "layers.1.w");
+    tv_read_end(r);
+    n_found = 0;
+    assert_code(tv_store_verify(f->s, on_problem, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
+    assert_int_equal(n_found, 1);
+    assert_ok(tv_derived_evict_all(f->s, &n, &f->err), &f->err);
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    fx_verify(f);
+    assert_true(put_stat(f, 1, "layers.1.w", TV_F64, 8192, 1u << 20));
+    check_stat(f, 1, "layers.1.w", TV_F64, 8192);
+}
+
 static void charges_count(void **state)
 {
     struct fx *f = (struct fx *)*state;
@@ -582,7 +738,7 @@ static void charges_count(void **state)
     tv_free(out);
 }
 
-/* Stores, reads, pins and drops a mask: what every failing allocation must
+/* Stores, reads, pins and drops items: what every failing allocation must
  * leave whole. */
 static enum tv_err whole_life(void *arg, struct tv_error *err)
 {
@@ -592,17 +748,29 @@ static enum tv_err whole_life(void *arg, struct tv_error *err)
     tv_read *r = NULL;
     tv_mask *m = NULL;
     struct tv_derived_list *l = NULL;
-    bool found = false;
-    uint64_t n = 0;
+    bool found = false, stat_found = false;
+    uint64_t n = 0, n_rows = 0;
+    float sums[100] = {1}, got[100];
     struct tv_derived_new p = mask_new(1, "w", words, 200000);
+    struct tv_derived_new q = {
+        .key = {.kind = TV_STAT, .score = score_of(1), .tensor = "w"},
+        .about = "{}",
+        .n_elems = 100,
+        .dtype = TV_F32,
+        .values = sums};
     for (size_t i = 0; i < 200000 / 64; i++)
         words[i] = UINT64_C(0x1001001001001001) << (i % 7);
     TV_TRY(tv_derived_store(f->s, &p, 1, 1u << 16, 0, err));
+    TV_TRY(tv_derived_store(f->s, &q, 1, 1u << 16, 0, err));
+    TV_TRY(tv_derived_used(f->s, &q.key, 1, err));
     TV_TRY(tv_derived_pin(f->s, &p.key, 1, err));
     TV_TRY(tv_read_begin(f->s, err, &r));
     TV_TRY(tv_derived_list(r, err, &l));
     TV_TRY(tv_mask_open(r, p.key.score, "w", &found, err, &m));
-    if (!found || l->n != 1 || !l->items[0].pinned)
+    TV_TRY(tv_stat_read(r, q.key.score, "w", TV_F32, 100, &stat_found, &n_rows,
+                        got, err));
+    if (!found || !stat_found || l->n != 2 ||
+        l->items[0].pinned == l->items[1].pinned)
         rc = tv_error_set(err, TV_E_INTERNAL, "it is not there");
 out:
     tv_derived_list_free(l);
@@ -668,6 +836,8 @@ int main(void)
         T(masks_come_back),
         T(lists_are_in_layer_order),
         T(task_vectors_come_back),
+        T(statistics_come_back),
+        T(statistics_are_evicted_in_turn),
         T(the_longest_unused_goes_first),
         T(user_data_push_derived_data_out),
         T(a_reserve_spares_what_is_pinned),
@@ -675,6 +845,7 @@ int main(void)
         T(half_an_item_is_invisible),
         T(masks_take_their_task_vectors_along),
         T(damage_is_named),
+        T(damaged_statistics_are_named),
         T(charges_count),
         T(old_readers_do_not_push_it_over),
         T(allocations_may_fail),

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tv/derived.h - what a store keeps only to save work: masks and task vectors.
+ * tv/derived.h - what a store keeps only to save work: masks, task vectors and
+ * input statistics.
  *
  * An item belongs to one tensor and one score key. The score key is a hash of
  * everything that the item depends on (rule, density, contents of base and
@@ -15,6 +16,8 @@
  *           arithmetic on it gives the same bits. Useless without its mask: the
  *           two are dropped together when the mask goes. A task vector that
  *           keeps everything is its donor and is not stored.
+ *   stat    sums over the inputs of a layer (tv/calibrate.h): an array of fp64
+ *           or fp32, filed under the first weight that takes the input
  *
  * Items come in groups (one base, donor, rule and density: the same for all
  * tensors of a model) described by a document that this folder does not read.
@@ -31,7 +34,7 @@
 
 #define TV_DELTA_BLOCK 1024u /* elements between entry points of a delta */
 
-enum tv_derived_kind { TV_MASK = 1, TV_DELTA = 2 };
+enum tv_derived_kind { TV_MASK = 1, TV_DELTA = 2, TV_STAT = 3 };
 
 struct tv_derived_key {
     enum tv_derived_kind kind;
@@ -45,10 +48,11 @@ struct tv_derived {
     uint64_t n_elems, n_set;
     uint64_t bytes;         /* of its records */
     uint64_t created, used; /* ticks: compare, nothing else */
-    enum tv_dtype dtype;    /* of a delta's values */
+    enum tv_dtype dtype;    /* of the values of a delta or statistic */
     bool has_sums;          /* sums of |d| over all and over kept elements */
     double sum_all, sum_kept;
     uint64_t n_nonfinite; /* of the donor */
+    uint64_t n_rows;      /* statistics: rows summed over */
     bool pinned;          /* lists only */
     const char *about;    /* lists only: the group's document */
 };
@@ -106,6 +110,14 @@ enum tv_dtype tv_delta_dtype(const tv_delta *d);
 const void *tv_delta_values(const tv_delta *d, uint64_t start, size_t n_elems,
                             size_t *n);
 
+/* Copies n_elems values of `dtype` to dst, filled, all checksums verified. An
+ * item of another size or type is not found; nothing is written then. */
+TV_NODISCARD enum tv_err tv_stat_read(tv_read *r, struct tv_hash score,
+                                      const char *tensor, enum tv_dtype dtype,
+                                      uint64_t n_elems, bool *found,
+                                      uint64_t *n_rows, void *dst,
+                                      struct tv_error *err);
+
 /* ---- writing --------------------------------------------------------------
  */
 
@@ -114,14 +126,16 @@ struct tv_derived_new {
     const char *about;
     uint64_t n_elems;
     const uint64_t *words;  /* masks: bits past n_elems are 0 */
-    enum tv_dtype dtype;    /* deltas: of values; a whole number of bytes */
-    const void *values;     /* deltas: [before[n_blocks]] */
+    enum tv_dtype dtype;    /* deltas, statistics: of values; whole bytes */
+    const void *values;     /* deltas: [before[n_blocks]]; statistics: [n_elems]
+                             */
     const uint64_t *before; /* deltas: [n_blocks + 1] values before a block */
     bool has_sums;
     double sum_all, sum_kept;
     uint64_t n_nonfinite;
-    bool stored;   /* result: it is there now */
-    bool left_out; /* result: tried, found no room */
+    uint64_t n_rows; /* statistics */
+    bool stored;     /* result: it is there now */
+    bool left_out;   /* result: tried, found no room */
 };
 /* Stores items in as few commits as dirty_bytes allows, evicting what is older
  * than this process where the quota needs it, but leaving keep_free bytes. An
@@ -136,6 +150,10 @@ TV_NODISCARD enum tv_err tv_derived_store(tv_store *s,
 TV_NODISCARD enum tv_err tv_derived_pin(tv_store *s,
                                         const struct tv_derived_key *keys,
                                         size_t n, struct tv_error *err);
+/* Notes that `keys` were used now; pins stay. */
+TV_NODISCARD enum tv_err tv_derived_used(tv_store *s,
+                                         const struct tv_derived_key *keys,
+                                         size_t n, struct tv_error *err);
 /* Drops the pins of this handle and notes that `keys` were used now. */
 TV_NODISCARD enum tv_err tv_derived_release(tv_store *s,
                                             const struct tv_derived_key *keys,

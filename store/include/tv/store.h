@@ -130,7 +130,7 @@ struct tv_store_stat {
         journal; /* payload bytes by kind */
     uint64_t dedup_saved_bytes;
     uint64_t n_objects, n_readers;
-    uint64_t n_masks, n_task_vectors;
+    uint64_t n_masks, n_task_vectors, n_statistics;
     uint64_t charged_bytes; /* output directories of unfinished runs */
 };
 TV_NODISCARD enum tv_err tv_store_stat(tv_store *s, struct tv_store_stat *out,
