@@ -147,6 +147,8 @@ struct tve_param { /* a module: weight and bias */
 
 struct tve_model {
     tv_input *in;
+    struct tve_model_adapter *adapters; /* [n_adapters], owned copy */
+    size_t n_adapters;
     struct tv_arch *arch;
     struct tve_spec spec;
     struct tve_param *layers; /* [n_layers * TVE_SLOTS] */
@@ -232,17 +234,56 @@ TV_NODISCARD enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
 /* fn sees the input x [rows, ldx] of every call of linear layers, which all
  * items share, before their outputs are made; its error ends the run. */
 struct tve_tap {
-    enum tv_err (*fn)(void *arg, size_t layer, const struct tve_linear *items,
-                      size_t n_items, size_t rows, struct tv_error *err);
+    enum tv_err (*fn)(void *arg, const struct tve_linear *items, size_t n_items,
+                      const struct tve_group *groups, size_t n_groups,
+                      struct tv_error *err);
     void *arg;
-    uint64_t reserve; /* bytes of the memory budget that fn needs */
 };
-/* All windows through all layers as one batch, without the output head. */
-TV_NODISCARD enum tv_err tve_run_layers(tve_model *m,
-                                        const struct tve_window *w, size_t n,
-                                        const struct tve_progress *progress,
-                                        const struct tve_tap *tap,
-                                        struct tv_error *err);
+struct tve_walk_progress { /* rows that have passed; its error ends the run */
+    enum tv_err (*step)(void *arg, uint64_t rows, struct tv_error *err);
+    void *arg;
+};
+/* All windows side by side, layer by layer, without the output head. Windows
+ * are borrowed. `reserve` bytes of the memory budget are left to others;
+ * residual streams that do not fit into half of the rest lie in a scratch
+ * file. */
+struct tve_walk;
+TV_NODISCARD enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w,
+                                       size_t n, uint64_t reserve,
+                                       struct tv_error *err,
+                                       struct tve_walk **out);
+void tve_walk_close(struct tve_walk *k);
+/* The next layer; tap and progress may be NULL. After an error only close. */
+TV_NODISCARD enum tv_err
+tve_walk_layer(struct tve_walk *k, const struct tve_tap *tap,
+               const struct tve_walk_progress *progress, struct tv_error *err);
+/* The same, but its outputs are thrown away and the layer is still the next. */
+TV_NODISCARD enum tv_err tve_walk_look(struct tve_walk *k,
+                                       const struct tve_tap *tap,
+                                       struct tv_error *err);
+
+/* An input that one or several linear layers of a block share. */
+#define TVE_SHARED_MAX 3u
+struct tve_site {
+    size_t layer;
+    const struct tve_param *params[TVE_SHARED_MAX];
+    const char *tensors[TVE_SHARED_MAX];
+    size_t n_tensors;
+    size_t n; /* channels */
+};
+/* All of the model's, in the order of computation; owned, tv_free. */
+TV_NODISCARD enum tv_err tve_sites(const tve_model *m, struct tve_site **out,
+                                   size_t *n, struct tv_error *err);
+/* tve_statistics of sites with want[i] (NULL: all); the walk ends behind the
+ * last of them. fn gets the site's number. */
+typedef enum tv_err (*tve_site_fn)(void *arg, size_t site,
+                                   const struct tve_stat_input *in,
+                                   struct tv_error *err);
+TV_NODISCARD enum tv_err
+tve_site_statistics(tve_model *m, const struct tve_window *w, size_t n_windows,
+                    enum tve_stat kind, const bool *want,
+                    const struct tve_progress *progress, tve_site_fn fn,
+                    void *arg, struct tv_error *err);
 TV_NODISCARD enum tv_err tve_check_windows(const tve_model *m,
                                            const struct tve_window *w, size_t n,
                                            struct tv_error *err);

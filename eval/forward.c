@@ -14,6 +14,10 @@
  *                                           inner activations of the MLP
  * One block of memory holds all four; a group that exceeds the budget gets it
  * from an unlinked scratch file.
+ *
+ * A walk goes the other way round: it holds h of all windows, and every layer
+ * takes them batch by batch, so that something can be learnt from all inputs of
+ * a layer before the next one begins.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -300,7 +304,7 @@ static enum tv_err linear(struct batch *b, const struct tve_linear *items,
     enum tv_err rc = TV_OK;
 
     if (b->tap)
-        TV_TRY(b->tap->fn(b->tap->arg, b->layer, items, n, b->rows, err));
+        TV_TRY(b->tap->fn(b->tap->arg, items, n, b->groups, b->n_groups, err));
     TV_TRY(tve_linear_run(b->m, items, n, b->groups, b->n_groups, err));
 out:
     return rc;
@@ -619,25 +623,22 @@ static bool depends_on_length(const struct tve_spec *s)
     return false;
 }
 
-/* Fills b with as many groups of w as the budget allows, at least one; with
- * `whole` all of them, in a scratch file if need be. `reserve` bytes of the
- * budget are left to others. */
+/* Fills b with as many groups of w as the budget allows, at least one. With h
+ * (of w) the residual stream is there; else the batch has its own. */
 static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
-                              size_t n_windows, bool whole, uint64_t reserve,
+                              size_t n_windows, uint64_t budget, float *h,
                               struct batch *b, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tve_spec *const s = &m->spec;
     const bool same_length = depends_on_length(s);
-    const uint64_t all = activation_budget(m);
-    const uint64_t budget = all > reserve ? all - reserve : 0;
     size_t floats = 0, bytes = 0;
 
     memset(b, 0, sizeof(*b));
     b->m = m;
     b->spec = s;
     b->windows = w;
-    floats = row_floats(s, b);
+    floats = row_floats(s, b) - (h ? s->hidden : 0);
     b->groups = tv_calloc(n_windows, sizeof(*b->groups));
     if (!b->groups || !tv_mul_size(floats, sizeof(float), &bytes)) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -647,17 +648,9 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         const size_t n = group_windows(w, b->n_windows, n_windows);
         const size_t rows = n * w[b->n_windows].n;
 
-        if (whole && same_length && w[b->n_windows].n != w[0].n) {
-            rc = tv_error_set(err, TV_E_INPUT,
-                              "window %zu has %zu tokens, the first one %zu; "
-                              "this model's rotations depend on the length",
-                              b->n_windows, w[b->n_windows].n, w[0].n);
-            goto out;
-        }
-        if (!whole && b->n_groups > 0 &&
-            (b->rows + rows > BATCH_ROWS ||
-             (uint64_t)(b->rows + rows) * bytes > budget ||
-             (same_length && w[b->n_windows].n != w[0].n)))
+        if (b->n_groups > 0 && (b->rows + rows > BATCH_ROWS ||
+                                (uint64_t)(b->rows + rows) * bytes > budget ||
+                                (same_length && w[b->n_windows].n != w[0].n)))
             break;
         b->groups[b->n_groups++] = (struct tve_group){b->rows, rows};
         b->rows += rows;
@@ -692,8 +685,8 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
             goto out;
         }
     }
-    b->h = b->memory;
-    b->x = b->h + b->rows * s->hidden;
+    b->h = h ? h : b->memory;
+    b->x = b->memory + (h ? 0 : b->rows * s->hidden);
     b->y = b->x + b->rows * b->wide;
     b->s = b->y + b->rows * b->wide;
     TV_TRY(make_rotations(b, err));
@@ -763,7 +756,8 @@ static enum tv_err run_batches(tve_model *m, const struct tve_window *w,
     for (size_t i = 0; i < n; i++)
         t.total += w[i].n * t.steps;
     while (at < n) {
-        TV_TRY(batch_open(m, w + at, n - at, false, 0, &b, err));
+        TV_TRY(
+            batch_open(m, w + at, n - at, activation_budget(m), NULL, &b, err));
         TV_TRY(embed(&b, err));
         for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
             TV_TRY(layer(&b, err));
@@ -780,26 +774,122 @@ out:
     return rc;
 }
 
-enum tv_err tve_run_layers(tve_model *m, const struct tve_window *w, size_t n,
-                           const struct tve_progress *progress,
-                           const struct tve_tap *tap, struct tv_error *err)
+/* ---- walks --------------------------------------------------------------- */
+
+struct tve_walk {
+    tve_model *m;
+    const struct tve_window *windows;
+    size_t n_windows, rows;
+    float *h; /* [rows, hidden] */
+    size_t h_bytes;
+    bool mapped;
+    uint64_t budget; /* of a batch */
+    size_t layer;    /* the next one */
+};
+
+void tve_walk_close(struct tve_walk *k)
+{
+    if (!k)
+        return;
+    if (k->mapped)
+        tv_sys()->munmap(k->h, k->h_bytes);
+    else
+        tv_free(k->h);
+    tv_free(k);
+}
+
+/* Runs the embedding (tap NULL) or a layer over all windows. `keep`: h stays
+ * what it was, outputs go nowhere. */
+static enum tv_err walk_batches(struct tve_walk *k, bool embedding, bool keep,
+                                const struct tve_tap *tap,
+                                const struct tve_walk_progress *progress,
+                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct tally t = {progress, 0, 0, m->spec.n_layers};
     struct batch b = {.m = NULL};
+    const size_t hidden = k->m->spec.hidden;
 
-    TV_TRY(tve_check_windows(m, w, n, err));
-    for (size_t i = 0; i < n; i++)
-        t.total += w[i].n * t.steps;
-    TV_TRY(batch_open(m, w, n, true, tap->reserve, &b, err));
-    TV_TRY(embed(&b, err));
-    b.tap = tap;
-    for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
-        TV_TRY(layer(&b, err));
-        TV_TRY(step(&t, b.rows, err));
+    for (size_t at = 0, row = 0; at < k->n_windows;) {
+        float *const h = k->h + row * hidden;
+
+        TV_TRY(batch_open(k->m, k->windows + at, k->n_windows - at, k->budget,
+                          keep ? NULL : h, &b, err));
+        if (keep)
+            memcpy(b.h, h, b.rows * hidden * sizeof(*h));
+        b.layer = k->layer;
+        b.tap = tap;
+        TV_TRY(embedding ? embed(&b, err) : layer(&b, err));
+        at += b.n_windows;
+        row += b.rows;
+        if (progress)
+            TV_TRY(progress->step(progress->arg, b.rows, err));
+        batch_close(&b);
+        memset(&b, 0, sizeof(b));
     }
 out:
     batch_close(&b);
+    return rc;
+}
+
+enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,
+                          uint64_t reserve, struct tv_error *err,
+                          struct tve_walk **out)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_walk *const k = tv_calloc(1, sizeof(*k));
+    const uint64_t all = activation_budget(m);
+    size_t row_bytes = 0;
+
+    *out = NULL;
+    if (!k)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    k->m = m;
+    k->windows = w;
+    k->n_windows = n;
+    k->budget = all > reserve ? all - reserve : 0;
+    TV_TRY(tve_check_windows(m, w, n, err));
+    for (size_t i = 0; i < n; i++)
+        k->rows += w[i].n;
+    if (!tv_mul_size(m->spec.hidden, sizeof(*k->h), &row_bytes) ||
+        !tv_mul_size(k->rows, row_bytes, &k->h_bytes)) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    if (k->h_bytes > k->budget / 2) {
+        TV_TRY(map_scratch(m, k->h_bytes, &k->h, err));
+        k->mapped = true;
+    } else {
+        k->h = tv_alloc_aligned(k->h_bytes ? k->h_bytes : 1);
+        if (!k->h) {
+            rc = tv_error_set(err, TV_E_NOMEM,
+                              "out of memory (%zu bytes of activations)",
+                              k->h_bytes);
+            goto out;
+        }
+        k->budget -= k->h_bytes;
+    }
+    TV_TRY(walk_batches(k, true, false, NULL, NULL, err));
+    *out = k;
+out:
+    if (rc != TV_OK)
+        tve_walk_close(k);
+    return rc;
+}
+
+enum tv_err tve_walk_look(struct tve_walk *k, const struct tve_tap *tap,
+                          struct tv_error *err)
+{
+    return walk_batches(k, false, true, tap, NULL, err);
+}
+
+enum tv_err tve_walk_layer(struct tve_walk *k, const struct tve_tap *tap,
+                           const struct tve_walk_progress *progress,
+                           struct tv_error *err)
+{
+    const enum tv_err rc = walk_batches(k, false, false, tap, progress, err);
+
+    if (rc == TV_OK)
+        k->layer++;
     return rc;
 }
 

@@ -455,6 +455,14 @@ enum tv_err tve_model_open(tv_input *in,
     for (size_t i = 0; i < m->spec.n_layers; i++)
         TV_TRY(check_layer(m, i, err));
     TV_TRY(check_globals(m, err));
+    m->adapters = tv_calloc(n_adapters ? n_adapters : 1, sizeof(*m->adapters));
+    if (!m->adapters) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    m->n_adapters = n_adapters;
+    for (size_t i = 0; i < n_adapters; i++)
+        m->adapters[i] = adapters[i];
     for (size_t i = 0; i < n_adapters; i++)
         TV_TRY(add_adapter(m, adapters[i].adapter, adapters[i].weight, err));
     if (is_head_tied(m))
@@ -485,6 +493,7 @@ void tve_model_close(tve_model *m)
         tv_free(m->globals[i].b.changes);
     }
     tv_free(m->layers);
+    tv_free(m->adapters);
     tve_spec_free(&m->spec);
     tv_arch_free(m->arch);
     tv_pool_close(m->pool);

@@ -10,8 +10,10 @@
  *      |   | * | * |      the right edge
  *      +---+---+---+
  *
- * Tiles and chunks depend on the shape alone: neither threads nor memory change
- * a bit.
+ * Chunks begin with groups of windows (forward.c). Tiles, groups and chunks
+ * depend on shapes alone: neither threads nor memory change a bit. Sums of one
+ * block's inputs are in memory at a time; a finished Gram matrix is rounded to
+ * fp32 in its place.
  */
 #include <string.h>
 
@@ -29,21 +31,68 @@ size_t tve_stat_size(enum tve_stat kind, size_t n)
 {
     size_t twice = 0;
 
-    if (kind == TVE_STAT_DIAG)
+    if (kind != TVE_STAT_GRAM)
         return n;
     return n < SIZE_MAX && tv_mul_size(n, n + 1, &twice) ? twice / 2 : 0;
 }
 
+/* ---- inputs of a model --------------------------------------------------- */
+
+/* Slots whose modules take one input, in the order of forward.c. */
+static const struct shared {
+    enum tve_slot slots[TVE_SHARED_MAX];
+    size_t n;
+} shared[] = {
+    {{TVE_QKV}, 1},     {{TVE_Q, TVE_K, TVE_V}, 3}, {{TVE_O}, 1},
+    {{TVE_GATE_UP}, 1}, {{TVE_GATE, TVE_UP}, 2},    {{TVE_DOWN}, 1},
+};
+#define SITES_MAX (sizeof(shared) / sizeof(shared[0])) /* of a layer */
+
+enum tv_err tve_sites(const tve_model *m, struct tve_site **out, size_t *n,
+                      struct tv_error *err)
+{
+    size_t total = 0;
+
+    *out = NULL;
+    *n = 0;
+    if (!tv_mul_size(m->spec.n_layers, SITES_MAX, &total) ||
+        !(*out = tv_calloc(total ? total : 1, sizeof(**out))))
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (size_t l = 0; l < m->spec.n_layers; l++)
+        for (size_t s = 0; s < SITES_MAX; s++) {
+            struct tve_site site = {.layer = l};
+
+            for (size_t i = 0; i < shared[s].n; i++) {
+                const struct tve_param *const p =
+                    tve_layer_param(m, l, shared[s].slots[i]);
+                if (!p->w.t)
+                    continue;
+                site.params[site.n_tensors] = p;
+                site.tensors[site.n_tensors++] = p->w.t->name;
+                site.n = tve_linear_in(m, p);
+            }
+            if (site.n_tensors > 0)
+                (*out)[(*n)++] = site;
+        }
+    return TV_OK;
+}
+
+/* ---- sums ---------------------------------------------------------------- */
+
 struct sums {
     tve_model *m;
     enum tve_stat kind;
-    tve_stat_fn fn;
-    void *arg;
-    double *sums;    /* of the input at hand */
     float **product; /* per worker: [TILE, TILE]; TVE_STAT_GRAM */
+    /* wanted sites of the layer at hand, and where their sums are */
+    const struct tve_site *sites[SITES_MAX];
+    double *at[SITES_MAX];
+    size_t n_sites;
     /* the input at hand */
+    double *sums;
     const float *x;
-    size_t ldx, n, rows, n_tiles;
+    size_t ldx, n, n_tiles;
+    const struct tve_group *groups;
+    size_t n_groups;
 };
 
 static void diag_item(void *arg, size_t item, unsigned worker)
@@ -54,11 +103,14 @@ static void diag_item(void *arg, size_t item, unsigned worker)
     double *const to = s->sums + from;
 
     (void)worker;
-    memset(to, 0, n * sizeof(*to));
-    for (size_t row = 0; row < s->rows; row++) {
-        const float *const x = s->x + row * s->ldx + from;
-        for (size_t i = 0; i < n; i++)
-            to[i] += (double)x[i] * (double)x[i];
+    for (size_t g = 0; g < s->n_groups; g++) {
+        const struct tve_group *const group = &s->groups[g];
+
+        for (size_t row = 0; row < group->n; row++) {
+            const float *const x = s->x + (group->start + row) * s->ldx + from;
+            for (size_t i = 0; i < n; i++)
+                to[i] += (double)x[i] * (double)x[i];
+        }
     }
 }
 
@@ -68,78 +120,277 @@ static double *packed_row(double *sums, size_t n, size_t i)
     return sums + i * n - i * (i + 1) / 2;
 }
 
+static void gram_chunk(const struct sums *s, const float *x, size_t rows,
+                       size_t i0, size_t j0, float *product)
+{
+    const size_t ni = s->n - i0 < TILE ? s->n - i0 : TILE;
+    const size_t nj = s->n - j0 < TILE ? s->n - j0 : TILE;
+
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)ni,
+                (blasint)nj, (blasint)rows, 1.0f, x + i0, (blasint)s->ldx,
+                x + j0, (blasint)s->ldx, 0.0f, product, (blasint)nj);
+    for (size_t i = 0; i < ni; i++) {
+        double *const to = packed_row(s->sums, s->n, i0 + i) + j0;
+        for (size_t j = i0 == j0 ? i : 0; j < nj; j++)
+            to[j] += (double)product[i * nj + j];
+    }
+}
+
 static void gram_item(void *arg, size_t item, unsigned worker)
 {
     const struct sums *const s = arg;
-    float *const product = s->product[worker];
     size_t ti = 0, left = item;
 
     while (left >= s->n_tiles - ti) { /* tiles of a row: n_tiles - ti */
         left -= s->n_tiles - ti;
         ti++;
     }
-    const size_t i0 = ti * TILE, j0 = (ti + left) * TILE;
-    const size_t ni = s->n - i0 < TILE ? s->n - i0 : TILE;
-    const size_t nj = s->n - j0 < TILE ? s->n - j0 : TILE;
+    for (size_t g = 0; g < s->n_groups; g++) {
+        const struct tve_group *const group = &s->groups[g];
 
-    for (size_t row = 0; row < s->rows; row += CHUNK) {
-        const size_t n = s->rows - row < CHUNK ? s->rows - row : CHUNK;
-        const float *const x = s->x + row * s->ldx;
-
-        cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (blasint)ni,
-                    (blasint)nj, (blasint)n, 1.0f, x + i0, (blasint)s->ldx,
-                    x + j0, (blasint)s->ldx, 0.0f, product, (blasint)nj);
-        for (size_t i = 0; i < ni; i++) {
-            double *const to = packed_row(s->sums, s->n, i0 + i) + j0;
-            for (size_t j = i0 == j0 ? i : 0; j < nj; j++)
-                to[j] = (row > 0 ? to[j] : 0.0) + (double)product[i * nj + j];
-        }
+        for (size_t row = 0; row < group->n; row += CHUNK)
+            gram_chunk(s, s->x + (group->start + row) * s->ldx,
+                       group->n - row < CHUNK ? group->n - row : CHUNK,
+                       ti * TILE, (ti + left) * TILE, s->product[worker]);
     }
 }
 
-static enum tv_err see(void *arg, size_t layer, const struct tve_linear *items,
-                       size_t n_items, size_t rows, struct tv_error *err)
+static enum tv_err see(void *arg, const struct tve_linear *items,
+                       size_t n_items, const struct tve_group *groups,
+                       size_t n_groups, struct tv_error *err)
 {
     struct sums *const s = arg;
-    const char *names[3];
-    struct tve_stat_input in = {
-        .layer = layer, .tensors = names, .n_tensors = n_items};
+    size_t i = 0;
 
-    if (n_items > sizeof(names) / sizeof(names[0]))
-        return tv_error_set(err, TV_E_INTERNAL, "%zu layers share an input",
-                            n_items);
-    for (size_t i = 0; i < n_items; i++)
-        names[i] = items[i].p->w.t->name;
-    s->x = items->x;
-    s->ldx = items->ldx;
-    s->rows = rows;
-    s->n = tve_linear_in(s->m, items->p);
+    (void)n_items;
+    (void)err;
+    while (i < s->n_sites && s->sites[i]->params[0] != items[0].p)
+        i++;
+    if (i == s->n_sites)
+        return TV_OK; /* nobody wants it */
+    s->sums = s->at[i];
+    s->x = items[0].x;
+    s->ldx = items[0].ldx;
+    s->n = s->sites[i]->n;
     s->n_tiles = (s->n + TILE - 1) / TILE;
-    if (s->kind == TVE_STAT_DIAG)
-        tv_pool_run(s->m->pool, s->n_tiles, diag_item, s);
-    else
+    s->groups = groups;
+    s->n_groups = n_groups;
+    if (s->kind == TVE_STAT_GRAM)
         tv_pool_run(s->m->pool, s->n_tiles * (s->n_tiles + 1) / 2, gram_item,
                     s);
-    in.n = s->n;
-    in.n_rows = rows;
-    in.sums = s->sums;
-    return s->fn(s->arg, &in, err);
+    else
+        tv_pool_run(s->m->pool, s->n_tiles, diag_item, s);
+    return TV_OK;
 }
 
-/* The weight of a block with the widest input. */
-static const struct tve_param *widest(const tve_model *m)
+/* n sums become fp32 where they are. */
+static const float *round_down(double *sums, size_t n)
 {
-    const struct tve_param *best = NULL;
+    unsigned char *const bytes = (unsigned char *)sums;
 
-    for (size_t l = 0; l < m->spec.n_layers; l++)
-        for (int slot = TVE_Q; slot < TVE_SLOTS; slot++) {
-            const struct tve_param *const p =
-                tve_layer_param(m, l, (enum tve_slot)slot);
-            if (p->w.t &&
-                (!best || tve_linear_in(m, p) > tve_linear_in(m, best)))
-                best = p;
+    for (size_t i = 0; i < n; i++) {
+        double wide = 0;
+        memcpy(&wide, bytes + i * sizeof(wide), sizeof(wide));
+        const float narrow = (float)wide;
+        memcpy(bytes + i * sizeof(narrow), &narrow, sizeof(narrow));
+    }
+    return (const float *)(const void *)bytes;
+}
+
+/* ---- layers -------------------------------------------------------------- */
+
+struct statistics {
+    struct sums sums;
+    const struct tve_site *sites;
+    size_t n_sites;
+    const bool *want;
+    double *memory;
+    size_t bytes; /* of the layer that needs most */
+    size_t last;  /* layers to walk through */
+    uint64_t n_rows;
+    tve_site_fn fn;
+    void *arg;
+    const struct tve_progress *progress;
+    uint64_t done, total; /* rows times layers */
+};
+
+static bool wanted(const struct statistics *t, size_t site)
+{
+    return !t->want || t->want[site];
+}
+
+/* Sizes of a layer's sums begin at multiples of 64 bytes. */
+static bool add_sums(size_t *bytes, enum tve_stat kind, size_t n)
+{
+    const size_t entries = tve_stat_size(kind, n);
+    size_t more = 0;
+
+    return entries > 0 && entries < SIZE_MAX - 8 &&
+           tv_mul_size((entries + 7) / 8 * 8, sizeof(double), &more) &&
+           tv_add_size(*bytes, more, bytes);
+}
+
+static enum tv_err measure(struct statistics *t, struct tv_error *err)
+{
+    const uint64_t budget = t->sums.m->memory_bytes;
+
+    for (size_t i = 0, next = 0; i < t->n_sites; i = next) {
+        const size_t layer = t->sites[i].layer;
+        size_t bytes = 0;
+        bool fits = true;
+
+        for (; next < t->n_sites && t->sites[next].layer == layer; next++) {
+            if (!wanted(t, next))
+                continue;
+            t->last = layer + 1;
+            fits = fits && add_sums(&bytes, t->sums.kind, t->sites[next].n);
         }
-    return best;
+        if (!fits || bytes > budget)
+            return tv_error_set(err, TV_E_BUDGET,
+                                "statistics of layer %zu (of \"%s\" and "
+                                "others) take %zu bytes, the memory budget is "
+                                "%llu",
+                                layer, t->sites[i].tensors[0],
+                                fits ? bytes : SIZE_MAX,
+                                (unsigned long long)budget);
+        if (bytes > t->bytes)
+            t->bytes = bytes;
+    }
+    return TV_OK;
+}
+
+static enum tv_err count_rows(void *arg, uint64_t rows, struct tv_error *err)
+{
+    struct statistics *const t = arg;
+    const struct tve_progress *const p = t->progress;
+
+    t->done += rows;
+    if (p && p->step)
+        p->step(p->arg, t->done / t->last, t->total / t->last);
+    if (p && p->cancel && *p->cancel)
+        return tv_error_set(err, TV_E_INTERRUPTED, "interrupted");
+    return TV_OK;
+}
+
+/* Layer `l`, whose first site is `first`. */
+static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
+                             size_t l, size_t first, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct sums *const s = &t->sums;
+    const struct tve_tap tap = {see, s};
+    const struct tve_walk_progress progress = {count_rows, t};
+    size_t numbers[SITES_MAX], bytes = 0;
+
+    s->n_sites = 0;
+    for (size_t i = first; i < t->n_sites && t->sites[i].layer == l; i++) {
+        if (!wanted(t, i))
+            continue;
+        s->sites[s->n_sites] = &t->sites[i];
+        s->at[s->n_sites] = t->memory + bytes / sizeof(double);
+        numbers[s->n_sites++] = i;
+        (void)add_sums(&bytes, s->kind, t->sites[i].n);
+    }
+    memset(t->memory, 0, bytes);
+    TV_TRY(tve_walk_layer(walk, s->n_sites ? &tap : NULL, &progress, err));
+    for (size_t i = 0; i < s->n_sites; i++) {
+        const struct tve_site *const site = s->sites[i];
+        const bool gram = s->kind == TVE_STAT_GRAM;
+        const struct tve_stat_input in = {
+            .kind = s->kind,
+            .layer = l,
+            .tensors = site->tensors,
+            .n_tensors = site->n_tensors,
+            .n = site->n,
+            .n_rows = t->n_rows,
+            .sums = gram ? NULL : s->at[i],
+            .gram = gram ? round_down(s->at[i], tve_stat_size(s->kind, site->n))
+                         : NULL,
+        };
+        TV_TRY(t->fn(t->arg, numbers[i], &in, err));
+    }
+out:
+    return rc;
+}
+
+static enum tv_err all_layers(struct statistics *t, const struct tve_window *w,
+                              size_t n_windows, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_walk *walk = NULL;
+    size_t site = 0;
+
+    TV_TRY(tve_walk_open(t->sums.m, w, n_windows, t->bytes, err, &walk));
+    for (size_t l = 0; l < t->last; l++) {
+        while (site < t->n_sites && t->sites[site].layer < l)
+            site++;
+        TV_TRY(one_layer(t, walk, l, site, err));
+    }
+out:
+    tve_walk_close(walk);
+    return rc;
+}
+
+enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
+                                size_t n_windows, enum tve_stat kind,
+                                const bool *want,
+                                const struct tve_progress *progress,
+                                tve_site_fn fn, void *arg, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_site *sites = NULL;
+    const unsigned n_workers = tv_pool_threads(m->pool);
+    struct statistics t = {.sums = {.m = m, .kind = kind},
+                           .want = want,
+                           .fn = fn,
+                           .arg = arg,
+                           .progress = progress};
+
+    if (n_windows == 0)
+        return tv_error_set(err, TV_E_INPUT, "no windows");
+    TV_TRY(tve_sites(m, &sites, &t.n_sites, err));
+    t.sites = sites;
+    TV_TRY(measure(&t, err));
+    if (t.last == 0)
+        goto out; /* nothing is wanted */
+    for (size_t i = 0; i < n_windows; i++)
+        t.n_rows += w[i].n;
+    t.total = t.n_rows * t.last;
+    t.memory = tv_alloc_aligned(t.bytes);
+    t.sums.product = tv_calloc(n_workers, sizeof(*t.sums.product));
+    if (!t.memory || !t.sums.product)
+        goto no_memory;
+    for (unsigned i = 0; i < n_workers && kind == TVE_STAT_GRAM; i++) {
+        t.sums.product[i] = tv_alloc_aligned(TILE * TILE * sizeof(float));
+        if (!t.sums.product[i])
+            goto no_memory;
+    }
+    rc = all_layers(&t, w, n_windows, err);
+    goto out;
+no_memory:
+    rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+out:
+    for (unsigned i = 0; t.sums.product && i < n_workers; i++)
+        tv_free(t.sums.product[i]);
+    tv_free(t.sums.product);
+    tv_free(t.memory);
+    tv_free(sites);
+    return rc;
+}
+
+struct forward { /* to a function that does not ask for numbers */
+    tve_stat_fn fn;
+    void *arg;
+};
+
+static enum tv_err forward(void *arg, size_t site,
+                           const struct tve_stat_input *in,
+                           struct tv_error *err)
+{
+    const struct forward *const f = arg;
+
+    (void)site;
+    return f->fn(f->arg, in, err);
 }
 
 enum tv_err tve_statistics(tve_model *m, const struct tve_window *w,
@@ -147,45 +398,10 @@ enum tv_err tve_statistics(tve_model *m, const struct tve_window *w,
                            const struct tve_progress *progress, tve_stat_fn fn,
                            void *arg, struct tv_error *err)
 {
-    enum tv_err rc = TV_OK;
-    struct sums s = {.m = m, .kind = kind, .fn = fn, .arg = arg};
-    const struct tve_param *const p = widest(m);
-    const unsigned n_workers = tv_pool_threads(m->pool);
-    size_t n = 0, bytes = 0;
+    struct forward f = {fn, arg};
 
-    if (n_windows == 0)
-        return tv_error_set(err, TV_E_INPUT, "no windows");
-    if (!p)
-        return TV_OK; /* a model without layers has no inputs */
-    n = tve_stat_size(kind, tve_linear_in(m, p));
-    if (n == 0 || !tv_mul_size(n, sizeof(*s.sums), &bytes) ||
-        bytes > m->memory_bytes)
-        return tv_error_set(
-            err, TV_E_BUDGET,
-            "statistics of the %zu inputs of \"%s\" do not fit into a memory "
-            "budget of %llu bytes",
-            tve_linear_in(m, p), p->w.t->name,
-            (unsigned long long)m->memory_bytes);
-    s.sums = tv_alloc_aligned(bytes);
-    s.product = tv_calloc(n_workers, sizeof(*s.product));
-    if (!s.sums || !s.product)
-        goto no_memory;
-    for (unsigned i = 0; i < n_workers && kind == TVE_STAT_GRAM; i++) {
-        s.product[i] = tv_alloc_aligned(TILE * TILE * sizeof(float));
-        if (!s.product[i])
-            goto no_memory;
-    }
-    const struct tve_tap tap = {see, &s, bytes};
-    rc = tve_run_layers(m, w, n_windows, progress, &tap, err);
-    goto out;
-no_memory:
-    rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-out:
-    for (unsigned i = 0; s.product && i < n_workers; i++)
-        tv_free(s.product[i]);
-    tv_free(s.product);
-    tv_free(s.sums);
-    return rc;
+    return tve_site_statistics(m, w, n_windows, kind, NULL, progress, forward,
+                               &f, err);
 }
 
 enum tv_err tve_token_counts(const tve_model *m, const struct tve_window *w,

@@ -141,29 +141,35 @@ TV_NODISCARD enum tv_err tve_logits(tve_model *m, const int32_t *ids,
  * of the same input (q, k and v; gate and up) share one. Blocks only: the
  * output head has none, and an embedding's inputs are token counts. */
 enum tve_stat {
-    TVE_STAT_DIAG, /* sums [n]: of squares of each channel */
-    TVE_STAT_GRAM  /* sums [n (n + 1) / 2]: the upper triangle of X^T X, row by
-                    * row: (0,0) ... (0,n-1) (1,1) ... */
+    TVE_STAT_DIAG,  /* sums [n]: of squares of each channel */
+    TVE_STAT_GRAM,  /* gram [n (n + 1) / 2]: the upper triangle of X^T X, row by
+                     * row: (0,0) ... (0,n-1) (1,1) ... */
+    TVE_STAT_COUNTS /* sums [n]: how often each token occurs, the diagonal that
+                     * an embedding's one-hot inputs have (tv/calibrate.h) */
 };
-/* Entries of sums for n channels; 0 when there is no such size. */
+/* Entries for n channels; 0 when there is no such size. */
 size_t tve_stat_size(enum tve_stat kind, size_t n);
 
 struct tve_stat_input { /* all borrowed during the call */
+    enum tve_stat kind;
     size_t layer;
     const char *const *tensors; /* weights that take this input */
     size_t n_tensors;
-    size_t n;        /* channels */
-    uint64_t n_rows; /* tokens */
-    const double *sums;
+    size_t n;           /* channels */
+    uint64_t n_rows;    /* tokens */
+    const double *sums; /* TVE_STAT_DIAG, TVE_STAT_COUNTS; else NULL */
+    const float *gram;  /* TVE_STAT_GRAM; else NULL */
 };
 /* Its error ends the run. */
 typedef enum tv_err (*tve_stat_fn)(void *arg, const struct tve_stat_input *in,
                                    struct tv_error *err);
-/* Calls fn for every input, in the order of computation; sums of one input are
+/* Calls fn for every input, in the order of computation; sums of one block are
  * in memory at a time. Products are summed in fp32 over at most 1,024 tokens,
- * the rest in fp64. All windows go through the model as one batch, so that each
- * weight is read once (activations beyond the memory budget lie in the scratch
- * file). Errors of tve_score; BUDGET when sums alone exceed the budget. */
+ * the rest in fp64; a Gram matrix is rounded to fp32 at the end. All windows go
+ * through the model side by side, so that a block is finished before the next
+ * begins (residual streams beyond the memory budget lie in the scratch file).
+ * kind: not TVE_STAT_COUNTS. Errors of tve_score; BUDGET when the sums of a
+ * block alone exceed the budget. */
 TV_NODISCARD enum tv_err
 tve_statistics(tve_model *m, const struct tve_window *w, size_t n_windows,
                enum tve_stat kind, const struct tve_progress *progress,
