@@ -204,10 +204,20 @@ enum tv_err tvm_gather_verify(const struct tvm_reader *r, uint64_t tile,
     enum tv_err rc = TV_OK;
     for (size_t i = 0; i < r->n_below; i++) {
         const struct tvm_reader *const b = &r->below[i];
-        const uint64_t leaves = tv_leaf_count(b->view.bytes);
+        const struct tvm_gather *const g = r->gather;
+        uint64_t first = 0;
+        uint64_t end = tv_leaf_count(b->view.bytes);
+        if (g->n_used > 0) {
+            first = g->used_from * b->elem_bytes / TV_LEAF_BYTES;
+            end = ((g->used_from + g->n_used) * b->elem_bytes - 1) /
+                      TV_LEAF_BYTES +
+                  1;
+        }
+        const uint64_t leaves = end - first;
         const uint64_t per = (leaves + n_tiles - 1) / n_tiles;
-        const uint64_t from = tile * per < leaves ? tile * per : leaves;
-        const uint64_t to = from + per < leaves ? from + per : leaves;
+        const uint64_t skip = tile * per < leaves ? tile * per : leaves;
+        const uint64_t from = first + skip;
+        const uint64_t to = leaves - skip > per ? from + per : end;
         if (b->view.leaves == NULL || from == to)
             continue;
         TV_TRY(tvm_reader_verify(b, from * TV_LEAF_BYTES,

@@ -7,6 +7,9 @@
  *   comes from:   own 0..63    zero      row 7 of    mean of all
  *                                        model b     rows before
  *
+ * It also puts the experts of a layer into one tensor, or takes one out of it
+ * (plan_layout.c): their rows one after the other.
+ *
  * It stands on the readers of source.c: adapters and dtypes of what it takes
  * rows from are theirs. A method sees rows of one vocabulary and runs
  * unchanged. Rows are kept as runs, so an almost equal vocabulary costs almost
@@ -53,6 +56,9 @@ struct tvm_gather {
     uint64_t cols;                 /* elements of a row */
     const struct tvm_source *from; /* [n_from], none gathered itself */
     size_t n_from;
+    /* The only part of from[0] that is used, of its elements; n_used 0: all of
+     * every one. */
+    uint64_t used_from, n_used;
 };
 
 uint64_t tvm_gather_bytes(const struct tvm_gather *g);
@@ -66,7 +72,7 @@ const float *tvm_gather_block(const struct tvm_reader *r,
                               const struct tvk_table *k, uint64_t start,
                               size_t n, float *scratch, float *l_scratch);
 /* Checks the `tile`-th of n_tiles shares of the leaves of all that rows come
- * from: every leaf is in one share. */
+ * from (of the part that is used): every leaf is in one share. */
 TV_NODISCARD enum tv_err tvm_gather_verify(const struct tvm_reader *r,
                                            uint64_t tile, uint64_t n_tiles,
                                            struct tv_error *err);

@@ -789,6 +789,7 @@ static enum tv_err make(struct planner *pl)
         plan->architecture = plan->inputs[pl->st->donor].arch->architecture;
     if (!pl->agree)
         goto out;
+    TV_TRY(plan_layout_make(pl));
     TV_TRY(plan_vocab_make(pl));
     TV_TRY(plan_tensors_make(pl));
     if (pl->oom)
@@ -847,6 +848,7 @@ enum tv_err tvm_plan_make(const tvm_recipe *r, const struct tvm_options *o,
     pl.plan = NULL;
 out:
     plan_vocab_free(pl.vocab);
+    plan_layout_free(&pl);
     tv_free(pl.causes);
     tvm_plan_free(pl.plan);
     return rc;

@@ -413,9 +413,13 @@ static const char *arch_label(const struct tv_arch *a)
 }
 
 /* The name with its layer number replaced, since two models of one
- * architecture may differ in depth. */
+ * architecture may differ in depth; experts may be stored in another way. */
 static char *name_pattern(const struct tv_arch_tensor *t)
 {
+    const struct tv_expert e = tv_expert_of(t);
+    if (e.part != TV_EXPERT_NONE)
+        return tv_asprintf("%.*s*.%s", (int)t->layer_at, t->name,
+                           e.part == TV_EXPERT_ROUTER ? "router" : "experts");
     if (t->layer < 0 || t->layer_len == 0)
         return tv_strdup(t->name);
     return tv_asprintf("%.*s*%s", (int)t->layer_at, t->name,

@@ -7,6 +7,7 @@
  *   plan_report.c    problems with a limit per cause
  *   plan_inputs.c    references -> opened models, adapters, fingerprints
  *   plan_vocab.c     tokens, ids and rows of the output (plan_vocab.h)
+ *   plan_layout.c    experts stored in another way than the output's
  *   plan_ties.c      does the output have a head of its own?
  *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
  *   plan_files.c     side files, config.json edits
@@ -36,12 +37,22 @@ struct plan_bound { /* an adapter module on tensor `target` of the model */
     struct tv_adapter_use low_rank;
 };
 
+struct plan_made {              /* a tensor that an input has in another form */
+    struct tv_arch_tensor like; /* as it would be described */
+    size_t index; /* of the tensor that only has another name, or SIZE_MAX: */
+    const struct tv_input_tensor *tensor; /* what it would be, ... */
+    const struct tvm_gather *gather;      /* ... put together from these */
+};
+
 struct plan_ref { /* beside plan->inputs[i] */
     const struct tvm_recipe_ref *where;
     const struct plan_bound *bound;  /* sorted by target, then order */
     struct tv_adapter_use *low_rank; /* the same order, what sources point at */
     size_t n_bound;
     bool usable;
+    struct plan_made *made; /* indices from arch->n_tensors on; heap */
+    size_t n_made, cap_made;
+    bool *hidden; /* [arch->n_tensors] made ones stand for it; NULL: none */
     size_t embed, head;   /* tensors, SIZE_MAX: none */
     bool tied;            /* its head is its embedding */
     const char *hub;      /* "ORG/NAME" when it came from the hub cache */
@@ -129,6 +140,17 @@ TV_NODISCARD enum tv_err plan_input_add(struct planner *pl,
 TV_NODISCARD enum tv_err plan_inputs_agree(struct planner *pl);
 /* Index of the input for a reference, SIZE_MAX when there is none. */
 size_t plan_input_find(const struct planner *pl, const char *ref);
+/* Gives every input the output's layout of experts: refs[].made, hidden. */
+TV_NODISCARD enum tv_err plan_layout_make(struct planner *pl);
+void plan_layout_free(struct planner *pl);
+/* Tensors of an input, made ones behind its own, and what one is. */
+size_t plan_count(const struct planner *pl, size_t input);
+const struct tv_arch_tensor *plan_describe(const struct planner *pl,
+                                           size_t input, size_t index);
+/* Fills a source from input's tensor `index`, own or made, with the adapters on
+ * it. */
+void plan_source_fill(struct planner *pl, size_t input, size_t index,
+                      struct tvm_source *s);
 /* Tokens, ids and rows of the output, when the recipe asks for it; sets
  * pl->vocab and pl->chat_template. */
 TV_NODISCARD enum tv_err plan_vocab_make(struct planner *pl);

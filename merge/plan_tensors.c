@@ -69,10 +69,15 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
 {
     const struct plan_slice *const s = &pl->slices[slice];
     const struct tv_arch *const a = pl->plan->inputs[s->input[source]].arch;
+    const bool *const hidden = pl->refs[s->input[source]].hidden;
+    const size_t n = plan_count(pl, s->input[source]);
     enum tv_err rc = TV_OK;
-    for (size_t i = 0; i < a->n_tensors; i++) {
-        const struct tv_arch_tensor *const t = &a->tensors[i];
+    for (size_t i = 0; i < n; i++) {
+        const struct tv_arch_tensor *const t =
+            plan_describe(pl, s->input[source], i);
         struct cand c = {NULL, slice, source, i, -1};
+        if (hidden != NULL && i < a->n_tensors && hidden[i])
+            continue; /* made ones stand for it */
         if (t->role == TV_ROLE_LM_HEAD && !t->is_bias &&
             pl->refs[s->input[source]].tied)
             continue; /* its embedding by another name */
@@ -157,8 +162,18 @@ void plan_source_fill(struct planner *pl, size_t input, size_t index,
     size_t lo = 0;
     size_t hi = ref->n_bound;
 
+    const size_t n_own = pl->plan->inputs[input].arch->n_tensors;
+
     memset(s, 0, sizeof(*s));
     s->input = input;
+    if (index >= n_own) {
+        const struct plan_made *const m = &ref->made[index - n_own];
+        s->tensor = m->tensor;
+        s->gather = m->gather;
+        index = m->index;
+    }
+    if (index == SIZE_MAX)
+        return; /* adapters are on what it is put together from */
     s->tensor = tv_input_tensor(pl->plan->inputs[input].input, index);
     while (lo < hi) {
         const size_t mid = lo + (hi - lo) / 2;
@@ -204,17 +219,14 @@ static void find_sources(struct build *b)
             add_source(b, s, b->cands[c].index);
             for (c++; c < b->n_cands && b->cands[c].source == s; c++) {
                 b->ok = false;
-                plan_report(pl, "names that become equal", LISTED, true,
-                            TV_E_INPUT, b->t->name,
-                            "two tensors of '%s' would get this name: '%s' "
-                            "and '%s'",
-                            ref_of(b, s),
-                            tv_input_tensor(pl->plan->inputs[input].input,
-                                            b->cands[c - 1].index)
-                                ->name,
-                            tv_input_tensor(pl->plan->inputs[input].input,
-                                            b->cands[c].index)
-                                ->name);
+                plan_report(
+                    pl, "names that become equal", LISTED, true, TV_E_INPUT,
+                    b->t->name,
+                    "two tensors of '%s' would get this name: '%s' "
+                    "and '%s'",
+                    ref_of(b, s),
+                    plan_describe(pl, input, b->cands[c - 1].index)->name,
+                    plan_describe(pl, input, b->cands[c].index)->name);
             }
             continue;
         }
@@ -418,6 +430,18 @@ static enum tv_err plan_verbatim(struct build *b)
     int fold = -1;
     enum tv_err rc = TV_OK;
 
+    for (size_t i = 0; i < t->n_sources; i++) {
+        if (t->sources[i].gather == NULL)
+            continue;
+        b->ok = false;
+        plan_report(b->pl, "experts of other dtypes", LISTED, true,
+                    TV_E_UNSUPPORTED, t->name,
+                    "'%s' stores its experts in another layout and as %s; only "
+                    "F16, BF16 and F32 can be put in another one",
+                    source_ref(b, i),
+                    tv_dtype_name(t->sources[i].tensor->dtype));
+        return TV_OK;
+    }
     for (size_t i = 0; i < t->n_sources; i++) {
         if (t->sources[i].n_adapters == 0)
             continue;
@@ -715,13 +739,11 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     b.slice = slice;
     b.cands = cands;
     b.n_cands = n;
-    b.like = &pl->plan->inputs[slice->input[cands[0].source]]
-                  .arch->tensors[cands[0].index];
+    b.like = plan_describe(pl, slice->input[cands[0].source], cands[0].index);
     /* What a tied input lends is described as an embedding. */
     for (size_t i = 1; i < n && b.like->role == TV_ROLE_EMBED; i++) {
         const struct tv_arch_tensor *const other =
-            &pl->plan->inputs[slice->input[cands[i].source]]
-                 .arch->tensors[cands[i].index];
+            plan_describe(pl, slice->input[cands[i].source], cands[i].index);
         if (other->role == TV_ROLE_LM_HEAD)
             b.like = other;
     }
@@ -762,7 +784,8 @@ static const char *draw_key(const struct tvm_tensor *t)
 {
     const char *key = "";
     for (size_t s = 0; s < t->n_sources; s++) {
-        if (t->sources[s].gather != NULL)
+        if (t->sources[s].gather != NULL &&
+            t->sources[s].gather->rows->n_tokens > 0)
             return "";
         if (strcmp(t->sources[s].tensor->name, key) > 0)
             key = t->sources[s].tensor->name;

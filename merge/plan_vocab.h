@@ -76,9 +76,6 @@ void plan_vocab_note(struct planner *pl, const char *fmt, ...) TV_PRINTF(2, 3);
 TV_NODISCARD enum tv_err plan_rows_gather(struct planner *pl,
                                           const struct tv_arch_tensor *like,
                                           struct tvm_tensor *t, bool *ok);
-/* Fills a source from input's tensor `index` with the adapters on it. */
-void plan_source_fill(struct planner *pl, size_t input, size_t index,
-                      struct tvm_source *s);
 
 /* What one tokenizer file of the output holds: *out is owned, or NULL when the
  * bytes can stay as they are; *leave_out when the file would contradict the

@@ -95,6 +95,41 @@ TV_NODISCARD enum tv_err tv_arch_describe(const char *config, size_t n_config,
 void tv_arch_free(struct tv_arch *a);
 /* Name of the same tensor in another layer, owned; t->layer >= 0. */
 char *tv_arch_rename(const struct tv_arch_tensor *t, int64_t layer);
+
+/* ---- experts ----------------------------------------------------------------
+ *
+ * One model's experts are stored in several ways: a tensor for every expert, or
+ * all experts of a layer packed into one, gate and up on top of each other.
+ *
+ *   one each   ...layers.3.mlp.experts.7.gate_proj.weight   [inner, hidden]
+ *   packed     ...layers.3.mlp.experts.gate_up_proj  [experts, 2 inner, hidden]
+ */
+enum tv_expert_part {
+    TV_EXPERT_NONE = 0,
+    TV_EXPERT_ROUTER,
+    TV_EXPERT_GATE, /* one each */
+    TV_EXPERT_UP,
+    TV_EXPERT_DOWN,
+    TV_EXPERT_GATE_UP, /* packed */
+    TV_EXPERT_DOWNS,   /* packed */
+    TV_EXPERT_PARTS
+};
+struct tv_expert_layout;
+struct tv_expert {
+    enum tv_expert_part part; /* NONE: no tensor of a mixture of experts */
+    const struct tv_expert_layout *layout; /* NULL: a router of several ones */
+    int64_t number;                        /* of the expert, -1 otherwise */
+    size_t name_at; /* where the layout's own part of the name begins */
+};
+/* What a tensor of a layer is, from its name. */
+struct tv_expert tv_expert_of(const struct tv_arch_tensor *t);
+bool tv_expert_packed(const struct tv_expert_layout *layout);
+/* Name of a part in a layout, owned, in the layer of t; number is for those
+ * that are one each. NULL: out of memory, or the layout has no such part. */
+char *tv_expert_name(const struct tv_arch_tensor *t,
+                     const struct tv_expert_layout *layout,
+                     enum tv_expert_part part, int64_t number);
+
 /* Names of the families with a table, for --help and messages. */
 size_t tv_arch_families(const char *const **names);
 #endif
