@@ -323,6 +323,7 @@ enum pass {
     PASS_NONE,
     PASS_SETUP,
     PASS_MEASURE,
+    PASS_WORK,
     PASS_COMBINE,
     PASS_COPY,
     PASS_WRITING
@@ -508,15 +509,21 @@ static void prepare_pass(const struct exec *ex, struct slot *s, enum pass pass)
     s->pass = pass;
 }
 
-/* Next pass of a tensor whose tiles are all done. No lock: nobody else looks at
- * the slot while its pass is PASS_SETUP. Returns it. */
-static enum pass choose_pass(struct slot *s)
+/* Next pass of a tensor whose tiles are all done, and how many it has. No lock:
+ * nobody takes a tile meanwhile, and the slot itself is changed with it held.
+ */
+static enum pass choose_pass(struct slot *s, uint64_t *n_tiles)
 {
     if (s->t->action == TVM_COPY)
         return PASS_COPY;
     if (s->t->n_elems > 0 && s->t->method->next_phase &&
-        s->t->method->next_phase(&s->job))
-        return PASS_MEASURE;
+        s->t->method->next_phase(&s->job)) {
+        const size_t n =
+            s->t->method->work_items ? s->t->method->work_items(&s->job) : 0;
+        *n_tiles = n > 0 ? n : s->job.n_tiles;
+        return n > 0 ? PASS_WORK : PASS_MEASURE;
+    }
+    *n_tiles = s->job.n_tiles;
     return PASS_COMBINE;
 }
 
@@ -692,10 +699,11 @@ static void move_order(struct exec *ex)
 static void advance(struct exec *ex, struct slot *s)
 {
     enum pass pass = PASS_WRITING;
+    uint64_t n_tiles = s->n_tiles;
 
     if (!is_output(s->pass))
-        pass = choose_pass(s);
-    if (is_output(pass) && s->n_tiles == 0)
+        pass = choose_pass(s, &n_tiles);
+    if (is_output(pass) && n_tiles == 0)
         pass = PASS_WRITING;
     if (pass == PASS_WRITING) {
         fill_done(ex, s);
@@ -704,6 +712,7 @@ static void advance(struct exec *ex, struct slot *s)
             close_readers(s);
     }
     lock(ex);
+    s->n_tiles = n_tiles;
     prepare_pass(ex, s, pass);
     if (pass == PASS_WRITING && !ex->sink->ordered)
         add_finished(ex, s);
@@ -967,6 +976,21 @@ out:
     return rc;
 }
 
+/* A share of a matrix method's work, which reads its state only. */
+static enum tv_err run_item_of_work(struct worker *w, struct slot *s,
+                                    uint64_t item, unsigned local,
+                                    struct tv_error *err)
+{
+    const double t0 = now();
+    const enum tv_err rc =
+        s->t->method->work(&s->job, (size_t)item, local, err);
+
+    if (rc != TV_OK)
+        tv_error_context(err, "%s", s->t->name);
+    w->t_compute += now() - t0;
+    return rc;
+}
+
 /* Copied values count like merged ones. */
 static uint64_t count_copied(const struct exec *ex, struct worker *w,
                              const struct tv_view *v, const unsigned char *data,
@@ -1037,15 +1061,22 @@ out:
 
 /* ---- workers ------------------------------------------------------------- */
 
-/* A slot with a tile to take, the oldest tensor first. Mutex held. */
-static struct slot *find_tile(struct exec *ex)
+/* A slot with a tile for this worker to take, the oldest tensor first. Mutex
+ * held. */
+static struct slot *find_tile(struct exec *ex, unsigned worker)
 {
     struct slot *best = NULL;
     for (size_t i = 0; i < ex->g.n_slots; i++) {
         struct slot *s = &ex->slots[i];
-        if (s->pass != PASS_MEASURE && !is_output(s->pass))
+        if (s->pass != PASS_MEASURE && s->pass != PASS_WORK &&
+            !is_output(s->pass))
             continue;
         if (s->next_tile == s->n_tiles)
+            continue;
+        /* The state has room for as many workers as the tensor has tiles, and
+         * there may be more items of work. */
+        if (s->pass == PASS_WORK && s->local[worker] == NO_WORKER &&
+            s->n_local == s->job.n_workers)
             continue;
         if (ex->sink->ordered && is_output(s->pass) &&
             s->seq != ex->combine_seq)
@@ -1079,8 +1110,12 @@ static void take_tile(struct exec *ex, struct worker *w, unsigned worker,
         move_order(ex);
     const uint64_t read_before = w->bytes_read;
     unlock(ex);
-    rc = s->pass == PASS_COPY ? run_copy_tile(ex, w, s, tile, &err)
-                              : run_math_tile(ex, w, s, tile, local, &err);
+    if (s->pass == PASS_COPY)
+        rc = run_copy_tile(ex, w, s, tile, &err);
+    else if (s->pass == PASS_WORK)
+        rc = run_item_of_work(w, s, tile, local, &err);
+    else
+        rc = run_math_tile(ex, w, s, tile, local, &err);
     if (rc != TV_OK)
         fail(ex, rc, &err);
     lock(ex);
@@ -1123,7 +1158,7 @@ static void work(struct exec *ex, unsigned worker)
         struct slot *s = NULL;
         if (!w->buf && ex->n_bufs > 0)
             w->buf = ex->bufs[--ex->n_bufs];
-        if (w->buf && (s = find_tile(ex)) != NULL) {
+        if (w->buf && (s = find_tile(ex, worker)) != NULL) {
             take_tile(ex, w, worker, s);
             continue;
         }

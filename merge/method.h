@@ -124,6 +124,13 @@ struct tvm_method {
     void (*combine_row)(struct tvm_job *job, struct tvm_tile *tile,
                         uint64_t row, const float *const *x, float *dst,
                         size_t n);
+    /* Methods of matrix scope (matrix.h): after passes that measured, passes of
+     * work on the state alone. next_phase said true; how many items has the
+     * pass, in any order, each done by one worker? 0: it measures. NULL: always
+     * 0. At most job->n_workers work at a time. */
+    size_t (*work_items)(const struct tvm_job *job);
+    enum tv_err (*work)(struct tvm_job *job, size_t item, unsigned worker,
+                        struct tv_error *err);
     /* Called at the start of each tile of each pass; may be NULL. */
     void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
 
@@ -178,6 +185,9 @@ void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);
 
 extern const struct tvm_method tvm_method_linear;
+extern const struct tvm_method tvm_method_tsv;
+extern const struct tvm_method tvm_method_iso_c;
+extern const struct tvm_method tvm_method_wudi;
 extern const struct tvm_method tvm_method_slerp;
 extern const struct tvm_method tvm_method_nuslerp;
 extern const struct tvm_method tvm_method_multislerp;

@@ -35,6 +35,9 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_arcee_fusion,
     &tvm_method_passthrough,
     &tvm_method_consensus,
+    &tvm_method_tsv,
+    &tvm_method_iso_c,
+    &tvm_method_wudi,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

@@ -20,6 +20,7 @@
 #include <jansson.h>
 
 #include "tv/alloc.h"
+#include "tv/linalg.h"
 #include "tv/text.h"
 
 #define IDENTITY_FORMAT 2
@@ -373,6 +374,15 @@ static char *dump(const json_t *j, size_t *n)
     return text;
 }
 
+static bool uses_blas(const struct tvm_plan *plan)
+{
+    for (size_t i = 0; i < plan->n_tensors; i++)
+        if (plan->tensors[i].action == TVM_MERGE && plan->tensors[i].method &&
+            plan->tensors[i].method->work)
+            return true;
+    return false;
+}
+
 enum tv_err plan_identity_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -401,6 +411,13 @@ enum tv_err plan_identity_make(struct planner *pl)
                             "UTF-8");
     if (o->compat_mergekit &&
         json_object_set_new(root, "compat", json_string("mergekit")) != 0) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    /* Results of BLAS depend on which of its kernels do the work. */
+    if (uses_blas(plan) &&
+        json_object_set_new(root, "blas", json_string(tva_linalg_core())) !=
+            0) {
         rc = plan_oom(pl);
         goto out;
     }

@@ -727,6 +727,27 @@ static void compat_arithmetic(struct build *b)
         b->pl->problems->items[before].is_note = true;
 }
 
+/* Is it what a linear layer multiplies its inputs with? */
+static bool is_linear(const struct tv_arch_tensor *a, unsigned rank)
+{
+    if (rank != 2 || a->is_bias || a->vocab_dim >= 0)
+        return false;
+    switch (a->role) {
+    case TV_ROLE_EMBED:
+    case TV_ROLE_POSITION:
+    case TV_ROLE_EMBED_NORM:
+    case TV_ROLE_LM_HEAD:
+    case TV_ROLE_FINAL_NORM:
+    case TV_ROLE_INPUT_NORM:
+    case TV_ROLE_POST_ATTN_NORM:
+    case TV_ROLE_OTHER_NORM:
+    case TV_ROLE_BUFFER:
+        return false;
+    default:
+        return true;
+    }
+}
+
 static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
                                 size_t n, struct tvm_tensor *t)
 {
@@ -764,6 +785,9 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     find_sources(&b);
     check_present(&b);
     check_shapes(&b);
+    t->is_linear = is_linear(b.like, t->rank);
+    t->in_first =
+        pl->plan->inputs[slice->input[cands[0].source]].arch->linear_transposed;
     TV_TRY(align_rows(&b));
     TV_TRY(resolve_parameters(&b, cands[0].k));
     compat_arithmetic(&b);
