@@ -98,6 +98,8 @@ error_t tvc_parse_ms(struct tvc *c, const char *option, const char *arg,
 int tvc_exit_status(enum tv_err code);
 /* Prints e and gives its status. */
 int tvc_fail(struct tvc *c, const struct tv_error *e);
+/* Prints c->err (INTERRUPTED) and how to go on; gives its status. */
+int tvc_interrupted(struct tvc *c);
 /* Flushes stdout; gives `status`, or 1 when output was lost. */
 int tvc_done(struct tvc *c, int status);
 

@@ -148,21 +148,6 @@ static void document(struct tvc *c, const struct tvc_merge *m,
     tvc_out_json(&c->out, doc);
 }
 
-/* How to go on after Ctrl-C: the line to repeat is no place to save space, so
- * people get it whole and not as a hint, which is short. */
-static int interrupted(struct tvc *c)
-{
-    char *line = tvc_command_line(c);
-    const char *again = line ? line : "the same command";
-    if (c->out.json)
-        tv_error_hint(&c->err, "resume with: %s", again);
-    tvc_error(&c->out, &c->err);
-    if (!c->out.json)
-        tvc_notice(&c->out, "resume with: %s", again);
-    tv_free(line);
-    return tvc_done(c, tvc_exit_status(TV_E_INTERRUPTED));
-}
-
 /* Among the problems of the document; said here unless an error says it. */
 static void nonfinite(struct tvc *c, struct tvc_merge *m,
                       const struct tvm_result *r, bool say)
@@ -226,7 +211,7 @@ static int run(struct tvc *c)
     rc = merge(c, &m);
 out:
     if (rc == TV_E_INTERRUPTED)
-        status = interrupted(c);
+        status = tvc_interrupted(c);
     else if (rc != TV_OK)
         status = tvc_fail(c, &c->err);
     else if (status == 0 && !handled)

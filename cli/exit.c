@@ -4,6 +4,7 @@
  */
 #include "cli.h"
 #include "signals.h"
+#include "tv/alloc.h"
 
 int tvc_exit_status(enum tv_err code)
 {
@@ -40,6 +41,21 @@ int tvc_fail(struct tvc *c, const struct tv_error *e)
         tvc_warn(&c->out, "%s", lost.msg);
     tvc_error(&c->out, e);
     return tvc_exit_status(e->code);
+}
+
+/* The line to repeat is no place to save space, so people get it whole and not
+ * as a hint, which is short. */
+int tvc_interrupted(struct tvc *c)
+{
+    char *line = tvc_command_line(c);
+    const char *again = line ? line : "the same command";
+    if (c->out.json)
+        tv_error_hint(&c->err, "resume with: %s", again);
+    tvc_error(&c->out, &c->err);
+    if (!c->out.json)
+        tvc_notice(&c->out, "resume with: %s", again);
+    tv_free(line);
+    return tvc_done(c, tvc_exit_status(TV_E_INTERRUPTED));
 }
 
 int tvc_done(struct tvc *c, int status)

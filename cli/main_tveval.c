@@ -8,11 +8,14 @@ static const struct tvc_command *const commands[] = {
     &tvc_cmd_ppl,
     &tvc_cmd_logits,
     &tvc_cmd_tokenize,
+    &tvc_cmd_calibrate,
 };
 
 static const struct tvc_tool tool = {
     .name = "tveval",
-    .summary = "Evaluates language models: perplexity, logits, token ids.",
+    .summary =
+        "Evaluates language models: perplexity, logits, token ids, input "
+        "statistics.",
     .commands = commands,
     .n_commands = sizeof commands / sizeof *commands,
     .examples = "tveval ppl ./merged --text wiki.txt\n"

@@ -25,6 +25,41 @@ static bool needs_store(const struct tv_ref *ref)
     return false;
 }
 
+static enum tv_err open_parts(struct tvc *c, tv_store *store,
+                              struct tvc_subject *s)
+{
+    enum tv_err rc = TV_OK;
+    TV_TRY(tv_input_open(&s->ref->model, store, &c->err, &s->input));
+    const size_t n = s->ref->n_adapters;
+    s->adapter_inputs = tv_calloc(n ? n : 1, sizeof *s->adapter_inputs);
+    s->adapters = tv_calloc(n ? n : 1, sizeof *s->adapters);
+    if (!s->adapter_inputs || !s->adapters) {
+        rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    s->n_adapters = n;
+    for (size_t i = 0; i < n; i++) {
+        TV_TRY(tv_input_open(&s->ref->adapters[i], store, &c->err,
+                             &s->adapter_inputs[i]));
+        TV_TRY(tv_adapter_open(s->adapter_inputs[i], &c->err,
+                               &s->adapters[i].adapter));
+        s->adapters[i].weight = s->ref->adapters[i].weight;
+    }
+out:
+    return rc;
+}
+
+enum tv_err tvc_subject_open_in(struct tvc *c, const char *text,
+                                tv_store *store, struct tvc_subject *s)
+{
+    enum tv_err rc = TV_OK;
+    memset(s, 0, sizeof *s);
+    TV_TRY(tv_ref_resolve(text, &c->err, &s->ref));
+    TV_TRY(open_parts(c, store, s));
+out:
+    return rc;
+}
+
 enum tv_err tvc_subject_open(struct tvc *c, const char *text, const char *store,
                              struct tvc_subject *s)
 {
@@ -43,22 +78,7 @@ enum tv_err tvc_subject_open(struct tvc *c, const char *text, const char *store,
         }
         TV_TRY(tvc_store_open(c, path, true, &c->err, &s->store));
     }
-    TV_TRY(tv_input_open(&s->ref->model, s->store, &c->err, &s->input));
-    const size_t n = s->ref->n_adapters;
-    s->adapter_inputs = tv_calloc(n ? n : 1, sizeof *s->adapter_inputs);
-    s->adapters = tv_calloc(n ? n : 1, sizeof *s->adapters);
-    if (!s->adapter_inputs || !s->adapters) {
-        rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
-    s->n_adapters = n;
-    for (size_t i = 0; i < n; i++) {
-        TV_TRY(tv_input_open(&s->ref->adapters[i], s->store, &c->err,
-                             &s->adapter_inputs[i]));
-        TV_TRY(tv_adapter_open(s->adapter_inputs[i], &c->err,
-                               &s->adapters[i].adapter));
-        s->adapters[i].weight = s->ref->adapters[i].weight;
-    }
+    TV_TRY(open_parts(c, s->store, s));
 out:
     return rc;
 }

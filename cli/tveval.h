@@ -10,12 +10,13 @@
 #include "tv/format.h"
 #include "tv/store.h"
 
-extern const struct tvc_command tvc_cmd_ppl, tvc_cmd_logits, tvc_cmd_tokenize;
+extern const struct tvc_command tvc_cmd_ppl, tvc_cmd_logits, tvc_cmd_tokenize,
+    tvc_cmd_calibrate;
 
 /* A model reference, opened with its adapters. */
 struct tvc_subject {
     struct tv_ref *ref;
-    tv_store *store; /* NULL: none needed */
+    tv_store *store; /* owned; NULL: none needed, or borrowed */
     tv_input *input;
     tv_input **adapter_inputs; /* [ref->n_adapters] */
     struct tve_model_adapter *adapters;
@@ -25,6 +26,10 @@ struct tvc_subject {
 TV_NODISCARD enum tv_err tvc_subject_open(struct tvc *c, const char *text,
                                           const char *store,
                                           struct tvc_subject *s);
+/* The same in a store that is open already: borrowed. */
+TV_NODISCARD enum tv_err tvc_subject_open_in(struct tvc *c, const char *text,
+                                             tv_store *store,
+                                             struct tvc_subject *s);
 void tvc_subject_close(struct tvc_subject *s);
 /* The model of a subject, with the options of the command line. */
 TV_NODISCARD enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,

@@ -43,6 +43,7 @@ def arguments(doc, count, more=()):
     a.bin, a.recorder = os.path.abspath(a.bin), os.path.abspath(a.recorder)
     a.tvmerge = os.path.join(a.bin, "tvmerge")
     a.tvstore = os.path.join(a.bin, "tvstore")
+    a.tveval = os.path.join(a.bin, "tveval")
     return a
 
 

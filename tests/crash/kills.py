@@ -34,7 +34,7 @@ def look(what, before, after):
     return ok, now
 
 
-def one(name, command, before, after, k, when, fault):
+def one(name, command, before, after, kept, k, when, fault):
     """False when call k is not reached."""
     what = f"{name}: {' '.join(command[1:3])} killed {when} call {k}"
     failed = crashlib.failures_now()
@@ -65,6 +65,8 @@ def one(name, command, before, after, k, when, fault):
     check(acceptable(p.returncode, now == after),
           f"{what}: repeated: exit {p.returncode}: {p.stderr.strip()[-300:]}")
     now = W.state()
+    check(W.statistics() == kept,
+          f"{what}: statistics {W.statistics()}, not {kept}")
     check(now == after, f"{what}: ended in {brief(now)}, not {brief(after)}")
     check(not os.path.exists(os.path.join(W.out, ".tvmerge")),
           f"{what}: state left behind")
@@ -86,7 +88,8 @@ def calls_of(command, saved):
 
 
 def plan():
-    """[(scenario, command, state before, state after, saved disk, calls)]"""
+    """[(scenario, command, state before, state after, statistics after, saved
+    disk, calls)]"""
     out = []
     names = A.scenario.split(",") if A.scenario else list(W.scenarios)
     for name in names:
@@ -95,20 +98,21 @@ def plan():
             saved = W.save(f"{name}-{i}")
             before = W.state()
             n = calls_of(command, saved)
-            out.append((name, command, before, W.state(), saved, n))
+            out.append((name, command, before, W.state(), W.statistics(),
+                        saved, n))
     return out
 
 
 def main():
     jobs = plan()
     every = [(j, k, when) for j in jobs for k, when in
-             itertools.product(range(1, j[5] + 1),
+             itertools.product(range(1, j[6] + 1),
                                ("before", "half", "after"))]
     if A.count < len(every):
         every = rng.sample(every, A.count)
-    for (name, command, before, after, saved, _), k, when in every:
+    for (name, command, before, after, kept, saved, _), k, when in every:
         W.load(saved)
-        one(name, command, before, after, k, when, f"SIGKILL, {name}")
+        one(name, command, before, after, kept, k, when, f"SIGKILL, {name}")
     table.close()
     fired = sum(r["fired"] for r in table.rows.values())
     check(fired >= min(A.count, len(every)) * 2 // 3,

@@ -2,6 +2,7 @@
 """The commands that the crash drivers interrupt, the directories they work in,
 and what those may hold afterwards."""
 import hashlib
+import json
 import os
 import shutil
 
@@ -58,6 +59,12 @@ class World:
         return self.merge(self.stored, self.out, *SHARD, "--store",
                           self.store, *more)
 
+    def calibrate(self):
+        return [self.tools.tveval, "calibrate",
+                os.path.join(self.models, "base"), "--store", self.store,
+                "--random-tokens", "--samples", "6", "--context", "32",
+                "--stat", "gram", "--threads", "1", "--json"]
+
     def all_linked(self):
         return [self.init()] + [self.imported(m, "--link")
                                 for m in ("base", "ft1", "ft2")]
@@ -82,6 +89,8 @@ class World:
                 self.tvstore("rm", self.store, "base"),
                 self.tvstore("gc", self.store)]),
         }
+        if os.path.exists(self.tools.tveval):
+            out["calibrate"] = ([self.init()], [self.calibrate()])
         if "compact" in run(self.tools.tvstore, "--help").stdout:
             out["compact"] = (
                 [self.init(), self.imported("base"), self.imported("ft1"),
@@ -117,6 +126,15 @@ class World:
         shutil.copytree(saved, self.disk, symlinks=True, dirs_exist_ok=True)
 
     # ---- what is there ----
+
+    def statistics(self):
+        """Number and bytes; (0, 0) without a store. Not part of state():
+        they may be there in part, and go when room is needed."""
+        r = run(self.tools.tvstore, "stat", self.store, "--json")
+        if r.returncode != 0:
+            return (0, 0)
+        doc = json.loads(r.stdout)
+        return doc["n_statistics"], doc["kinds"]["statistics"]
 
     def output(self):
         if not os.path.exists(os.path.join(self.out, "config.json")):

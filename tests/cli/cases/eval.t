@@ -1,5 +1,5 @@
 # tveval: perplexity, logits, token ids; what it refuses.
-$ for c in ppl logits tokenize; do tveval $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tveval $c" || echo no example $c; grep -q TV_CPU h || echo no environment $c; done
+$ for c in ppl logits tokenize calibrate; do tveval $c --help > h || echo failed $c; tail -n 1 h | grep -q "^  .*tveval $c" || echo no example $c; grep -q TV_CPU h || echo no environment $c; done
 $ tveval ppl $DATA/base --text $DATA/text/prose.val.txt -j 1
 TEXT <*>PERPLEXITY <*>TOKENS
 <*>prose.val.txt    153.13<n>  <n>  5.03<n>   10200
