@@ -40,9 +40,10 @@ struct tva_term {
     double *gain;   /* DoRA: per output feature; else NULL */
 };
 
-void tva_view_f32(const struct tvk_table *k, const struct tv_view *v,
-                  uint64_t start, uint64_t n, float *dst)
+uint64_t tva_view_f32(const struct tvk_table *k, const struct tv_view *v,
+                      uint64_t start, uint64_t n, float *dst)
 {
+    uint64_t bad = 0;
     const size_t each = tv_dtype_bits(v->dtype) / 8u;
     uint64_t off = start * each;
 
@@ -53,18 +54,19 @@ void tva_view_f32(const struct tvk_table *k, const struct tv_view *v,
         if (whole > n)
             whole = n;
         if (whole > 0) {
-            tvk_to_f32(k, v->dtype, dst, at, (size_t)whole);
+            bad += tvk_to_f32(k, v->dtype, dst, at, (size_t)whole);
         } else {
             /* An element cut in two by a chunk border. */
             unsigned char one[8];
             whole = 1;
             tv_view_copy(v, off, each, one);
-            tvk_to_f32(k, v->dtype, dst, one, 1);
+            bad += tvk_to_f32(k, v->dtype, dst, one, 1);
         }
         dst += whole;
         off += whole * each;
         n -= whole;
     }
+    return bad;
 }
 
 /* ---- sizes --------------------------------------------------------------- */

@@ -808,29 +808,18 @@ static const float *read_block(struct exec *ex, struct worker *w,
     }
     if (mask && !s->first && s->pass != PASS_COMBINE)
         return NULL;
-    const float *x =
-        tvm_reader_block(&s->readers[source], k, start, n, at, w->l);
-    if (s->first) {
-        const uint64_t here = k->count_nonfinite(x, n);
-        *bad += here;
-        if (here > 0 && s->cached.n > 0)
-            atomic_fetch_add(&s->cached.src[source].n_nonfinite, here);
-    }
+    uint64_t here = 0;
+    const float *x = tvm_reader_block(&s->readers[source], k, start, n, at,
+                                      w->l, s->first ? &here : NULL);
+    *bad += here;
+    if (here > 0 && s->cached.n > 0)
+        atomic_fetch_add(&s->cached.src[source].n_nonfinite, here);
     if (s->t->compute != TV_DTYPE_NONE)
         x = tvm_compat_input(k, s->t, source, x, at, n);
     if (mask && s->pass == PASS_COMBINE)
         tvm_cached_keep_values(&s->cached, source, k, start, n, mask, x,
                                w->dst);
     return x;
-}
-
-/* How many of the values are not finite once they are in the output's dtype. */
-static uint64_t count_written(const struct tvk_table *k, enum tv_dtype dtype,
-                              const void *written, float *dst, size_t n)
-{
-    if (dtype != TV_F32)
-        tvk_to_f32(k, dtype, dst, written, n);
-    return k->count_nonfinite(dst, n);
 }
 
 /* Whole rows that a tile has elements of. */
@@ -876,10 +865,7 @@ static void run_rows(struct exec *ex, struct worker *w, struct slot *s,
         for (uint64_t e = from; e < to; e += TVM_BLOCK) {
             const size_t n = to - e < TVM_BLOCK ? (size_t)(to - e) : TVM_BLOCK;
             unsigned char *out = w->buf + (size_t)(e - tile->first) * each;
-            tvk_from_f32(ex->k, t->dtype, out, dst + (e - at), n);
-            *bad_out +=
-                count_written(ex->k, t->dtype, out,
-                              t->dtype == TV_F32 ? dst + (e - at) : w->dst, n);
+            *bad_out += tvk_from_f32(ex->k, t->dtype, out, dst + (e - at), n);
         }
     }
 }
@@ -954,9 +940,8 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
         t->method->combine(job, &tile, x, dst, n);
         for (size_t i = 0; i < s->cached.n; i++)
             tvm_cached_keep_mask(&s->cached, i, tile.start, n, w->made[i]);
-        if (t->dtype != TV_F32)
-            tvk_from_f32(k, t->dtype, at, dst, n);
-        bad_out += count_written(k, t->dtype, at, dst, n);
+        bad_out += t->dtype != TV_F32 ? tvk_from_f32(k, t->dtype, at, dst, n)
+                                      : k->count_nonfinite(dst, n);
     }
     if (combine)
         hash_out(s, tile.first * each, w->buf, (size_t)tile.n * each);
@@ -1003,8 +988,7 @@ static uint64_t count_copied(const struct exec *ex, struct worker *w,
     for (size_t at = 0; at < n / each; at += TVM_BLOCK) {
         const size_t left = n / each - at;
         const size_t some = left < TVM_BLOCK ? left : TVM_BLOCK;
-        tvk_to_f32(ex->k, v->dtype, w->dst, data + at * each, some);
-        bad += ex->k->count_nonfinite(w->dst, some);
+        bad += tvk_to_f32(ex->k, v->dtype, w->dst, data + at * each, some);
     }
     return bad;
 }

@@ -76,9 +76,10 @@ static void mean_of(const struct tvm_reader *r, const struct tvk_table *k,
         const size_t some = n - done < PIECE ? n - done : PIECE;
         memset(sum, 0, sizeof(sum));
         for (uint32_t i = 0; i < run->n_items; i++) {
-            const float *const x = tvm_reader_block(
-                &r->below[items[i].from], k,
-                items[i].row * g->cols + col + done, some, piece, l_scratch);
+            const float *const x =
+                tvm_reader_block(&r->below[items[i].from], k,
+                                 items[i].row * g->cols + col + done, some,
+                                 piece, l_scratch, NULL);
             for (size_t e = 0; e < some; e++)
                 sum[e] += (double)x[e];
         }
@@ -105,7 +106,7 @@ const float *tvm_gather_block(const struct tvm_reader *r,
         if (run->kind == TVM_RUN_ROWS) {
             const float *const x =
                 tvm_reader_block(&r->below[run->from], k, run->row * cols + in,
-                                 some, dst, l_scratch);
+                                 some, dst, l_scratch, NULL);
             if (some == n)
                 return x;
             if (x != dst)

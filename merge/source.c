@@ -103,21 +103,36 @@ void tvm_reader_close(struct tvm_reader *r)
     memset(r, 0, sizeof *r);
 }
 
+static const float *count_bad(const struct tvk_table *k, const float *x,
+                              size_t n, uint64_t *bad)
+{
+    if (bad)
+        *bad += k->count_nonfinite(x, n);
+    return x;
+}
+
 const float *tvm_reader_block(const struct tvm_reader *r,
                               const struct tvk_table *k, uint64_t start,
-                              size_t n, float *scratch, float *l_scratch)
+                              size_t n, float *scratch, float *l_scratch,
+                              uint64_t *bad)
 {
     if (r->gather)
-        return tvm_gather_block(r, k, start, n, scratch, l_scratch);
+        return count_bad(
+            k, tvm_gather_block(r, k, start, n, scratch, l_scratch), n, bad);
     if (r->view.dtype == TV_F32 && r->patch.n == 0) {
         uint64_t run = 0;
         const unsigned char *at =
             tv_view_at(&r->view, start * sizeof(float), &run);
         if (run >= n * sizeof(float) && (uintptr_t)at % sizeof(float) == 0)
-            return (const float *)(const void *)at;
+            return count_bad(k, (const float *)(const void *)at, n, bad);
     }
-    tva_view_f32(k, &r->view, start, n, scratch);
-    tva_patch_apply(&r->patch, k, start, n, scratch, l_scratch);
+    const uint64_t here = tva_view_f32(k, &r->view, start, n, scratch);
+    if (r->patch.n > 0) {
+        tva_patch_apply(&r->patch, k, start, n, scratch, l_scratch);
+        return count_bad(k, scratch, n, bad);
+    }
+    if (bad)
+        *bad += here;
     return scratch;
 }
 

@@ -58,10 +58,12 @@ void tvm_reader_close(struct tvm_reader *r);
 
 /* Elements [start, start + n), n <= TVM_BLOCK: a pointer into the view when it
  * holds them as aligned fp32, else into scratch [n]. l_scratch has
- * tvm_source_l_floats floats. */
+ * tvm_source_l_floats floats. *bad, if not NULL, grows by the elements that are
+ * not finite. */
 const float *tvm_reader_block(const struct tvm_reader *r,
                               const struct tvk_table *k, uint64_t start,
-                              size_t n, float *scratch, float *l_scratch);
+                              size_t n, float *scratch, float *l_scratch,
+                              uint64_t *bad);
 
 /* Checks the leaves of bytes [off, off + n); off is a multiple of
  * TV_LEAF_BYTES, the end one too or the tensor's. Leaves not known: TV_OK. */

@@ -18,6 +18,8 @@
 
 #define F32_INF   0x7f800000u
 #define F32_QUIET 0x00400000u
+#define BF16_INF  0x7f80u
+#define F16_INF   0x7c00u
 
 static uint16_t load16(const void *src, size_t i)
 {
@@ -94,42 +96,60 @@ static uint32_t f16_of_f32_bits(uint32_t u)
     return sign | q;
 }
 
-static void bf16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                        size_t n)
+static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
+                            const void *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i++) {
         const uint32_t u = f32_bits_of_bf16(load16(src, i));
         memcpy(dst + i, &u, sizeof(u));
+        bad += (u & F32_INF) == F32_INF;
     }
+    return bad;
 }
 
-static void f16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                       size_t n)
+static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
+                           const void *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i++) {
         const uint32_t u = f32_bits_of_f16(load16(src, i));
         memcpy(dst + i, &u, sizeof(u));
+        bad += (u & F32_INF) == F32_INF;
     }
+    return bad;
 }
 
-static void f32_to_bf16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                        size_t n)
+static uint64_t f32_to_bf16(void *TVK_RESTRICT dst,
+                            const float *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i++) {
         uint32_t u = 0;
         memcpy(&u, src + i, sizeof(u));
-        store16(dst, i, bf16_of_f32_bits(u));
+        const uint32_t h = bf16_of_f32_bits(u);
+        store16(dst, i, h);
+        bad += (h & BF16_INF) == BF16_INF;
     }
+    return bad;
 }
 
-static void f32_to_f16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                       size_t n)
+static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
+                           const float *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i++) {
         uint32_t u = 0;
         memcpy(&u, src + i, sizeof(u));
-        store16(dst, i, f16_of_f32_bits(u));
+        const uint32_t h = f16_of_f32_bits(u);
+        store16(dst, i, h);
+        bad += (h & F16_INF) == F16_INF;
     }
+    return bad;
 }
 
 void tvk_ref_convert(struct tvk_table *t)
@@ -140,26 +160,28 @@ void tvk_ref_convert(struct tvk_table *t)
     t->f32_to_f16 = f32_to_f16;
 }
 
-void tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,
-                const void *src, size_t n)
+uint64_t tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,
+                    const void *src, size_t n)
 {
     assert(t == TV_F32 || t == TV_F16 || t == TV_BF16);
     if (t == TV_BF16)
-        k->bf16_to_f32(dst, src, n);
-    else if (t == TV_F16)
-        k->f16_to_f32(dst, src, n);
-    else if (n > 0)
+        return k->bf16_to_f32(dst, src, n);
+    if (t == TV_F16)
+        return k->f16_to_f32(dst, src, n);
+    if (n > 0)
         memcpy(dst, src, n * sizeof(float));
+    return k->count_nonfinite(dst, n);
 }
 
-void tvk_from_f32(const struct tvk_table *k, enum tv_dtype t, void *dst,
-                  const float *src, size_t n)
+uint64_t tvk_from_f32(const struct tvk_table *k, enum tv_dtype t, void *dst,
+                      const float *src, size_t n)
 {
     assert(t == TV_F32 || t == TV_F16 || t == TV_BF16);
     if (t == TV_BF16)
-        k->f32_to_bf16(dst, src, n);
-    else if (t == TV_F16)
-        k->f32_to_f16(dst, src, n);
-    else if (n > 0)
+        return k->f32_to_bf16(dst, src, n);
+    if (t == TV_F16)
+        return k->f32_to_f16(dst, src, n);
+    if (n > 0)
         memcpy(dst, src, n * sizeof(float));
+    return k->count_nonfinite(src, n);
 }

@@ -76,8 +76,9 @@ static void every_pattern(const struct tvk_table *k, const struct format *f)
 
     for (uint32_t h = 0; h < 65536; h++)
         src[h] = (uint16_t)h;
-    tvk_to_f32(k, f->dtype, dst, src, 65536);
-    tvk_from_f32(k, f->dtype, back, dst, 65536);
+    const uint64_t n_nonfinite = 2 * (0x8000 - f->infinity);
+    assert_int_equal(tvk_to_f32(k, f->dtype, dst, src, 65536), n_nonfinite);
+    assert_int_equal(tvk_from_f32(k, f->dtype, back, dst, 65536), n_nonfinite);
     for (uint32_t h = 0; h < 65536; h++) {
         const uint32_t a = h & 0x7fffu;
         const uint32_t sign = h & 0x8000u;
@@ -101,7 +102,8 @@ static void narrow_one(const struct tvk_table *k, const struct format *f,
                        float v)
 {
     uint16_t got = 0;
-    tvk_from_f32(k, f->dtype, &got, &v, 1);
+    const uint64_t bad = tvk_from_f32(k, f->dtype, &got, &v, 1);
+    assert_int_equal(bad, (nearest(f, v) & 0x7fffu) == f->infinity);
     if (got != nearest(f, v))
         fail_msg("%s: %a (%08x) became %04x, expected %04x", f->name, (double)v,
                  (unsigned)bits_of(v), (unsigned)got, (unsigned)nearest(f, v));

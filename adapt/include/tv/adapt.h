@@ -39,9 +39,10 @@ struct tva_patch { /* zeroed: none; tva_patch_close */
     bool sums_only; /* nothing but low-rank sums and added biases */
 };
 
-/* Elements [start, start + n) of a view of a math dtype as fp32. */
-void tva_view_f32(const struct tvk_table *k, const struct tv_view *v,
-                  uint64_t start, uint64_t n, float *dst);
+/* Elements [start, start + n) of a view of a math dtype as fp32. Returns how
+ * many are not finite. */
+uint64_t tva_view_f32(const struct tvk_table *k, const struct tv_view *v,
+                      uint64_t start, uint64_t n, float *dst);
 
 /* Heap bytes that opening takes at most, and floats of scratch that applying
  * needs. */

@@ -81,17 +81,19 @@ struct tvk_table {
     /* ---- conversion -------------------------------------------------------
      * src [n] of the named type -> dst [n] fp32, exact. dst and src must not
      * overlap. bf16/f16 NaNs stay NaN (quiet). src may be any alignment, also
-     * unaligned to its element (safetensors files). */
-    void (*bf16_to_f32)(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                        size_t n);
-    void (*f16_to_f32)(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                       size_t n);
+     * unaligned to its element (safetensors files). Conversions return how many
+     * elements of dst are NaN or infinite: nearly free here, a pass of its own
+     * elsewhere. */
+    uint64_t (*bf16_to_f32)(float *TVK_RESTRICT dst,
+                            const void *TVK_RESTRICT src, size_t n);
+    uint64_t (*f16_to_f32)(float *TVK_RESTRICT dst,
+                           const void *TVK_RESTRICT src, size_t n);
     /* fp32 -> 16 bit, ties to even, overflow to infinity, NaN to a quiet NaN
      * (sign kept, payload truncated, quiet bit set). dst any alignment. */
-    void (*f32_to_bf16)(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                        size_t n);
-    void (*f32_to_f16)(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                       size_t n);
+    uint64_t (*f32_to_bf16)(void *TVK_RESTRICT dst,
+                            const float *TVK_RESTRICT src, size_t n);
+    uint64_t (*f32_to_f16)(void *TVK_RESTRICT dst,
+                           const float *TVK_RESTRICT src, size_t n);
 
     /* ---- linear -----------------------------------------------------------
      */
@@ -207,11 +209,12 @@ void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
 void tvk_stats_merge(struct tvk_stats *into, const struct tvk_stats *more);
 
 /* Converts n elements of a math dtype to/from fp32 through the table's
- * functions (F32 is copied). dtype must satisfy tv_dtype_is_math. */
-void tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,
-                const void *src, size_t n);
-void tvk_from_f32(const struct tvk_table *k, enum tv_dtype t, void *dst,
-                  const float *src, size_t n);
+ * functions (F32 is copied). dtype must satisfy tv_dtype_is_math. Returns the
+ * elements of dst that are not finite. */
+uint64_t tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,
+                    const void *src, size_t n);
+uint64_t tvk_from_f32(const struct tvk_table *k, enum tv_dtype t, void *dst,
+                      const float *src, size_t n);
 
 #ifdef __cplusplus
 }

@@ -25,32 +25,56 @@ TVK_INLINE __m512i quieten(__m512i u)
     return _mm512_mask_or_epi32(u, nan, u, _mm512_set1_epi32(0x00400000));
 }
 
-static void bf16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                        size_t n)
+/* How many of the lanes have an exponent of ones; absent lanes are 0. */
+TVK_INLINE unsigned nonfinite16(__m512i u)
 {
+    const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+    return tvk_popcount(
+        _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, exponent), exponent));
+}
+
+TVK_INLINE unsigned nonfinite_half(__m256i h, short inf)
+{
+    const __m256i exponent = _mm256_set1_epi16(inf);
+    return tvk_popcount(
+        _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, exponent), exponent));
+}
+
+static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
+                            const void *TVK_RESTRICT src, size_t n)
+{
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512i h = _mm512_cvtepu16_epi32(load_half(lanes, src, i));
         const __m512i u = quieten(_mm512_slli_epi32(h, 16));
         _mm512_mask_storeu_ps(dst + i, lanes, _mm512_castsi512_ps(u));
+        bad += nonfinite16(u);
     }
+    return bad;
 }
 
-static void f16_to_f32(float *TVK_RESTRICT dst, const void *TVK_RESTRICT src,
-                       size_t n)
+static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
+                           const void *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512 v = _mm512_cvtph_ps(load_half(lanes, src, i));
         _mm512_mask_storeu_ps(dst + i, lanes, v);
+        bad += nonfinite16(_mm512_castps_si512(v));
     }
+    return bad;
 }
 
-static void f32_to_bf16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                        size_t n)
+static uint64_t f32_to_bf16(void *TVK_RESTRICT dst,
+                            const float *TVK_RESTRICT src, size_t n)
 {
     const __m512i one = _mm512_set1_epi32(1);
     const __m512i bias = _mm512_set1_epi32(0x7fff);
+    uint64_t bad = 0;
 
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
@@ -61,22 +85,27 @@ static void f32_to_bf16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
         const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x00400000));
         const __m512i r = _mm512_mask_add_epi32(quiet, number, u,
                                                 _mm512_add_epi32(odd, bias));
-        store_half(dst, i, lanes,
-                   _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+        const __m256i h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+        store_half(dst, i, lanes, h);
+        bad += nonfinite_half(h, 0x7f80);
     }
+    return bad;
 }
 
-static void f32_to_f16(void *TVK_RESTRICT dst, const float *TVK_RESTRICT src,
-                       size_t n)
+static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
+                           const float *TVK_RESTRICT src, size_t n)
 {
+    uint64_t bad = 0;
+
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512 v = _mm512_maskz_loadu_ps(lanes, src + i);
-        store_half(dst, i, lanes,
-                   _mm512_maskz_cvtps_ph(lanes, v,
-                                         _MM_FROUND_TO_NEAREST_INT |
-                                             _MM_FROUND_NO_EXC));
+        const __m256i h = _mm512_maskz_cvtps_ph(
+            lanes, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        store_half(dst, i, lanes, h);
+        bad += nonfinite_half(h, 0x7c00);
     }
+    return bad;
 }
 
 void tvk_avx512_convert(struct tvk_table *t)
