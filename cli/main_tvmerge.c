@@ -12,6 +12,9 @@
 static const struct tvc_command *const commands[] = {
     &tvc_cmd_run,     &tvc_cmd_plan,    &tvc_cmd_status,
     &tvc_cmd_methods, &tvc_cmd_extract,
+#ifdef TVC_HAVE_EVAL
+    &tvc_cmd_compare,
+#endif
 };
 
 /* A recipe: a file that is there, or the name of one that is missing. */
@@ -41,6 +44,7 @@ static const struct tvc_tool tool = {
                 "tvmerge plan recipe.yml\n"
                 "tvmerge run recipe.yml --into merged --store models.tv\n"
                 "tvmerge status ./merged\n"
+                "tvmerge compare recipe.yml -o ./cmp --text prose.txt\n"
                 "tvmerge methods ties",
 };
 

@@ -10,7 +10,7 @@
 #include "tv/merge.h"
 
 extern const struct tvc_command tvc_cmd_run, tvc_cmd_plan, tvc_cmd_status,
-    tvc_cmd_methods, tvc_cmd_extract;
+    tvc_cmd_methods, tvc_cmd_extract, tvc_cmd_compare;
 
 struct tvc_merge_opts {
     struct tvm_options options; /* store and kernels are set by _prepare */

@@ -754,8 +754,121 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
     r->parameters = read_parameters(rd, root, &r->bad_parameters);
 }
 
+/* ---- another method in the same text --------------------------------------
+ */
+
+/* Where line and column (from 1, in characters) are in the text. */
+static size_t offset_of(const struct tvm_recipe *r, unsigned line, unsigned col)
+{
+    size_t at = 0;
+    for (unsigned l = 1; l < line && at < r->n_text; at++)
+        l += r->text[at] == '\n';
+    for (unsigned c = 1; c < col && at < r->n_text; c++) {
+        at++;
+        while (at < r->n_text && ((unsigned char)r->text[at] & 0xc0u) == 0x80u)
+            at++;
+    }
+    return at;
+}
+
+/* Puts `value` in the place of a scalar, quotes included. */
+static enum tv_err replace_scalar(struct tvm_recipe *r,
+                                  const struct tvm_node *node,
+                                  const char *value, struct tv_error *err)
+{
+    const size_t at = offset_of(r, node->line, node->col);
+    const size_t n = strlen(value);
+    size_t from = at;
+    size_t old = node->n_text;
+    const bool quoted =
+        at < r->n_text && (r->text[at] == '"' || r->text[at] == '\'');
+
+    if (quoted) {
+        from++;
+        old += 2;
+    }
+    if (node->kind != TVM_NODE_SCALAR || from + node->n_text > r->n_text ||
+        memcmp(r->text + from, node->text, node->n_text) != 0 ||
+        (quoted && r->text[from + node->n_text] != r->text[at]))
+        return tv_error_set(err, TV_E_USAGE,
+                            "%s:%u:%u: this value cannot be replaced by '%s'; "
+                            "write it plainly",
+                            r->path, node->line, node->col, value);
+    char *const text = tv_alloc(r->n_text - old + n + 1);
+    if (text == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    memcpy(text, r->text, at);
+    memcpy(text + at, value, n);
+    memcpy(text + at + n, r->text + at + old, r->n_text - at - old + 1);
+    tv_free(r->text);
+    r->text = text;
+    r->n_text += n - old;
+    return TV_OK;
+}
+
+/* Replaces the last value of key in the tree first, so that places of those
+ * before it stay what they are. */
+static enum tv_err replace_all(struct tvm_recipe *r,
+                               const struct tvm_node *node, const char *key,
+                               const char *value, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_node *list[64];
+    size_t n = 0;
+
+    if (node == NULL)
+        return TV_OK;
+    if (node->key != NULL && strcmp(node->key, key) == 0 &&
+        node->kind == TVM_NODE_SCALAR)
+        return replace_scalar(r, node, value, err);
+    /* Children in pieces from the last one: a list has no way back. */
+    for (size_t end = node->n; end > 0 && rc == TV_OK;) {
+        const size_t from = end > N_OF(list) ? end - N_OF(list) : 0;
+        size_t i = 0;
+        n = 0;
+        for (const struct tvm_node *e = node->first; e != NULL && i < end;
+             e = e->next, i++)
+            if (i >= from)
+                list[n++] = e;
+        while (n > 0 && rc == TV_OK)
+            rc = replace_all(r, list[--n], key, value, err);
+        end = from;
+    }
+    return rc;
+}
+
+/* A text that is no recipe stays as it is: reading it says why. */
+static enum tv_err replace_in_text(struct tvm_recipe *r, const char *key,
+                                   const char *value, struct tv_error *err)
+{
+    struct tvm_arena arena;
+    struct tvm_problems unused;
+    const struct tvm_node *root = NULL;
+    enum tv_err rc = TV_OK;
+
+    if (value == NULL)
+        return TV_OK;
+    memset(&arena, 0, sizeof(arena));
+    tvm_problems_init(&unused);
+    TV_TRY(tvm_yaml_parse(r->path, r->text, r->n_text, &arena, &unused, err,
+                          &root));
+    TV_TRY(replace_all(r, root, key, value, err));
+out:
+    tvm_problems_free(&unused);
+    tvm_arena_free(&arena);
+    return rc;
+}
+
 enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
                             struct tv_error *err, tvm_recipe **out)
+{
+    return tvm_recipe_load_as(path, NULL, NULL, problems, err, out);
+}
+
+enum tv_err tvm_recipe_load_as(const char *path, const char *method,
+                               const char *sparsify,
+                               struct tvm_problems *problems,
+                               struct tv_error *err, tvm_recipe **out)
 {
     struct tvm_recipe *r = NULL;
     const struct tvm_node *root = NULL;
@@ -778,6 +891,8 @@ enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
                           path);
     if (rc != TV_OK)
         goto out;
+    TV_TRY(replace_in_text(r, "merge_method", method, err));
+    TV_TRY(replace_in_text(r, "sparsify", sparsify, err));
     TV_TRY(tvm_yaml_parse(path, r->text, r->n_text, &r->arena, problems, err,
                           &root));
     rd.r = r;

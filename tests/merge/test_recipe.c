@@ -594,9 +594,78 @@ static void test_given_out(void **state)
     unload(&l);
 }
 
+static void replaced(const char *text, const char *want)
+{
+    char *const path = tmpdir_write(dir, "as.yml", text, strlen(text));
+    struct tvm_problems p;
+    struct tv_error err;
+    tvm_recipe *r = NULL;
+    size_t n = 0;
+
+    tvm_problems_init(&p);
+    const enum tv_err rc =
+        tvm_recipe_load_as(path, "ties", "none", &p, &err, &r);
+    if (want == NULL) {
+        assert_int_equal(rc, TV_E_USAGE);
+        assert_null(r);
+    } else {
+        assert_non_null(r);
+        const char *const got = tvm_recipe_text(r, &n);
+        assert_int_equal(n, strlen(want));
+        assert_memory_equal(got, want, n);
+    }
+    tvm_recipe_free(r);
+    tvm_problems_free(&p);
+    tv_free(path);
+}
+
+/* Another method in the same text: only the values change, wherever they are
+ * and however they are written. */
+static void test_load_as(void **state)
+{
+    (void)state;
+    replaced("merge_method: linear # x\nmodels: [{model: a}]\n",
+             "merge_method: ties # x\nmodels: [{model: a}]\n");
+    replaced(
+        "\xc3\xa9: {\xc3\xa9: 1}\n"
+        "models: [{model: \xe2\x82\xac, parameters: {sparsify: \"random\", "
+        "weight: 1}}, {model: b}]\n"
+        "parameters: {sparsify: 'magnitude'}\nmerge_method: 'linear'\n",
+        "\xc3\xa9: {\xc3\xa9: 1}\n"
+        "models: [{model: \xe2\x82\xac, parameters: {sparsify: none, "
+        "weight: 1}}, {model: b}]\n"
+        "parameters: {sparsify: none}\nmerge_method: ties\n");
+    /* What a value stands for is not where it is written. */
+    replaced("x: &m linear\nmerge_method: *m\nmodels: [{model: a}]\n", NULL);
+    replaced("merge_method: \"lin\\x65ar\"\nmodels: [{model: a}]\n", NULL);
+}
+
+/* Values of more entries than are gone through at once. */
+static void test_load_as_many(void **state)
+{
+    struct tv_buf text;
+    struct tv_buf want;
+    (void)state;
+    tv_buf_init(&text, 1u << 20);
+    tv_buf_init(&want, 1u << 20);
+    tv_buf_str(&text, "merge_method: linear\nmodels:\n");
+    tv_buf_str(&want, "merge_method: ties\nmodels:\n");
+    for (unsigned i = 0; i < 150; i++) {
+        tv_buf_fmt(&text, "- {model: m%u, parameters: {sparsify: x%u}}\n", i,
+                   i * 7919);
+        tv_buf_fmt(&want, "- {model: m%u, parameters: {sparsify: none}}\n", i);
+    }
+    assert_false(text.failed || want.failed);
+    replaced(text.data, want.data);
+    tv_buf_free(&text);
+    tv_buf_free(&want);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_load_as),
+        cmocka_unit_test(test_load_as_many),
         cmocka_unit_test(test_forms),
         cmocka_unit_test(test_yaml_1_1),
         cmocka_unit_test(test_settings),

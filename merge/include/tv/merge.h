@@ -100,6 +100,13 @@ TV_NODISCARD enum tv_err tvm_recipe_load(const char *path,
                                          struct tvm_problems *problems,
                                          struct tv_error *err,
                                          tvm_recipe **out);
+/* The same with another merge_method in the text, and every `sparsify` in it
+ * set to `sparsify`; NULL leaves what is written. USAGE when one of them is
+ * written in a way (anchors, tags) that cannot be replaced. */
+TV_NODISCARD enum tv_err
+tvm_recipe_load_as(const char *path, const char *method, const char *sparsify,
+                   struct tvm_problems *problems, struct tv_error *err,
+                   tvm_recipe **out);
 void tvm_recipe_free(tvm_recipe *r);
 /* The file's bytes, borrowed. */
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);

@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * compare.h - what the parts of tvmerge compare share: cmd_compare.c works,
+ * compare_options.c reads the command line, compare_report.c writes tables.
+ */
+#ifndef TVC_COMPARE_H
+#define TVC_COMPARE_H
+
+#include "tv/eval.h"
+#include "tvmerge.h"
+
+#define TVC_COMPARE_METHODS     "ties,dare_ties,sparsegpt_ties"
+#define TVC_COMPARE_TEXTS_MAX   64u
+#define TVC_COMPARE_METHODS_MAX 64u
+
+enum keep { KEEP_ALL = 0, KEEP_BEST, KEEP_NONE };
+
+struct compare_opts {
+    struct tvm_options options;
+    struct tve_ppl_options ppl;
+    const char *out, *store_path, *tokenizer;
+    const char *texts[TVC_COMPARE_TEXTS_MAX];
+    size_t n_texts;
+    char *method_list; /* owned, cut at its commas */
+    const char *methods[TVC_COMPARE_METHODS_MAX];
+    size_t n_methods;
+    enum keep keep;
+    bool store_given;
+};
+
+enum entry_kind { ENTRY_BASE = 0, ENTRY_DONOR, ENTRY_MERGE };
+
+struct entry { /* a line of the table */
+    enum entry_kind kind;
+    char *name;            /* of its record, and of a merge's directory */
+    char *dir;             /* of a merge, else NULL */
+    char *ref;             /* of a model, else NULL */
+    char *method;          /* of a merge */
+    const char *recipe;    /* borrowed from the command line */
+    const char *as_method; /* merge_method instead of the recipe's, or NULL */
+    const char *as_sparsify;
+    struct tv_hash plan, key;
+    json_t *record; /* NULL: nothing is known yet */
+};
+
+struct tvc_compare {
+    struct tvc *c;
+    struct compare_opts *opts;
+    struct tvm_problems problems;
+    char *state; /* OUT/.tvcompare */
+    char *base;  /* ref of the base model, NULL when there is none */
+    int lock;
+    bool has_plain, oom;
+    struct entry *entries;
+    size_t n_entries, n_donors;
+    char **text; /* [n_texts] */
+    size_t *text_bytes;
+    struct tv_hash *text_hash;
+};
+
+extern const struct argp_option tvc_compare_options[];
+void tvc_compare_init(struct tvc *c);
+error_t tvc_compare_option(struct tvc *c, int key, const char *arg);
+/* Adds a list of methods separated by commas; USAGE for unknown ones. */
+TV_NODISCARD enum tv_err tvc_compare_methods(struct tvc *c, const char *list);
+/* What must not be missing, and what does not go together. USAGE. */
+TV_NODISCARD enum tv_err tvc_compare_check(struct tvc *c);
+
+/* A document as text [n], owned; NULL when out of memory. */
+char *tvc_compare_text(const json_t *doc, size_t *n);
+/* Writes OUT/compare.md and compare.json, prints one of them. */
+TV_NODISCARD enum tv_err tvc_compare_report(struct tvc_compare *p,
+                                            const struct entry *best);
+
+#endif

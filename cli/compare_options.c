@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * compare_options.c - the command line of tvmerge compare.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "compare.h"
+#include "tv/alloc.h"
+#include "tv/text.h"
+#include "tveval.h"
+
+enum {
+    KEY_OUT = 'o',
+    KEY_TEXT = 0x2200,
+    KEY_METHODS,
+    KEY_KEEP,
+    KEY_STORE,
+    KEY_SEED,
+    KEY_QUOTA,
+    KEY_NO_SYNC,
+    KEY_FORCE,
+    KEY_NO_CACHE,
+    KEY_PROTOCOL,
+    KEY_CONTEXT,
+    KEY_STRIDE,
+    KEY_TOKENIZER,
+    KEY_BOS
+};
+
+const struct argp_option tvc_compare_options[] = {
+    {"out", KEY_OUT, "OUT", 0, "Directory for all results", 0},
+    {"text", KEY_TEXT, "FILE", 0,
+     "A text in UTF-8 to score with; may be repeated", 0},
+    {"methods", KEY_METHODS, "LIST", 0,
+     "Methods to merge one recipe by (default: " TVC_COMPARE_METHODS ")", 0},
+    {"keep", KEY_KEEP, "WHAT", 0,
+     "Merged models that stay: all (default), best or none; the others are "
+     "removed once they are scored, so that at most two are there",
+     0},
+    {"store", KEY_STORE, "STORE", 0,
+     "Store for store:NAME, masks and statistics (default: $TV_STORE)", 0},
+    {"random-seed", KEY_SEED, "N", 0, "Seed of random masks (default: 0)", 0},
+    {"quota", KEY_QUOTA, "SIZE", 0, "Most bytes that OUT may take on disk", 0},
+    {"force", KEY_FORCE, NULL, 0, "Replace what OUT holds of other inputs", 0},
+    {"no-sync", KEY_NO_SYNC, NULL, 0,
+     "Do not wait for the disk: faster, but a power cut may cost the run", 0},
+    {"no-cache", KEY_NO_CACHE, NULL, 0,
+     "Neither use nor keep masks and task vectors in the store", 0},
+    {"protocol", KEY_PROTOCOL, "NAME", 0,
+     "windows (default), gptq, llamacpp or stride", 1},
+    {"context", KEY_CONTEXT, "N", 0,
+     "Tokens of a window (default: the model's limit, at most 2048; 512 for "
+     "llamacpp)",
+     1},
+    {"stride", KEY_STRIDE, "N", 0,
+     "Protocol stride: tokens between windows (default: half the context)", 1},
+    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
+     "tokenizer.json or a directory with one, for all models", 1},
+    {"bos", KEY_BOS, "ID|none", 0, "Token that begins each window", 1},
+    {0},
+};
+
+void tvc_compare_init(struct tvc *c)
+{
+    struct compare_opts *o = c->opt;
+
+    tvm_options_init(&o->options);
+    o->store_path = tvc_default_store();
+    o->ppl.bos = -2;
+}
+
+static error_t option_keep(struct tvc *c, const char *arg)
+{
+    static const char *const names[] = {"all", "best", "none"};
+    struct compare_opts *o = c->opt;
+
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(arg, names[i]) == 0) {
+            o->keep = (enum keep)i;
+            return 0;
+        }
+    return tvc_bad(c, "--keep: '%s' is not one of all, best, none", arg);
+}
+
+static error_t option_count(struct tvc *c, const char *name, const char *arg,
+                            size_t *out)
+{
+    uint64_t n = 0;
+    const error_t e = tvc_parse_u64(c, name, arg, INT32_MAX, &n);
+
+    if (e == 0 && n == 0)
+        return tvc_bad(c, "%s must be positive", name);
+    if (e == 0)
+        *out = (size_t)n;
+    return e;
+}
+
+static error_t option_eval(struct tvc *c, int key, const char *arg)
+{
+    struct compare_opts *o = c->opt;
+
+    switch (key) {
+    case KEY_PROTOCOL:
+        if (tve_protocol_from_name(arg, &o->ppl.protocol) != 0)
+            return tvc_bad(c,
+                           "--protocol: '%s' is not one of windows, gptq, "
+                           "llamacpp, stride",
+                           arg);
+        return 0;
+    case KEY_CONTEXT:
+        return option_count(c, "--context", arg, &o->ppl.context);
+    case KEY_STRIDE:
+        return option_count(c, "--stride", arg, &o->ppl.stride);
+    case KEY_TOKENIZER:
+        o->tokenizer = arg;
+        return 0;
+    case KEY_BOS:
+        return tvc_parse_bos(c, arg, &o->ppl.bos);
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+error_t tvc_compare_option(struct tvc *c, int key, const char *arg)
+{
+    struct compare_opts *o = c->opt;
+
+    switch (key) {
+    case KEY_OUT:
+        o->out = arg;
+        return 0;
+    case KEY_TEXT:
+        if (o->n_texts == TVC_COMPARE_TEXTS_MAX)
+            return tvc_bad(c, "more than %u texts", TVC_COMPARE_TEXTS_MAX);
+        o->texts[o->n_texts++] = arg;
+        return 0;
+    case KEY_METHODS:
+        return tvc_compare_methods(c, arg) == TV_OK ? 0 : EINVAL;
+    case KEY_KEEP:
+        return option_keep(c, arg);
+    case KEY_STORE:
+        o->store_path = arg;
+        o->store_given = true;
+        return 0;
+    case KEY_SEED:
+        return tvc_parse_u64(c, "--random-seed", arg, INT64_MAX,
+                             &o->options.seed);
+    case KEY_QUOTA:
+        return tvc_parse_size(c, "--quota", arg, false,
+                              &o->options.quota_bytes);
+    case KEY_NO_SYNC:
+        o->options.sync = false;
+        return 0;
+    case KEY_FORCE:
+        o->options.force = true;
+        return 0;
+    case KEY_NO_CACHE:
+        o->options.no_cache = true;
+        return 0;
+    default:
+        return option_eval(c, key, arg);
+    }
+}
+
+enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
+{
+    struct compare_opts *o = c->opt;
+
+    tv_free(o->method_list);
+    o->n_methods = 0;
+    o->method_list = tv_strdup(list);
+    if (!o->method_list)
+        return tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+    for (char *at = o->method_list; at;) {
+        char *const comma = strchr(at, ',');
+        if (comma)
+            *comma = '\0';
+        if (!tvm_method_find(at)) {
+            const char *like = tvm_method_suggest(at);
+            (void)tv_error_set(&c->err, TV_E_USAGE,
+                               "--methods: unknown method '%s'", at);
+            if (like)
+                tv_error_hint(&c->err, "did you mean '%s'?", like);
+            return TV_E_USAGE;
+        }
+        if (o->n_methods == TVC_COMPARE_METHODS_MAX)
+            return tv_error_set(&c->err, TV_E_USAGE, "more than %u methods",
+                                TVC_COMPARE_METHODS_MAX);
+        o->methods[o->n_methods++] = at;
+        at = comma ? comma + 1 : NULL;
+    }
+    return TV_OK;
+}
+
+enum tv_err tvc_compare_check(struct tvc *c)
+{
+    const struct compare_opts *o = c->opt;
+
+    if (!o->out || o->out[0] == '\0')
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            "where to? add -o OUT, a directory");
+    if (o->n_texts == 0)
+        return tv_error_set(&c->err, TV_E_USAGE, "no text: add --text FILE");
+    if (o->n_methods > 0 && c->n_pos > 1)
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            "--methods goes with one recipe, not with %zu",
+                            c->n_pos);
+    return TV_OK;
+}

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""compare.py BIN_DIR QUICKSTART
+
+tvmerge compare: the table against tvmerge run and tveval ppl, what is kept,
+killed and continued at many moments, refusals.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from common import check, finish, run, run_json, temp
+
+BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
+TVMERGE, TVEVAL, TVSTORE = (os.path.join(BIN, p) for p in
+                            ("tvmerge", "tveval", "tvstore"))
+TIMES = ("seconds", "eval_seconds", "peak_memory_bytes")
+METHODS = "ties,dare_ties,tsv"
+NAMES = {"ties": "ties_magnitude", "dare_ties": "ties_random", "tsv": "tsv"}
+
+RECIPE = """# weights: {0}
+merge_method: "{1}"   # replaced by compare
+base_model: base
+models:
+- model: ft-prose
+  parameters: {{weight: {0}, density: 0.4}}
+- model: ft-code
+  parameters: {{weight: 0.6, density: 0.4}}
+- model: base+lora-jargon
+  parameters: {{weight: 0.5, density: 0.4}}
+out_dtype: bfloat16
+"""
+
+
+def work(tmp, name):
+    """A directory with the models, a recipe and short texts."""
+    d = os.path.join(tmp, name)
+    os.makedirs(d)
+    for m in ("base", "ft-prose", "ft-code", "lora-jargon"):
+        os.symlink(os.path.join(QUICK, m), os.path.join(d, m))
+    for t in ("code", "prose"):
+        with open(os.path.join(QUICK, "text", t + ".val.txt")) as f:
+            text = f.read(1500)
+        with open(os.path.join(d, t + ".txt"), "w") as f:
+            f.write(text)
+    with open(os.path.join(d, "r.yml"), "w") as f:
+        f.write(RECIPE.format(0.6, "task_arithmetic"))
+    return d
+
+
+def command(out, *more):
+    return [TVMERGE, "compare", "r.yml", "-o", out, "--text", "code.txt",
+            "--text", "prose.txt", "--context", "64", "--methods", METHODS,
+            "--threads", "1", "--no-sync", *more]
+
+
+def rows(doc):
+    return {r["name"]: r for r in doc["rows"]}
+
+
+def figures(doc):
+    """Everything but what a clock says."""
+    return [{k: v for k, v in r.items() if k not in TIMES}
+            for r in doc["rows"]]
+
+
+def files(d):
+    out = {}
+    for root, _, names in os.walk(d):
+        for n in names:
+            path = os.path.join(root, n)
+            rel = os.path.relpath(path, d)
+            if rel.startswith(".tvcompare") or rel in ("compare.md",
+                                                       "compare.json"):
+                continue
+            with open(path, "rb") as f:
+                out[rel] = f.read()
+    return out
+
+
+def table(tmp):
+    d = work(tmp, "table")
+    doc = run_json(*command("out", "--json"), cwd=d)
+    check(doc["schema"] == "tvmerge.compare/1", "schema")
+    got = [(r["kind"], r.get("model", r.get("method"))) for r in doc["rows"]]
+    check(got == [("base", "base"), ("model", "ft-prose"),
+                  ("model", "ft-code"), ("model", "base+lora-jargon"),
+                  ("merge", "task_arithmetic"), ("merge", "ties"),
+                  ("merge", "dare_ties"), ("merge", "tsv")], f"rows {got}")
+    by = rows(doc)
+    for method, name in NAMES.items():
+        check(name in by and by[name]["out"] == os.path.join("out", name),
+              f"{method}: no row {name}")
+    # A merge is what run makes of the recipe, its figures are tveval's.
+    with open(os.path.join(d, "ties.yml"), "w") as f:
+        f.write(RECIPE.format(0.6, "ties"))
+    r = run_json(TVMERGE, "run", "ties.yml", "alone", "--json", cwd=d)
+    check(r["digest"] == by["ties_magnitude"]["digest"],
+          "compare and run give different models")
+    for ref, name in (("alone", "ties_magnitude"), ("base", "base0"),
+                      ("base+lora-jargon", "model2")):
+        e = run_json(TVEVAL, "ppl", ref, "--text", "code.txt", "--text",
+                     "prose.txt", "--context", "64", "--json", cwd=d)
+        want = [t["ppl"] for t in e["texts"]]
+        check([t["ppl"] for t in by[name]["texts"]] == want,
+              f"{name}: other perplexities than tveval's")
+        mean = math.exp(sum(map(math.log, want)) / len(want))
+        check(abs(by[name]["geometric_mean"] - mean) < 1e-9 * mean,
+              f"{name}: geometric mean")
+    best = min((r for r in doc["rows"] if r["kind"] == "merge"),
+               key=lambda r: r["geometric_mean"])
+    check(doc["best"] == best["name"], "best")
+    for r in doc["rows"]:
+        if r["kind"] != "merge":
+            continue
+        size = sum(len(b) for p, b in files(os.path.join(d, "out")).items()
+                   if p.startswith(r["name"] + "/"))
+        check(r["disk_bytes"] == size and r["seconds"] > 0 and
+              r["peak_memory_bytes"] > 0, f"{r['name']}: cost")
+    # Again: the same document and table, from what is known.
+    t0 = time.time()
+    text = run(*command("out"), cwd=d, code=0)
+    check(text.stdout == open(os.path.join(d, "out/compare.md")).read(),
+          "stdout is not compare.md")
+    check(json.load(open(os.path.join(d, "out/compare.json"))) == doc,
+          "a second run changes the document")
+    lines = text.stdout.splitlines()
+    check(len([x for x in lines if x.startswith("| ")]) == 9 and
+          lines[0].startswith("| method | code.txt | prose.txt |"),
+          f"table: {lines}")
+    check(all(x.count("|") == 8 for x in lines[:10]), "columns of the table")
+    # One more method: only that is done.
+    more = command("out", "--json")
+    more[more.index(METHODS)] = METHODS + ",iso_c"
+    doc2 = run_json(*more, cwd=d)
+    check(doc2["rows"][:-1] == doc["rows"] and
+          doc2["rows"][-1]["name"] == "iso_c", "a method was added")
+    return d, doc, time.time() - t0
+
+
+def kept(tmp, doc):
+    d = work(tmp, "keep")
+    for keep, left in (("none", []), ("best", [doc["best"]]),
+                       ("all", ["task_arithmetic"] + sorted(NAMES.values()))):
+        got = run_json(*command("out", "--json", "--keep", keep), cwd=d)
+        dirs = sorted(n for n in os.listdir(os.path.join(d, "out"))
+                      if os.path.isdir(os.path.join(d, "out", n)) and
+                      n != ".tvcompare")
+        check(dirs == left, f"--keep {keep} leaves {dirs}")
+        for r in got["rows"]:
+            check((r.get("out") is not None) == (r["name"] in left),
+                  f"--keep {keep}: out of {r['name']} is {r.get('out')}")
+        strip = [[{k: v for k, v in r.items() if k != "out"}
+                  for r in figures(x)] for x in (got, doc)]
+        check(strip[0] == strip[1], f"--keep {keep} changes figures")
+
+
+def killed(tmp, doc, reference):
+    """SIGKILL at moments spread over the whole run; then it is finished."""
+    want = files(os.path.join(reference, "out"))
+    want = {k: v for k, v in want.items() if not k.startswith("iso_c/")}
+    rng = random.Random(7)
+    for keep in ("all", "best"):
+        d = work(tmp, "kill-" + keep)
+        kills = 0
+        while kills < 8:
+            p = subprocess.Popen(command("out", "--keep", keep, "-q"), cwd=d,
+                                 stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+            try:
+                p.wait(timeout=0.02 + 0.25 * rng.random())
+                break
+            except subprocess.TimeoutExpired:
+                p.send_signal(signal.SIGKILL)
+                p.wait()
+                kills += 1
+        check(kills > 0, "nothing was killed")
+        got = run_json(*command("out", "--json", "--keep", keep), cwd=d)
+        if keep == "all":
+            check(figures(got) == figures(doc), "killed: other figures")
+            check(files(os.path.join(d, "out")) == want, "killed: other bytes")
+        else:
+            check([r["geometric_mean"] for r in got["rows"]] ==
+                  [r["geometric_mean"] for r in doc["rows"]],
+                  "killed, --keep best: other figures")
+            best = {k: v for k, v in want.items()
+                    if k.startswith(doc["best"] + "/")}
+            check(files(os.path.join(d, "out")) == best,
+                  "killed, --keep best: other bytes")
+
+
+def interrupted(tmp, doc):
+    d = work(tmp, "interrupt")
+    p = subprocess.Popen(command("out"), cwd=d, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not os.path.isdir(os.path.join(d, "out/.tvcompare")) and \
+            p.poll() is None:
+        time.sleep(0.005)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate()
+    check(p.returncode == 130 and "resume with: " in err and not out,
+          f"SIGINT: exit {p.returncode}, {err[-200:]!r}")
+    got = run_json(*command("out", "--json"), cwd=d)
+    check(figures(got) == figures(doc), "interrupted: other figures")
+
+
+def refused(tmp):
+    d = work(tmp, "refused")
+    base = [TVMERGE, "compare", "r.yml"]
+    text = ["--text", "code.txt"]
+    run(*base, *text, cwd=d, code=2)
+    run(*base, "-o", "out", cwd=d, code=2)
+    r = run(*base, "-o", "out", *text, "--methods", "ties,tsw", cwd=d, code=2)
+    check("tsv" in r.stderr, f"no suggestion: {r.stderr}")
+    run(*base, "r.yml", "-o", "out", *text, "--methods", "ties", cwd=d, code=2)
+    run(*base, "-o", "out", *text, "--keep", "some", cwd=d, code=2)
+    run(*base, "-o", "out", "--text", "none.txt", cwd=d, code=4)
+    run(*base, "-o", "base", *text, "--methods", "ties", cwd=d, code=4)
+    run(TVMERGE, "compare", "none.yml", "-o", "out", *text, cwd=d, code=4)
+    run(*base, "-o", "out", *text, "--methods", "ties", "--quota", "1MB",
+        cwd=d, code=5)
+    with open(os.path.join(d, "bad.yml"), "w") as f:
+        f.write(RECIPE.format(0.6, "ties").replace("ft-code", "ft-none"))
+    run(TVMERGE, "compare", "bad.yml", "-o", "out", *text, cwd=d, code=4)
+    check(not os.path.exists(os.path.join(d, "out")), "something was written")
+    # Another recipe in the same place.
+    one = command("out", "--methods", "ties", "--json")
+    first = run_json(*one, cwd=d)
+    with open(os.path.join(d, "r.yml"), "w") as f:
+        f.write(RECIPE.format(0.2, "task_arithmetic"))
+    r = run(*one, cwd=d, code=4)
+    check("force" in r.stderr, f"no hint: {r.stderr}")
+    second = run_json(*one, "--force", cwd=d)
+    check(second["rows"][-1]["digest"] != first["rows"][-1]["digest"],
+          "--force kept the old merge")
+    # Room for one merge at a time is enough when none is kept.
+    tight = command("tight", "--json", "--keep", "none", "--quota", "4MB")
+    run_json(*tight, cwd=d)
+    run(*command("full", "--quota", "4MB"), cwd=d, code=5)
+
+
+def recipes(tmp):
+    """Several recipes as they are written, from a store; without a base."""
+    d = work(tmp, "recipes")
+    run(TVSTORE, "init", "s.tv", cwd=d, code=0)
+    for m in ("base", "ft-prose"):
+        run(TVSTORE, "import", "s.tv", m, m, "--link", cwd=d, code=0)
+    for i, w in enumerate((0.3, 0.9)):
+        with open(os.path.join(d, f"w{i}.yml"), "w") as f:
+            f.write("merge_method: ties\nbase_model: store:base\nmodels:\n"
+                    "- model: store:ft-prose\n"
+                    f"  parameters: {{weight: {w}, density: 0.5}}\n"
+                    "parameters: {normalize: false}\n")
+    with open(os.path.join(d, "soup.yml"), "w") as f:
+        f.write("merge_method: linear\nmodels:\n- model: base\n  parameters: "
+                "{weight: 1}\n- model: ft-code\n  parameters: {weight: 1}\n")
+    doc = run_json(TVMERGE, "compare", "w0.yml", "w1.yml", "soup.yml", "-o",
+                   "out", "--text", "code.txt", "--context", "64", "--store",
+                   "s.tv", "--json", cwd=d)
+    got = [r["name"] for r in doc["rows"] if r["kind"] == "merge"]
+    check(got == ["task_arithmetic", "ties_magnitude", "ties_magnitude-w1",
+                  "linear"], f"names {got}")
+    check(len({r["digest"] for r in doc["rows"] if "digest" in r}) == 4,
+          "merges that are the same")
+
+
+tmp = temp()
+reference, doc, _ = table(tmp)
+kept(tmp, doc)
+killed(tmp, doc, reference)
+interrupted(tmp, doc)
+refused(tmp)
+recipes(tmp)
+shutil.rmtree(tmp, True)
+finish("compare")
