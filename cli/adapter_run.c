@@ -95,9 +95,10 @@ static void plan_text(struct tvc *c, const struct tvm_adapters *a)
     char b[32];
 
     tvm_adapters_info(a, &i);
-    tvc_out(&c->out, "output         adapter\nmethod         %s\n", i.method);
-    tvc_out(&c->out, "inputs         %zu adapters\nmodules        %zu\n",
-            i.n_inputs, i.n_modules);
+    tvc_out(&c->out, "output         adapter\n");
+    tvc_out(&c->out, "method         %s\n", i.method);
+    tvc_out(&c->out, "inputs         %zu adapters\n", i.n_inputs);
+    tvc_out(&c->out, "modules        %zu\n", i.n_modules);
     tvc_out(&c->out, "reads          %s\n",
             tv_format_bytes(i.bytes_read, b, sizeof b));
     tvc_out(&c->out, "writes         %s\n",

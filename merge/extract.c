@@ -49,6 +49,10 @@ struct extract {
     json_t *targets, *ranks, *saved;
     uint64_t top_rank, bytes_read;
     size_t n_left_out;
+    char *spare; /* a matrix that did not change: for adapters without one */
+    struct {
+        size_t in, out;
+    } spare_size;
 };
 
 static enum tv_err no_memory(struct tv_error *err)
@@ -407,6 +411,56 @@ out:
     return rc;
 }
 
+/* The module as transformers calls it: checkpoints of some families leave the
+ * body's name out. */
+static char *module_of(const struct extract *e, const char *tensor)
+{
+    const char *dot = strrchr(tensor, '.');
+    const size_t n = (size_t)(dot - tensor);
+    const bool bare = (strcmp(e->base.arch->family, "gpt2") == 0 ||
+                       strcmp(e->base.arch->family, "bloom") == 0) &&
+                      strncmp(tensor, "transformer.", 12) != 0 &&
+                      strncmp(tensor, "lm_head.", 8) != 0;
+
+    return tv_asprintf("%s%.*s", bare ? "transformer." : "", (int)n, tensor);
+}
+
+/* One matrix that did not change, as small as there is: see walk(). */
+static enum tv_err keep_spare(struct extract *e,
+                              const struct tv_input_tensor *w, bool turned,
+                              struct tv_error *err)
+{
+    const size_t in = (size_t)w->shape[turned ? 0 : 1];
+    const size_t out = (size_t)w->shape[turned ? 1 : 0];
+
+    if (e->spare && in + out >= e->spare_size.in + e->spare_size.out)
+        return TV_OK;
+    tv_free(e->spare);
+    e->spare = module_of(e, w->name);
+    e->spare_size.in = in;
+    e->spare_size.out = out;
+    return e->spare ? TV_OK : no_memory(err);
+}
+
+/* Nothing but whole modules changed. Rank 0 is no LoRA to PEFT, nor is one
+ * without a module: a product of zeros is, and adds nothing. */
+static enum tv_err put_nothing(struct extract *e, struct tv_error *err)
+{
+    const struct diff none = {.rows = e->spare_size.out,
+                              .cols = e->spare_size.in};
+    double zero = 0;
+    double *u = tv_calloc(none.rows, sizeof *u);
+    double *vt = tv_calloc(none.cols, sizeof *vt);
+    const struct svd s = {.s = &zero, .u = u, .vt = vt, .k = 1};
+    enum tv_err rc = TV_OK;
+
+    rc = u && vt ? put_factors(e, &none, &s, 1, false, e->spare, err)
+                 : no_memory(err);
+    tv_free(vt);
+    tv_free(u);
+    return rc;
+}
+
 static enum tv_err extract_matrix(struct extract *e, struct diff *f,
                                   double energy, bool turned,
                                   const char *module, tvm_extracted_fn each,
@@ -469,20 +523,6 @@ out:
 }
 
 /* ---- all tensors --------------------------------------------------------- */
-
-/* The module as transformers calls it: checkpoints of some families leave the
- * body's name out. */
-static char *module_of(const struct extract *e, const char *tensor)
-{
-    const char *dot = strrchr(tensor, '.');
-    const size_t n = (size_t)(dot - tensor);
-    const bool bare = (strcmp(e->base.arch->family, "gpt2") == 0 ||
-                       strcmp(e->base.arch->family, "bloom") == 0) &&
-                      strncmp(tensor, "transformer.", 12) != 0 &&
-                      strncmp(tensor, "lm_head.", 8) != 0;
-
-    return tv_asprintf("%s%.*s", bare ? "transformer." : "", (int)n, tensor);
-}
 
 static bool is_vocabulary(enum tv_role r)
 {
@@ -560,8 +600,16 @@ static enum tv_err one_tensor(struct extract *e, size_t index,
     bool differs = energy != 0;
     if (!differs && whole)
         TV_TRY(sibling_differs(e, w->name, &differs, err));
-    if (!differs)
+    const bool turned =
+        e->base.arch->linear_transposed && t->role != TV_ROLE_LM_HEAD;
+    const bool matrix = w->rank == 2 && strcmp(dot, ".weight") == 0 &&
+                        !is_norm(t->role) && t->role != TV_ROLE_EMBED &&
+                        t->role != TV_ROLE_POSITION;
+    if (!differs) {
+        if (matrix && !whole)
+            rc = keep_spare(e, w, turned, err);
         goto out;
+    }
     if (!isfinite(energy)) {
         rc = tv_error_set(err, TV_E_CORRUPT,
                           "%s holds values that are not finite", w->name);
@@ -574,12 +622,8 @@ static enum tv_err one_tensor(struct extract *e, size_t index,
     }
     if (whole)
         rc = save_whole(e, w, module, dot + 1, err);
-    else if (w->rank == 2 && strcmp(dot, ".weight") == 0 && !is_norm(t->role) &&
-             t->role != TV_ROLE_EMBED && t->role != TV_ROLE_POSITION)
-        rc = extract_matrix(e, &f, energy,
-                            e->base.arch->linear_transposed &&
-                                t->role != TV_ROLE_LM_HEAD,
-                            module, each, arg, err);
+    else if (matrix)
+        rc = extract_matrix(e, &f, energy, turned, module, each, arg, err);
     else
         e->n_left_out++;
 out:
@@ -681,6 +725,8 @@ static enum tv_err walk(struct extract *e, const struct tvm_run_hooks *hooks,
                           "'%s' and '%s' do not differ in anything that an "
                           "adapter could hold",
                           e->x->model, e->x->base);
+    else if (e->top_rank == 0 && e->spare)
+        rc = put_nothing(e, err);
 out:
     return rc;
 }
@@ -743,6 +789,7 @@ out:
         result->n_left_out = e.n_left_out;
     }
     tva_out_close(e.out);
+    tv_free(e.spare);
     tv_free(config);
     json_decref(e.saved);
     json_decref(e.ranks);

@@ -893,8 +893,8 @@ static enum tv_err misfit(const tv_adapter *a, const tv_input *base,
     struct tv_shown shown;
 
     return tv_error_set(
-        err, TV_E_INPUT, "%s: module '%s' %s %s%s, but %s in %s is %s",
-        tv_input_label(a->in), tv_show(m->module, &shown),
+        err, TV_E_INPUT, "%s: tensor '%s' %s %s%s, but %s in %s is %s",
+        tv_input_label(a->in), tv_show(m->a->name, &shown),
         m->kind == TV_CHANGE_ROWS ? "has trained tokens" : "changes a weight",
         low ? tv_shape_format(want, 2, want_text, sizeof want_text)
             : shape_text(m->a, want_text, sizeof want_text),
@@ -906,15 +906,15 @@ static enum tv_err not_one(const tv_adapter *a, const tv_input *base,
                            const struct tv_adapter_module *m, size_t hits,
                            struct tv_error *err)
 {
-    const size_t n = strlen(m->module);
-    struct tv_shown shown;
+    struct tv_shown tensor, target;
 
     return tv_error_set(err, TV_E_INPUT,
-                        hits == 0 ? "%s: module '%s' has no %s in %s"
-                                  : "%s: module '%s' fits several tensors (%s) "
-                                    "of %s",
-                        tv_input_label(a->in), tv_show(m->module, &shown),
-                        m->target + n + 1, tv_input_label(base));
+                        hits == 0 ? "%s: tensor '%s' changes %s, which is not "
+                                    "in %s"
+                                  : "%s: tensor '%s' changes %s, which could "
+                                    "be several tensors of %s",
+                        tv_input_label(a->in), tv_show(m->a->name, &tensor),
+                        tv_show(m->target, &target), tv_input_label(base));
 }
 
 static enum tv_err bind_module(const tv_adapter *a, const tv_input *base,

@@ -4,9 +4,11 @@
  *
  * r and alpha of a module come from the first entry p of rank_pattern or
  * alpha_pattern for which (.*\.)?(p)$ matches the module's name from its start
- * (PEFT's get_pattern_key), else from the config. target_modules (list, regular
- * expression or "all-linear"), layers_to_transform and exclude_modules decide
- * what is trained, not what a file means: the tensors that are there do.
+ * (PEFT's get_pattern_key), else from the config. PEFT before 0.14 looked one
+ * key up in both, and wanted a dot before it; those files are known by the keys
+ * that a config of its time has (all are written). target_modules (list,
+ * regular expression or "all-linear"), layers_to_transform and exclude_modules
+ * decide what is trained, not what a file means: the tensors that are there do.
  *
  * A LoRA variant that was trained with other arithmetic loads without complaint
  * and gives wrong weights, so whatever is not recognised as harmless is refused
@@ -40,7 +42,8 @@
 static enum tv_err pattern_compile(struct tv_lora_pattern *p, const char *label,
                                    struct tv_error *err)
 {
-    char *whole = tv_asprintf("(.*\\.)?(%s)$", p->pattern);
+    char *whole =
+        tv_asprintf(p->joint ? ".*\\.%s$" : "(.*\\.)?(%s)$", p->pattern);
     int code = 0;
     PCRE2_SIZE at = 0;
     struct tv_shown shown;
@@ -125,7 +128,8 @@ static enum tv_err pattern_matches(const struct tv_lora_pattern *p,
 
     (void)label;
     (void)err;
-    *yes = n >= k && (n == k || module[n - k - 1] == '.');
+    *yes = n >= k &&
+           ((n == k && !p->joint) || (n > k && module[n - k - 1] == '.'));
     for (size_t i = 0; *yes && i < k; i++)
         *yes = p->pattern[i] == '.' || p->pattern[i] == module[n - k + i];
     return TV_OK;
@@ -318,7 +322,7 @@ static bool is_rank(const json_t *v)
 }
 
 static enum tv_err read_patterns(const json_t *root, const char *key,
-                                 bool ranks, const char *label,
+                                 bool ranks, bool joint, const char *label,
                                  struct tv_lora_pattern **out, size_t *n,
                                  struct tv_error *err)
 {
@@ -350,6 +354,7 @@ static enum tv_err read_patterns(const json_t *root, const char *key,
             return tv_error_set(err, TV_E_CORRUPT, "%s: %s '%s' is too long",
                                 label, key, tv_show(name, &shown));
         p->value = json_number_value(v);
+        p->joint = joint;
         p->pattern = tv_strdup(name);
         ++*n;
         if (p->pattern == NULL)
@@ -529,10 +534,13 @@ enum tv_err tv_lora_config_parse(const char *data, size_t n, const char *label,
     TV_TRY(read_names(root, "modules_to_save", label, &c->saved, err));
     TV_TRY(read_names(root, "target_parameters", label, &c->parameters, err));
     TV_TRY(read_tokens(root, c, err));
-    TV_TRY(read_patterns(root, "rank_pattern", true, label, &c->ranks,
-                         &c->n_ranks, err));
-    TV_TRY(read_patterns(root, "alpha_pattern", false, label, &c->alphas,
-                         &c->n_alphas, err));
+    /* Written by all versions from 0.7 on; by all from 0.14 on. */
+    c->joint_patterns = json_object_get(root, "loftq_config") != NULL &&
+                        json_object_get(root, "lora_bias") == NULL;
+    TV_TRY(read_patterns(root, "rank_pattern", true, c->joint_patterns, label,
+                         &c->ranks, &c->n_ranks, err));
+    TV_TRY(read_patterns(root, "alpha_pattern", false, c->joint_patterns, label,
+                         &c->alphas, &c->n_alphas, err));
     *out = c;
     c = NULL;
 out:
@@ -543,8 +551,10 @@ out:
 
 static enum tv_err first_match(const struct tv_lora_pattern *p, size_t n,
                                const char *label, const char *module,
-                               double *value, struct tv_error *err)
+                               const struct tv_lora_pattern **found,
+                               struct tv_error *err)
 {
+    *found = NULL;
     for (size_t i = 0; i < n; i++) {
         bool yes = false;
         const enum tv_err rc = pattern_matches(&p[i], label, module, &yes, err);
@@ -552,25 +562,39 @@ static enum tv_err first_match(const struct tv_lora_pattern *p, size_t n,
         if (rc != TV_OK)
             return rc;
         if (yes) {
-            *value = p[i].value;
+            *found = &p[i];
             return TV_OK;
         }
     }
     return TV_OK;
 }
 
+static const struct tv_lora_pattern *entry_of(const struct tv_lora_pattern *p,
+                                              size_t n, const char *key)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(p[i].pattern, key) == 0)
+            return &p[i];
+    return NULL;
+}
+
 enum tv_err tv_lora_config_for(const struct tv_lora_config *c,
                                const char *module, uint64_t *r, double *alpha,
                                struct tv_error *err)
 {
+    const struct tv_lora_pattern *rank = NULL, *a = NULL;
     enum tv_err rc = TV_OK;
-    double rank = (double)c->r;
-    double a = c->alpha;
 
     TV_TRY(first_match(c->ranks, c->n_ranks, c->label, module, &rank, err));
-    TV_TRY(first_match(c->alphas, c->n_alphas, c->label, module, &a, err));
-    *r = (uint64_t)rank;
-    *alpha = a;
+    if (rank == NULL || !c->joint_patterns)
+        TV_TRY(first_match(c->alphas, c->n_alphas, c->label, module, &a, err));
+    if (c->joint_patterns) {
+        const char *key = rank ? rank->pattern : a ? a->pattern : module;
+        rank = entry_of(c->ranks, c->n_ranks, key);
+        a = entry_of(c->alphas, c->n_alphas, key);
+    }
+    *r = rank ? (uint64_t)rank->value : c->r;
+    *alpha = a ? a->value : c->alpha;
 out:
     return rc;
 }

@@ -145,6 +145,30 @@ def norms_with_biases():
         check(np.allclose(got[k], want[k], atol=1e-6), f"{k} comes back")
 
 
+def no_matrix():
+    """Only a norm changed: PEFT reads no adapter of rank 0, or without any
+    module, so that one matrix gets a product of zeros."""
+    shutil.copytree(BASE, "n", copy_function=shutil.copyfile)
+    (file,) = (os.path.join("n", f) for f in os.listdir("n")
+               if f.endswith(".safetensors"))
+    with open(file, "r+b") as f:
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+        f.seek(8 + n + header["model.norm.weight"]["data_offsets"][0])
+        f.write(b"\x00\x3f" * 2)
+    r = extract("na", "--rank", "4", "--norms", model="n")
+    check(r["layers"] == [], "no matrix changed")
+    with open("na/adapter_config.json") as f:
+        c = json.load(f)
+    check(c["r"] == c["lora_alpha"] == len(c["target_modules"]) == 1, f"{c}")
+    check(c["modules_to_save"] == ["model.norm"], "the norm is saved")
+    keys = [k for k in read_safetensors("na/adapter_model.safetensors")
+            if ".lora_" in k]
+    check(len(keys) == 2, f"one product: {keys}")
+    got, want = apply(BASE, "na", "ny"), values("n")
+    check(all((got[k] == want[k]).all() for k in want), "comes back")
+
+
 def wrong():
     for code, more in ((2, ["--model", FT, "--base", BASE]),
                        (2, ["--model", FT, "--rank", "4"]),
@@ -164,5 +188,6 @@ optimal()
 whole()
 low_rank()
 norms_with_biases()
+no_matrix()
 wrong()
 finish("extract")

@@ -5,6 +5,9 @@ PEFT itself makes of it.
 
     make_adapters.py OUT        (needs torch, transformers and peft from PyPI)
 
+Earlier versions of PEFT (0.10 was tried) write what they know; the cases they
+do not know are named and left out.
+
 Per case: base.safetensors, adapter/ as save_pretrained writes it, and
 merged.safetensors, the result of merge_and_unload() in fp32. Weights are random
 (fixed seeds) and adapters as large as the weights, so that an error in the
@@ -89,7 +92,17 @@ def case(name, model, edit=None, save=None, **config):
     save_file(base, os.path.join(d, "base.safetensors"))
     config.setdefault("r", 3)
     config.setdefault("lora_alpha", 5)
-    pm = get_peft_model(model, LoraConfig(lora_dropout=0.0, **config))
+    unknown = set(config) - set(LoraConfig.__dataclass_fields__)
+    if unknown:
+        shutil.rmtree(d)
+        print(f"{name}: PEFT {peft.__version__} has no {sorted(unknown)}")
+        return
+    try:
+        pm = get_peft_model(model, LoraConfig(lora_dropout=0.0, **config))
+    except (TypeError, ValueError, RuntimeError) as e:
+        shutil.rmtree(d)
+        print(f"{name}: PEFT {peft.__version__} says {e}")
+        return
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for n, p in sorted(pm.named_parameters()):
@@ -219,8 +232,12 @@ def converted(kind):
             os.remove(os.path.join(x, "adapter", "README.md"))
 
 
-converted("pissa")
-converted("olora")
+for which in ("pissa", "olora"):
+    try:
+        converted(which)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shutil.rmtree(os.path.join(OUT, which + "_converted"))
+        print(f"{which}: PEFT {peft.__version__} says {error}")
 with open(os.path.join(OUT, "VERSIONS"), "w") as f:
     f.write(f"peft {peft.__version__}, torch {torch.__version__}; "
             "tools/adapters/make_adapters.py\n")

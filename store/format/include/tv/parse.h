@@ -93,6 +93,7 @@ struct tv_lora_pattern {
     char *pattern; /* regular expression as written */
     double value;
     void *code; /* compiled */
+    bool joint; /* see tv_lora_config.joint_patterns */
 };
 struct tv_lora_names {
     char **items;
@@ -111,6 +112,7 @@ struct tv_lora_config { /* owned: tv_lora_config_free */
     bool bias; /* trained biases are in the file: all or lora_only */
     struct tv_lora_pattern *ranks, *alphas;
     size_t n_ranks, n_alphas;
+    bool joint_patterns; /* PEFT before 0.14: one key is looked up in both */
     struct tv_lora_names saved;      /* modules_to_save */
     struct tv_lora_names parameters; /* target_parameters */
     struct tv_lora_tokens *tokens;
