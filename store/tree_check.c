@@ -454,7 +454,8 @@ static enum tv_err damaged_header(const char *path, struct tv_error *err)
 }
 
 /* The header that the transaction began with. Both were valid once: a number
- * that does not follow the other one is not LMDB's. */
+ * next to which the other is not is none of LMDB's. The other is the older one,
+ * or that of a writer who has written it and not yet told readers so. */
 static bool find_meta(struct check *c, uint64_t txn, struct meta *out)
 {
     struct meta other;
@@ -463,7 +464,8 @@ static bool find_meta(struct check *c, uint64_t txn, struct meta *out)
         return false;
     return out->magic == META_MAGIC && out->page_bytes == c->page_bytes &&
            out->txn == txn &&
-           (other.txn + 1 == txn || (txn == 0 && other.txn == 0));
+           (other.txn + 1 == txn || other.txn == txn + 1 ||
+            (txn == 0 && other.txn == 0));
 }
 
 enum tv_err store_header_check(tv_store *s, struct tv_error *err)

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 
 for variable in ("TV_STORE", "TV_PROGRESS", "TV_GROUP_BYTES", "NO_COLOR"):
     os.environ.pop(variable, None)
@@ -49,6 +51,30 @@ def run(*argv, code=0, env=None, **kw):
     check(r.returncode == code, f"{' '.join(map(str, argv))}: exit "
           f"{r.returncode}, expected {code}: {err.strip()[-300:]}")
     return r
+
+
+def held(p, ready):
+    """Lets p run until ready() and leaves it stopped there, so that nothing
+    depends on who is faster; go() lets it run on. False: p ended before. A
+    process may be stopped while it holds a lock of the store that readers
+    need for an instant: then ready() is asked again."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and p.poll() is None:
+        p.send_signal(signal.SIGSTOP)
+        try:
+            if ready():
+                return p.poll() is None
+        except subprocess.TimeoutExpired:
+            pass
+        p.send_signal(signal.SIGCONT)
+        time.sleep(0.005)
+    return False
+
+
+def go(p, *signals):
+    for s in signals:
+        p.send_signal(s)
+    p.send_signal(signal.SIGCONT)
 
 
 def document(*argv, code=0, env=None):

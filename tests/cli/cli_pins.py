@@ -11,10 +11,9 @@ import shutil
 import signal
 import struct
 import subprocess
-import time
 
-from cli_common import (TVMERGE, TVSTORE, check, document, finish, make_model,
-                        path, run, write, write_safetensors)
+from cli_common import (TVMERGE, TVSTORE, check, document, finish, go, held,
+                        make_model, path, run, write, write_safetensors)
 
 store = path("s")
 run(TVSTORE, "init", store, "-q")
@@ -37,20 +36,30 @@ def start(*target, env=None):
                             stderr=subprocess.PIPE)
 
 
-def wait(p, ready):
-    end = time.monotonic() + 60
-    while time.monotonic() < end and p.poll() is None:
-        if ready():
-            return p.poll() is None
-        time.sleep(0.005)
-    return False
+def worked(p):
+    """Long enough, in time of its own, to have finished a tensor."""
+    def ready():
+        with open(f"/proc/{p.pid}/stat") as f:
+            ticks = int(f.read().rsplit(")", 1)[1].split()[11])
+        return ticks >= 0.2 * os.sysconf("SC_CLK_TCK")
+    return ready
 
 
 def begun(out):
     def ready():
         r = subprocess.run([TVMERGE, "status", out, "--json"],
-                           capture_output=True)
+                           capture_output=True, timeout=10)
         return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
+    return ready
+
+
+def listed(name):
+    def ready():
+        r = subprocess.run([TVSTORE, "ls", store, "--json"],
+                           capture_output=True, timeout=10)
+        check(r.returncode == 0, f"ls beside a merge: {r.stderr}")
+        return r.returncode != 0 or name in [
+            o["name"] for o in json.loads(r.stdout)["objects"]]
     return ready
 
 
@@ -64,7 +73,7 @@ def refused(what, *words):
 # While it runs, and after a kill, its inputs stay.
 out = path("out")
 p = start(out)
-check(wait(p, begun(out)), "nothing to interrupt")
+check(held(p, begun(out)), "nothing to interrupt")
 refused("running", "'other'", out)
 p.kill()
 p.communicate(timeout=60)
@@ -81,7 +90,7 @@ run(TVSTORE, "import", store, "other", path("other"), "--force", "-q")
 # A pin whose output is gone, or was made by another plan since, is stale.
 out = path("gone")
 p = start(out)
-check(wait(p, begun(out)), "nothing to kill")
+check(held(p, begun(out)), "nothing to kill")
 p.kill()
 p.communicate(timeout=60)
 shutil.rmtree(out)
@@ -90,7 +99,7 @@ check(document(TVSTORE, "stat", store)["kinds"]["journal"] == 0,
       "gc keeps a dead run")
 run(TVSTORE, "import", store, "other", path("other"), "--force", "-q")
 p = start(out)
-check(wait(p, begun(out)), "nothing to kill again")
+check(held(p, begun(out)), "nothing to kill again")
 p.kill()
 p.communicate(timeout=60)
 plain = write("plain.yml", f"""merge_method: linear
@@ -124,18 +133,16 @@ os.chmod(frozen, 0o755)
 # Ctrl-C long before a group is full keeps what is finished.
 out = path("ctrl-c")
 p = start(out, env=dict(os.environ, TV_CPU="ref"))
-check(wait(p, lambda: os.path.exists(os.path.join(out, ".tvmerge",
-                                                  "journal"))), "no start")
-time.sleep(0.4)
-p.send_signal(signal.SIGINT)
+check(held(p, worked(p)), "no start")
+go(p, signal.SIGINT)
 p.communicate(timeout=60)
-check(p.returncode in (0, 130), f"ctrl-c: exit {p.returncode}")
+check(p.returncode == 130, f"ctrl-c: exit {p.returncode}")
 doc = document(TVMERGE, "run", recipe, out, "--store", store)
 check(doc["n_resumed"] > 0 and doc["digest"] == digest, f"ctrl-c: {doc}")
 
 # Removing an unfinished object removes its run.
 p = start("--into", "m9")
-time.sleep(0.4)
+check(held(p, listed("m9")), "into: no start")
 p.kill()
 p.communicate(timeout=60)
 r = run(TVSTORE, "rm", store, "other", code=11)

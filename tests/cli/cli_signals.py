@@ -10,10 +10,9 @@ import os
 import re
 import signal
 import subprocess
-import time
 
-from cli_common import (TVMERGE, TVSTORE, check, document, finish, make_model,
-                        path, run, write)
+from cli_common import (TVMERGE, TVSTORE, check, document, finish, go, held,
+                        make_model, path, run, write)
 
 a = make_model("a", 96, 1 << 19, 1)
 b = make_model("b", 96, 1 << 19, 2)
@@ -33,15 +32,12 @@ def start(out, *more):
 
 
 def begun(out, p):
-    """Waits until the merge has something to lose."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end and p.poll() is None:
+    """Stops the merge when it has something to lose and work left."""
+    def ready():
         r = subprocess.run([TVMERGE, "status", out, "--json"],
-                           capture_output=True)
-        if r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0:
-            return p.poll() is None
-        time.sleep(0.005)
-    return False
+                           capture_output=True, timeout=10)
+        return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
+    return held(p, ready)
 
 
 want = document(TVMERGE, "run", recipe, path("whole"))["digest"]
@@ -51,7 +47,7 @@ for sig, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143),
     out = path(f"out{sig}")
     p = start(out)
     check(begun(out, p), f"{sig.name}: nothing to interrupt")
-    p.send_signal(sig)
+    go(p, sig)
     err = p.communicate(timeout=60)[1].decode()
     check(p.returncode == status, f"{sig.name}: exit {p.returncode} {err}")
     found = re.search(r"^resume with: (.*)$", err, re.M)
@@ -73,7 +69,7 @@ for sig, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143),
 out = path("twice")
 p = start(out, "--json")
 check(begun(out, p), "twice: nothing to interrupt")
-p.send_signal(signal.SIGINT)
+go(p, signal.SIGINT)
 p.send_signal(signal.SIGINT)
 p.communicate(timeout=60)
 check(p.returncode == 130, f"twice: exit {p.returncode}")
@@ -84,7 +80,7 @@ check(document(TVMERGE, "run", recipe, out)["digest"] == want,
 out = path("json")
 p = start(out, "--json")
 check(begun(out, p), "json: nothing to interrupt")
-p.send_signal(signal.SIGINT)
+go(p, signal.SIGINT)
 o, e = p.communicate(timeout=60)
 doc = json.loads(e)["error"]
 check(p.returncode == 130 and o == b"" and doc["code"] == "interrupted"
@@ -94,10 +90,10 @@ check(p.returncode == 130 and o == b"" and doc["code"] == "interrupted"
 out = path("usr1")
 p = start(out, "--progress=none")
 check(begun(out, p), "usr1: nothing to ask")
-p.send_signal(signal.SIGUSR1)
 check(document(TVMERGE, "status", out)["running"] is True, "status: running")
 r = run(TVMERGE, "run", recipe, out, "--lock-timeout", "100ms", "-q", code=11)
 check(b"error" in r.stderr, "second run on one directory")
+go(p, signal.SIGUSR1)
 err = p.communicate(timeout=60)[1].decode()
 check(p.returncode == 0 and re.search(r"^merge \d+/96 tensors  \d+%", err,
                                       re.M), f"usr1: {err}")
@@ -110,25 +106,22 @@ p = subprocess.Popen([TVMERGE, "run", recipe, "--into", "m", "--store", store,
                       "--threads", "1"], env=dict(os.environ, TV_CPU="ref"),
                      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                      stderr=subprocess.DEVNULL)
-busy = False
-for _ in range(200):
+
+
+def locked():
+    global r
     r = subprocess.run([TVSTORE, "gc", store, "--lock-timeout", "50ms"],
-                       capture_output=True)
-    if r.returncode == 11:
-        busy = True
-        break
-    if p.poll() is not None:
-        break
-check(busy and b"error" in r.stderr, f"locked: {r.returncode} {r.stderr}")
-if busy:
-    run(TVSTORE, "ls", store)
-    r = subprocess.run([TVSTORE, "quota", store, "1GB", "--lock-timeout",
-                        "50ms"], capture_output=True)
-    check(r.returncode == 11 or p.poll() is not None,
-          f"quota while locked: {r.returncode} {r.stderr}")
-    run(TVSTORE, "quota", store)
-    time.sleep(0.2)
-    p.send_signal(signal.SIGINT)
+                       capture_output=True, timeout=10)
+    return r.returncode == 11
+
+
+check(held(p, locked) and b"error" in r.stderr,
+      f"locked: {r.returncode} {r.stderr}")
+r = run(TVSTORE, "quota", store, "1GB", "--lock-timeout", "50ms", code=11)
+go(p)
+run(TVSTORE, "ls", store)
+run(TVSTORE, "quota", store)
+p.send_signal(signal.SIGINT)
 check(p.wait(60) in (130, 0), f"into: {p.returncode}")
 run(TVSTORE, "verify", store, "-q")
 check(document(TVMERGE, "run", recipe, "--into", "m", "--store",
@@ -137,8 +130,15 @@ check(document(TVMERGE, "run", recipe, "--into", "m", "--store",
 # An import is interrupted and goes on.
 p = subprocess.Popen([TVSTORE, "import", store, "b", b],
                      stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-time.sleep(0.05)
-p.send_signal(signal.SIGINT)
+
+
+def importing():
+    with open(os.path.join(store, "writer.lock")) as f:
+        return f"process {p.pid})" in f.read()
+
+
+check(held(p, importing), "import: nothing to interrupt")
+go(p, signal.SIGINT)
 p.communicate(timeout=60)
 check(p.returncode in (130, 0), f"import: {p.returncode}")
 if p.returncode == 130:
@@ -151,6 +151,7 @@ out = path("bus")
 p = start(out)
 check(begun(out, p), "bus: nothing to disturb")
 os.truncate(os.path.join(a, "model.safetensors"), 100000)
+go(p)
 err = p.communicate(timeout=60)[1].decode()
 check(p.returncode == 12 and "a/model.safetensors" in err,
       f"bus: exit {p.returncode}: {err}")

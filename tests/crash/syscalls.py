@@ -12,7 +12,8 @@ Each time: an exit status that says what happened (or 0 where the program can
 do without), a message, nothing half done in sight of readers, and the same
 command then ends as if nothing had happened. --step N takes every N-th fault of
 each command, the same ones each time; --count N as many as make about N; --count
-0 all. --only and --command take those of these names.
+0 all. --only takes the faults of that name, or of which it is a part; --command
+one command.
 """
 import errno
 import os
@@ -109,6 +110,11 @@ def inject(name, command, before, after, saved, fault, k):
     return True
 
 
+def chosen():
+    same = [f for f in FAULTS if f.name == A.only]
+    return same or [f for f in FAULTS if A.only in f.name]
+
+
 def main():
     jobs = []
     every = 0
@@ -121,9 +127,7 @@ def main():
             run(*c, env=ENV, code=0)
         saved = W.save(name)
         before = W.state()
-        for fault in FAULTS:
-            if A.only and A.only not in fault.name:
-                continue
+        for fault in chosen():
             W.load(saved)
             far = 1 << 40
             r = fault.recorder.run(*command, env=ENV, **fault.settings(far))

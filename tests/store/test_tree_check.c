@@ -5,10 +5,13 @@
  */
 #include "store_fixture.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "store_priv.h"
+#include "tree_check.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 
@@ -251,6 +254,55 @@ static void any_byte_of_any_page(void **state)
     free_image(&im);
 }
 
+/* Where lock.mdb has the number of the last transaction. */
+static off_t number_at(struct fx *f, int fd)
+{
+    MDB_envinfo info;
+    off_t at = 0;
+    assert_int_equal(tv_lmdb()->env_info(f->s->env, &info), 0);
+    for (off_t off = 8; off < 128; off += 8) {
+        uint64_t word = 0;
+        assert_int_equal(pread(fd, &word, sizeof word, off), sizeof word);
+        if (word == info.me_last_txnid) {
+            assert_int_equal(at, 0);
+            at = off;
+        }
+    }
+    assert_int_not_equal(at, 0);
+    return at;
+}
+
+static void set_number(int fd, off_t at, uint64_t txn)
+{
+    assert_int_equal(pwrite(fd, &txn, sizeof txn, at), sizeof txn);
+}
+
+/* A writer has written its header but not yet told readers of it: for as long
+ * as the disk takes, or the writer is stopped. They begin with the one before,
+ * not with an older one: its pages may be gone. */
+static void header_ahead_of_readers(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    uint64_t txn = 0;
+    char *lock = tv_path_join(f->path, "lock.mdb");
+    for (unsigned seed = 0; seed < 10; seed++)
+        assert_ok(fx_object(f->s, "m", seed, 30, &f->err), &f->err);
+    const int fd = open(lock, O_RDWR | O_CLOEXEC);
+    assert_true(fd >= 0);
+    const off_t at = number_at(f, fd);
+    assert_int_equal(pread(fd, &txn, sizeof txn, at), sizeof txn);
+    set_number(fd, at, txn - 1);
+    const enum tv_err ahead = store_tree_check(f->s, &f->err);
+    set_number(fd, at, txn - 2);
+    const enum tv_err far = store_tree_check(f->s, NULL);
+    set_number(fd, at, txn);
+    assert_ok(ahead, &f->err);
+    assert_int_equal(far, TV_E_CORRUPT);
+    assert_ok(store_tree_check(f->s, &f->err), &f->err);
+    assert_int_equal(close(fd), 0);
+    tv_free(lock);
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, fx_setup, fx_teardown)
 
 int main(void)
@@ -259,6 +311,7 @@ int main(void)
         T(names_what_is_damaged),
         T(free_page_in_use),
         T(any_byte_of_any_page),
+        T(header_ahead_of_readers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
