@@ -162,6 +162,19 @@ static void nonfinite(struct tvc *c, struct tvc_merge *m,
         tvc_warn(&c->out, "%s", text);
 }
 
+/* Nothing is wrong with the result; with the disk there may be. */
+static void remade(struct tvc *c, struct tvc_merge *m,
+                   const struct tvm_result *r)
+{
+    char text[160];
+    (void)snprintf(text, sizeof text,
+                   "%zu tensors of the interrupted run had other bytes than "
+                   "it wrote and were merged again; is the disk sound?",
+                   r->n_remade);
+    tvm_problem_add(&m->problems, false, TV_OK, "", "%s", text);
+    tvc_warn(&c->out, "%s", text);
+}
+
 static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
 {
     struct tvc_progress *bar = tvc_progress_begin(&c->out, "merge", "tensors");
@@ -174,6 +187,8 @@ static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
     /* With --strict such values are an error of a merge that is done. */
     if (rc != TV_OK && rc != TV_E_NONFINITE)
         return rc;
+    if (r.n_remade > 0)
+        remade(c, m, &r);
     if (r.n_nonfinite_in + r.n_nonfinite_out > 0)
         nonfinite(c, m, &r, rc == TV_OK);
     if (c->out.json)

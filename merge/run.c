@@ -74,6 +74,7 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
     }
     for (size_t i = 0; i < p->n_tensors; i++)
         result->n_resumed += sink->done[i].done;
+    result->n_remade = sink->n_remade;
     TV_TRY(tvm_room_into(p, sink->done, err));
     rc = tvm_exec(p, sink, hooks, &stats, err);
     result->bytes_read = stats.bytes_read;
@@ -124,7 +125,7 @@ enum tv_err tvm_run(struct tvm_plan *p, const struct tvm_run_hooks *hooks,
     if (p->options.into)
         TV_TRY(tvm_sink_into_open(p, err, &sink));
     else if (p->options.out_dir)
-        TV_TRY(tvm_sink_dir_open(p, err, &sink));
+        TV_TRY(tvm_sink_dir_open(p, hooks, err, &sink));
     else
         TV_TRY(tv_error_set(err, TV_E_USAGE, "no output named"));
     TV_TRY(run_all(p, sink, hooks, result, err));

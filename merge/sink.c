@@ -528,6 +528,80 @@ out:
     return rc;
 }
 
+static struct tv_hash checksum_of(tv_hasher *leaves, const unsigned char *data,
+                                  uint64_t n)
+{
+    unsigned char raw[16];
+
+    tv_hasher_reset(leaves);
+    for (uint64_t at = 0; at < n; at += TV_LEAF_BYTES) {
+        const size_t some =
+            (size_t)(n - at < TV_LEAF_BYTES ? n - at : TV_LEAF_BYTES);
+        tv_hash_put(raw, tv_hash128(data + at, some));
+        tv_hasher_add(leaves, raw, sizeof raw);
+    }
+    return tv_hasher_value(leaves);
+}
+
+/* Are the bytes that the journal calls finished the ones it has checksums of?
+ * A disk may have turned one, and no later step would look at them again. What
+ * is not is made again. */
+static enum tv_err recheck(struct dir_sink *s,
+                           const struct tvm_run_hooks *hooks,
+                           struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_plan *p = s->base.plan;
+    struct tvm_progress now = {.n_tensors = p->n_tensors,
+                               .bytes_total = p->bytes_written};
+    tv_map *map = NULL;
+    tv_hasher *leaves = NULL;
+    size_t shard = SIZE_MAX;
+
+    if (!p->options.verify_reads)
+        return TV_OK;
+    TV_TRY(tv_hasher_open(err, &leaves));
+    for (size_t i = 0; i < p->n_tensors; i++) {
+        const struct tvm_tensor *t = &p->tensors[i];
+        struct tvm_tensor_done *d = &s->base.done[i];
+        if (!d->done)
+            continue;
+        if (hooks && hooks->cancel && *hooks->cancel) {
+            rc = tv_error_set(err, TV_E_INTERRUPTED, "interrupted");
+            goto out;
+        }
+        if (t->shard != shard) {
+            char *path = tv_path_join(s->dir, p->shards->file_names[t->shard]);
+            tv_map_close(map);
+            map = NULL;
+            rc = path ? tv_map_open(path, err, &map) : no_memory(err);
+            tv_free(path);
+            TV_TRY(rc);
+            shard = t->shard;
+        }
+        if (t->offset > tv_map_bytes(map) ||
+            t->bytes > tv_map_bytes(map) - t->offset) {
+            rc = tv_error_set(err, TV_E_CORRUPT, "%s has been cut off",
+                              tv_map_path(map));
+            goto out;
+        }
+        if (!tv_hash_equal(
+                checksum_of(leaves, tv_map_data(map) + t->offset, t->bytes),
+                d->checksum)) {
+            *d = (struct tvm_tensor_done){.done = false};
+            s->base.n_remade++;
+        }
+        now.n_done++;
+        now.bytes_done += t->bytes;
+        if (hooks && hooks->progress)
+            hooks->progress(hooks->arg, &now);
+    }
+out:
+    tv_hasher_close(leaves);
+    tv_map_close(map);
+    return rc;
+}
+
 /* ---- shards -------------------------------------------------------------- */
 
 static enum tv_err shard_fd(struct dir_sink *s, size_t shard, int *fd,
@@ -994,7 +1068,9 @@ out:
     return rc;
 }
 
-static enum tv_err prepare(struct dir_sink *s, struct tv_error *err)
+static enum tv_err prepare(struct dir_sink *s,
+                           const struct tvm_run_hooks *hooks,
+                           struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan *p = s->base.plan;
@@ -1026,8 +1102,10 @@ static enum tv_err prepare(struct dir_sink *s, struct tv_error *err)
         s->publishing = false;
         TV_TRY(put_state(s, s->journal, err));
     }
-    if (resume)
+    if (resume) {
         TV_TRY(read_done(s, ok, err));
+        TV_TRY(recheck(s, hooks, err));
+    }
     for (size_t i = 0; i < p->n_tensors; i++)
         if (!s->base.done[i].done)
             s->n_left[p->tensors[i].shard]++;
@@ -1070,8 +1148,9 @@ out:
     return rc;
 }
 
-enum tv_err tvm_sink_dir_open(struct tvm_plan *plan, struct tv_error *err,
-                              struct tvm_sink **out)
+enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
+                              const struct tvm_run_hooks *hooks,
+                              struct tv_error *err, struct tvm_sink **out)
 {
     enum tv_err rc = TV_OK;
     struct dir_sink *s = tv_calloc(1, sizeof *s);
@@ -1102,7 +1181,7 @@ enum tv_err tvm_sink_dir_open(struct tvm_plan *plan, struct tv_error *err,
     }
     TV_TRY(look_before(s, &had_state, err));
     TV_TRY(take_lock(s, err));
-    rc = prepare(s, err);
+    rc = prepare(s, hooks, err);
     /* Nothing of ours was here and nothing has begun: leave it as it was. */
     if ((rc != TV_OK && !had_state && !s->journal && !s->replace) ||
         s->base.already_done)

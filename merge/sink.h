@@ -63,12 +63,17 @@ struct tvm_sink {
     uint64_t commit_bytes;        /* group size that is worth a commit */
     bool busy;                    /* has a batch of the plan's store open */
     struct tvm_tensor_done *done; /* [plan->n_tensors] */
+    size_t n_remade;              /* tensors of an earlier run whose bytes are
+                                     not what it wrote: to be made again */
     bool already_done;            /* the same merge is complete */
     struct tvm_totals totals;     /* of it */
     struct tvm_sums *sums;        /* for the next commit, into a store */
 };
 
+/* Going on with an earlier run reads what that has finished: hooks as those of
+ * tvm_run. */
 TV_NODISCARD enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
+                                           const struct tvm_run_hooks *hooks,
                                            struct tv_error *err,
                                            struct tvm_sink **out);
 TV_NODISCARD enum tv_err tvm_sink_into_open(struct tvm_plan *plan,

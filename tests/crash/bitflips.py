@@ -11,6 +11,7 @@
   0, does not hang, and `verify` reports or the flip changed nothing.
 - In a linked file whose checksums are known: the same as in a payload. In its
   header, or with another time of change: exit 12 and the name of the file.
+- In what an interrupted merge has finished: going on makes it again.
 """
 import json
 import os
@@ -19,8 +20,9 @@ import shutil
 import subprocess
 
 import crashlib
-from crashlib import (Table, arguments, check, finish, make_models,
-                      read_safetensors, recipe, run, run_json, work_dir)
+from crashlib import (GROUP, SHARD, Recorder, Table, arguments, check,
+                      copy_tree, finish, make_models, read_safetensors, recipe,
+                      run, run_json, weights_of, work_dir)
 
 A = arguments(__doc__, 150)
 WORK = work_dir()
@@ -29,6 +31,7 @@ STORE = os.path.join(WORK, "store")
 COPY = os.path.join(WORK, "copy")
 STORED = recipe(os.path.join(WORK, "stored.yml"), MODELS, prefix="store:")
 OUT = os.path.join(WORK, "out")
+R = Recorder(A.recorder, WORK, WORK)
 rng = random.Random(A.seed)
 table = Table()
 LIMIT = 20  # seconds; LMDB may walk a damaged tree in circles
@@ -208,6 +211,73 @@ def linked_flips(count):
           f"merge after the file is as it was: {err[-300:]}")
 
 
+def resumed_flips(count):
+    """Flips in tensors that an interrupted merge has finished."""
+    out = os.path.join(WORK, "resumed")
+    ties = recipe(os.path.join(WORK, "resumed.yml"), MODELS)
+    command = [A.tvmerge, "run", ties, out, "--json", "--threads", "1", *SHARD]
+    env = {"TV_GROUP_BYTES": GROUP, "TV_PROGRESS": "none"}
+    want = json.loads(run(*command, env=env, code=0).stdout)["digest"]
+    weights = weights_of(out)
+    shutil.rmtree(out)
+    calls = R.run(*command, env=env, kill=1 << 40).calls
+    fired = 0
+    for i in range(6 * count):
+        if fired == count:
+            break
+        failed = crashlib.failures_now()
+        shutil.rmtree(out)
+        R.run(*command, env=env, kill=calls // 2 + rng.randrange(calls // 3),
+              when="before")
+        state = os.path.join(out, ".tvmerge")
+        journal = os.path.join(state, "journal")
+        if not os.path.isdir(journal):
+            continue
+        saved = os.path.join(WORK, "resumed-saved")
+        copy_tree(out, saved)
+        r = run(*command, env=env)
+        check(r.returncode == 0, f"resume: {r.stderr}")
+        n = json.loads(r.stdout)["n_resumed"]
+        if n == 0 or json.loads(r.stdout)["already_done"]:
+            continue
+        copy_tree(saved, out)
+        # The journal alone knows which are finished: a byte of every tensor.
+        n_flips = 0
+        for d in (state, out):
+            for f in sorted(os.listdir(d)):
+                if not f.endswith(".safetensors"):
+                    continue
+                for at, size in extents(os.path.join(d, f)):
+                    flip(os.path.join(d, f), at + rng.randrange(size),
+                         rng.randrange(8))
+                    n_flips += 1
+        r = run(*command, env=env)
+        what = f"{n} finished tensors, {n_flips} flips"
+        if check(r.returncode == 0, f"{what}: {r.stderr}"):
+            doc = json.loads(r.stdout)
+            check(doc["digest"] == want, f"{what}: digest {doc['digest']}")
+            check(doc["n_resumed"] == 0, f"{what}: {doc['n_resumed']} resumed")
+            check(any(f"{n} tensors" in p["message"]
+                      for p in doc["problems"]), f"{what}: {doc}")
+        check(weights_of(out) == weights, f"{what}: other bytes")
+        good = crashlib.failures_now() == failed
+        table.add("bit flip, finished part of a merge",
+                  "merged again" if good else "bad",
+                  lost=0 if weights_of(out) == weights else 1)
+        fired += 1
+    check(fired == count, f"only {fired} of {count} merges to go on with")
+
+
+def extents(path):
+    """[(offset, bytes)] of the tensors of a file."""
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+    return [(8 + n + t["data_offsets"][0],
+             t["data_offsets"][1] - t["data_offsets"][0])
+            for k, t in header.items() if k != "__metadata__"]
+
+
 def main():
     run(A.tvstore, "init", STORE, code=0)
     for m in ("base", "ft1", "ft2"):
@@ -240,6 +310,7 @@ def main():
             rng.randrange(4096)
         anywhere(page * 4096 + inside, rng.randrange(8), want)
     linked_flips(A.count // 3)
+    resumed_flips(max(2, A.count // 20))
     table.close()
     finish("bitflips")
 

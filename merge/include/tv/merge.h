@@ -128,7 +128,7 @@ struct tvm_options {
     bool write_model_card;           /* default true */
     bool sync;                       /* default true; --no-sync clears it */
     bool force, strict;
-    bool verify_reads; /* default true */
+    bool verify_reads; /* default true: of inputs, and of what is resumed */
     bool verify_inputs;
     bool truncate_embeddings; /* --unsafe-truncate-embeddings */
     unsigned lock_timeout_ms; /* default 10000 */
@@ -271,6 +271,8 @@ struct tvm_cache_use { /* masks and task vectors of the store */
 };
 struct tvm_result {
     size_t n_tensors, n_resumed;
+    size_t n_remade; /* of an earlier run, with bytes that it did not write:
+                        merged again */
     uint64_t bytes_read, bytes_written;
     double seconds;
     uint64_t peak_scratch_bytes;
