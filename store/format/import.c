@@ -10,17 +10,23 @@
  * the leftover).
  */
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "hf_dir.h"
 #include "json_util.h"
 #include "tv/alloc.h"
+#include "tv/derived.h"
 #include "tv/format.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 
 /* Entries per batch when no payload limits it. */
 #define LINKS_PER_BATCH 4096u
+/* Records, and pages that cannot be used in a row. */
+#define ADMIT_SLACK     ((uint64_t)1 << 20)
+/* More than the store keeps back of a quota. */
+#define RESERVE_BYTES   ((uint64_t)5 << 20)
 
 struct import {
     tv_store *store;
@@ -390,6 +396,147 @@ static void refused(struct import *m)
     }
 }
 
+/* ---- admission ------------------------------------------------------------
+ */
+
+struct content { /* of a tensor that the store does not have yet */
+    struct tv_hash checksum;
+    uint64_t bytes;
+};
+
+static int compare_content(const void *x, const void *y)
+{
+    return memcmp(x, y, sizeof(struct tv_hash));
+}
+
+/* Reads one tensor; *c has no bytes when the store holds the same already. */
+static enum tv_err look_up(struct import *m, const struct tv_input_tensor *t,
+                           struct content *c)
+{
+    enum tv_err rc = TV_OK;
+    struct tv_hash *leaves = NULL;
+    struct tv_tensor_desc d;
+    struct tv_view v;
+    bool found = false;
+    uint64_t id = 0;
+    const uint64_t n = tv_leaf_count(t->bytes);
+
+    memset(&v, 0, sizeof v);
+    leaves = (struct tv_hash *)tv_calloc((size_t)n + 1, sizeof *leaves);
+    if (leaves == NULL) {
+        rc = no_memory(m->err);
+        goto out;
+    }
+    TV_TRY(tv_input_view(m->from, t, m->err, &v));
+    for (uint64_t i = 0; i < n; i++)
+        leaves[i] = tv_view_leaf(&v, i);
+    c->checksum = tv_leaves_checksum(leaves, (size_t)n);
+    describe(t, &d);
+    TV_TRY(
+        tv_payload_lookup(m->batch, &d, c->checksum, &v, &found, &id, m->err));
+    c->bytes = found ? 0 : t->bytes;
+out:
+    tv_input_release(m->from, &v);
+    tv_free(leaves);
+    return rc;
+}
+
+/* Bytes of what the store does not hold, each content once; `most`: more than
+ * that need not be counted. */
+static enum tv_err count_new(struct import *m, uint64_t most, uint64_t *out)
+{
+    enum tv_err rc = TV_OK;
+    const size_t n = tv_input_count(m->from);
+    struct content *list = NULL;
+    uint64_t bytes = 0, shared = 0;
+    size_t n_sorted = 0;
+
+    list = (struct content *)tv_calloc(n + 1, sizeof *list);
+    if (list == NULL) {
+        rc = no_memory(m->err);
+        goto out;
+    }
+    TV_TRY(tv_batch_begin(m->store, true, m->err, &m->batch));
+    for (size_t i = 0; i < n; i++) {
+        if (m->t->cancel != NULL && *m->t->cancel != 0) {
+            rc = tv_error_set(m->err, TV_E_INTERRUPTED,
+                              "import of '%s' interrupted before it began",
+                              m->name);
+            goto out;
+        }
+        TV_TRY(look_up(m, tv_input_tensor(m->from, i), &list[i]));
+        bytes += list[i].bytes;
+        /* What is in it twice is found by sorting, so only now and then. */
+        if ((bytes - shared > most && i >= 2 * n_sorted) || i + 1 == n) {
+            n_sorted = i + 1;
+            qsort(list, i + 1, sizeof *list, compare_content);
+            shared = 0;
+            for (size_t k = 1; k <= i; k++)
+                if (compare_content(&list[k - 1], &list[k]) == 0)
+                    shared += list[k].bytes;
+            if (bytes - shared > most)
+                break;
+        }
+    }
+    *out = bytes - shared;
+out:
+    tv_batch_abort(m->batch);
+    m->batch = NULL;
+    tv_free(list);
+    return rc;
+}
+
+static enum tv_err too_big(const struct import *m, uint64_t missing,
+                           const struct tv_store_stat *st)
+{
+    char a[32], q[32], b[32];
+
+    tv_error_set(m->err, TV_E_NOSPACE,
+                 "store %s: at least %s are missing to stay within its quota "
+                 "of %s",
+                 tv_store_path(m->store), tv_format_bytes(missing, a, sizeof a),
+                 tv_format_bytes(st->quota_bytes, q, sizeof q));
+    tv_error_hint(
+        m->err,
+        "remove an object ('tvstore rm'; weights and outputs take "
+        "%s), or raise the quota ('tvstore quota')",
+        tv_format_bytes(st->weights + st->outputs + st->adapters, b, sizeof b));
+    return TV_E_NOSPACE;
+}
+
+/* Under a quota there is room for all of it before anything is written; derived
+ * data go for it. What the store has already takes no room, which only content
+ * tells: where the whole does not fit, the input is read once before. */
+static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
+{
+    enum tv_err rc = TV_OK;
+    const uint64_t derived = st->masks + st->task_vectors + st->statistics;
+    const uint64_t taken = st->used_bytes + st->charged_bytes;
+    uint64_t need = m->total;
+
+    if (st->quota_bytes == 0 || m->t->link)
+        goto out;
+    const uint64_t room =
+        st->free_bytes +
+        (st->quota_bytes > taken ? st->quota_bytes - taken : 0);
+    if (need + need / 16 + ADMIT_SLACK + RESERVE_BYTES <= room)
+        goto out;
+    /* Pages around derived data go with them. */
+    const uint64_t most = room + derived + derived / 16 + ADMIT_SLACK;
+    TV_TRY(count_new(m, most, &need));
+    if (need > most) {
+        rc = too_big(m, need - most, st);
+        goto out;
+    }
+    if (need == 0 ||
+        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL) ==
+            TV_OK)
+        goto out;
+    rc = tv_derived_reserve(m->store, need, m->err);
+out:
+    return rc;
+}
+
 static enum tv_err publish(struct import *m)
 {
     enum tv_err rc = TV_OK;
@@ -445,6 +592,7 @@ enum tv_err tv_import(tv_store *s, const char *name, tv_input *from,
     locked = true;
     TV_TRY(tv_store_stat(s, &stat, err));
     shared_before = stat.dedup_saved_bytes;
+    TV_TRY(admit(&m, &stat));
     TV_TRY(create(&m));
     TV_TRY(put_sides(&m));
     TV_TRY(put_tensors(&m));

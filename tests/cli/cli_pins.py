@@ -197,8 +197,12 @@ write_safetensors(os.path.join(big, "model.safetensors"), {
     for i in range(30)})
 small = path("small")
 run(TVSTORE, "init", small, "--quota", "20MB", "-q")
+with open(os.path.join(small, "data.mdb"), "rb") as f:
+    untouched = f.read()
 r = run(TVSTORE, "import", small, "big", big, code=5)
 check(b"'big' takes up to 30.0 MiB" in r.stderr, f"quota: {r.stderr}")
+with open(os.path.join(small, "data.mdb"), "rb") as f:
+    check(f.read() == untouched, "quota: refused after work had begun")
 run(TVSTORE, "rm", small, "big", code=10)
 doc = document(TVSTORE, "stat", small)
 check(doc["kinds"]["weights"] == 0 and doc["used_bytes"] <= 20 * 10**6,
@@ -207,6 +211,31 @@ run(TVSTORE, "quota", small, "60MB", "-q")
 run(TVSTORE, "import", small, "big", big, "-q")
 check(document(TVSTORE, "diff", small, "store:big", big)["equal"] is True,
       "quota: bytes")
+# What the store holds already takes no room, and derived data make some.
+run(TVSTORE, "quota", small, "40MB", "-q")
+run(TVSTORE, "import", small, "again", big, "-q")
+run(TVSTORE, "rm", small, "again", "-q")
+caching = path("caching")
+run(TVSTORE, "init", caching, "-q")
+for name in ("base", "other"):
+    run(TVSTORE, "import", caching, name, path(name), "--link", "-q")
+run(TVMERGE, "run", recipe, path("cached"), "--store", caching, "-q")
+doc = document(TVSTORE, "stat", caching)
+derived = doc["kinds"]["masks"] + doc["kinds"]["task_vectors"]
+check(derived > 2 * 10**6, f"derived data: {doc}")
+limit = doc["used_bytes"] + 8 * 10**6
+run(TVSTORE, "quota", caching, str(limit), "-q")
+fits = path("fits")
+os.makedirs(fits)
+write_safetensors(os.path.join(fits, "model.safetensors"), {
+    "w": ("U8", [8 * 10**6 + derived // 3],
+          os.urandom(8 * 10**6 + derived // 3))})
+run(TVSTORE, "import", caching, "fits", fits, "-q")
+after = document(TVSTORE, "stat", caching)
+check(after["used_bytes"] <= limit and after["kinds"]["masks"] +
+      after["kinds"]["task_vectors"] < derived, f"import beside a cache: {after}")
+check(document(TVSTORE, "diff", caching, "store:fits", fits)["equal"] is True,
+      "import beside a cache: bytes")
 # A complete object survives a refused replacement.
 run(TVSTORE, "quota", small, "35MB", "-q")
 more = path("more")
