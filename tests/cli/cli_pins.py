@@ -45,8 +45,17 @@ def worked(p):
     return ready
 
 
+def is_locked():
+    """A merge that keeps something in the store holds its lock for a moment,
+    and rm would rather wait than say what is pinned."""
+    with open(os.path.join(store, "writer.lock")) as f:
+        return f.read() != ""
+
+
 def begun(out):
     def ready():
+        if is_locked():
+            return False
         r = subprocess.run([TVMERGE, "status", out, "--json"],
                            capture_output=True, timeout=10)
         return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
