@@ -331,7 +331,7 @@ enum pass {
 
 struct slot { /* a tensor being worked on */
     enum pass pass;
-    bool first;   /* pass 0: inputs are verified and counted */
+    bool first;   /* no pass over all elements yet (see is_first) */
     size_t index; /* of the tensor in the plan */
     const struct tvm_tensor *t;
     uint64_t seq; /* order of starting */
@@ -516,6 +516,7 @@ static enum pass choose_pass(struct slot *s, uint64_t *n_tiles)
 {
     if (s->t->action == TVM_COPY)
         return PASS_COPY;
+    s->job.sample = 0;
     if (s->t->n_elems > 0 && s->t->method->next_phase &&
         s->t->method->next_phase(&s->job)) {
         const size_t n =
@@ -786,6 +787,13 @@ static enum tv_err deliver(struct exec *ex, struct worker *w, struct slot *s,
     return TV_OK;
 }
 
+/* Is the pass at hand the first over all elements? Then inputs are verified and
+ * counted. */
+static bool is_first(const struct slot *s)
+{
+    return s->first && s->job.sample == 0;
+}
+
 /* Values of one source in a block, and what is known of its mask. NULL when
  * nobody will look at them. */
 static const float *read_block(struct exec *ex, struct worker *w,
@@ -806,11 +814,11 @@ static const float *read_block(struct exec *ex, struct worker *w,
                                            mask, w->dst, at);
         return at;
     }
-    if (mask && !s->first && s->pass != PASS_COMBINE)
+    if (mask && !is_first(s) && s->pass != PASS_COMBINE)
         return NULL;
     uint64_t here = 0;
     const float *x = tvm_reader_block(&s->readers[source], k, start, n, at,
-                                      w->l, s->first ? &here : NULL);
+                                      w->l, is_first(s) ? &here : NULL);
     *bad += here;
     if (here > 0 && s->cached.n > 0)
         atomic_fetch_add(&s->cached.src[source].n_nonfinite, here);
@@ -901,7 +909,7 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
     tile.start = tile.first;
 
     double t0 = now();
-    for (size_t i = 0; s->first && i < t->n_sources; i++) {
+    for (size_t i = 0; is_first(s) && i < t->n_sources; i++) {
         const size_t in_each = s->readers[i].elem_bytes;
         if (is_replaced(s, i))
             continue;
@@ -926,8 +934,10 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
     if (rows)
         run_rows(ex, w, s, &tile, combine, &bad_in, &bad_out);
     for (uint64_t done = rows ? tile.n : 0; done < tile.n; done += TVM_BLOCK) {
-        const size_t n =
+        size_t n =
             tile.n - done < TVM_BLOCK ? (size_t)(tile.n - done) : TVM_BLOCK;
+        if (job->sample > 0 && n > job->sample)
+            n = job->sample;
         tile.start = tile.first + done;
         for (size_t i = 0; i < t->n_sources; i++)
             x[i] = read_block(ex, w, s, i, tile.start, n, &bad_in);
@@ -1108,9 +1118,9 @@ static void take_tile(struct exec *ex, struct worker *w, unsigned worker,
      * the tensor finished. */
     if (rc == TV_OK && ++s->n_tiles_done == s->n_tiles) {
         unlock(ex);
-        if (s->first)
+        if (is_first(s))
             rc = take_sums(ex, s, &err);
-        s->first = false;
+        s->first = s->first && s->job.sample > 0;
         s->job.phase++;
         if (rc == TV_OK)
             advance(ex, s);

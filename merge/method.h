@@ -55,6 +55,10 @@ struct tvm_job {
     unsigned n_workers; /* highest worker index + 1 */
     void *state;        /* state_bytes(job) of zeroed memory */
     unsigned phase;
+    /* Set by next_phase for the pass to come: feed only so many elements at the
+     * head of every block (a sample; inputs are neither checked nor counted),
+     * 0: all. In passes of blocks only. */
+    size_t sample;
     struct tvm_trim *trim; /* [n_sources], or NULL: nothing is known */
 };
 

@@ -16,6 +16,12 @@
  *   COUNT   entries equal to the pattern, per tile   -> which of them to keep
  *   KEPT    sum of kept magnitudes (only to rescale)
  *
+ * Where that is known to pay, HIGH and LOW become one pass: SAMPLE fills the
+ * histogram of HIGH from the head of every block, which tells about where the
+ * k-th entry lies; RANGE counts what lies above a range of patterns around
+ * there, and each pattern inside. If the k-th is not inside after all, HIGH and
+ * LOW follow as ever: a sample decides how long it takes, never what is kept.
+ *
  * HIGH and LOW go over at most GROUP_MAX donors at a time, as every worker has
  * a histogram for each; more donors take more passes, not more memory.
  * LOW and COUNT are left out for donors whose bucket or pattern is kept whole.
@@ -38,9 +44,25 @@
 #define BLOCKS_PER_LEAF (TVK_LEAF / TVM_BLOCK)
 #define BLOCK_WORDS     (TVM_BLOCK / 64)
 #define GROUP_MAX       ((size_t)32) /* 8 MiB of histograms per worker */
+/* A range of four buckets of HIGH: some 0.2 to 0.35% of normally distributed
+ * entries on either side of its middle, four or more standard deviations of the
+ * rank in a sample of 2^19. */
+#define RANGE_BUCKETS   4u
+#define RANGE_WIDTH     (RANGE_BUCKETS << 15)
+#define RANGE_MAX       ((size_t)8) /* selections; 4 MiB per worker */
+#define RANGE_ELEMS_MIN ((uint64_t)2 << 20)
+#define SAMPLE_ELEMS    ((uint64_t)8 << 20) /* fewer: sampled twice as densely */
+#define SAMPLE          (TVM_BLOCK / 16)
 #define RESCALE_MIN     1e-7 /* mergekit: smaller sums are not rescaled */
 
-enum step { STEP_HIGH, STEP_LOW, STEP_COUNT, STEP_KEPT };
+enum step {
+    STEP_SAMPLE,
+    STEP_RANGE,
+    STEP_HIGH,
+    STEP_LOW,
+    STEP_COUNT,
+    STEP_KEPT
+};
 enum keep { KEEP_ALL, KEEP_NONE, KEEP_TOP, KEEP_KNOWN, KEEP_RANDOM };
 
 struct donor {
@@ -48,12 +70,12 @@ struct donor {
     enum keep keep;
     size_t slot; /* KEEP_TOP: place in the arrays of struct gta_state */
     size_t less; /* index of what is taken off the mask again, 0: none */
-    bool needs_low, needs_count;
+    bool found, needs_low, needs_count;
     uint64_t key, threshold; /* KEEP_RANDOM */
     float p;                 /* ... of mergekit's stream */
     size_t draw;             /* ... place in mt_tile */
     uint64_t k; /* KEEP_TOP: entries still to be found at this step */
-    uint32_t hi, pattern;
+    uint32_t hi, pattern, first; /* first: of its range */
     uint64_t eq_limit; /* of the entries equal to pattern, the first so many */
 };
 
@@ -70,12 +92,14 @@ struct gta_state {
     struct donor *donor;   /* [n_select] */
     size_t first;          /* slot of the group being measured */
     bool any_count;        /* some donor needs the COUNT pass */
-    uint32_t *hist;        /* [n_workers][group_size][TVK_HIST_HI] */
-    uint64_t *eq;          /* [n_tiles][n_top]: count, then prefix */
-    uint64_t *eq_seen;     /* [n_workers][n_top]: in the tile at hand */
-    double *sum_all;       /* [n_top][n_leaves] */
-    double *sum_kept;      /* [n_top][n_leaves] */
-    double *block;         /* [n_workers][n_top][2][BLOCKS_PER_LEAF] */
+    uint32_t *hist;        /* [n_workers][group_size][hist_words] */
+    size_t hist_words;
+    uint64_t *above;   /* [n_workers][n_top]: over the range */
+    uint64_t *eq;      /* [n_tiles][n_top]: count, then prefix */
+    uint64_t *eq_seen; /* [n_workers][n_top]: in the tile at hand */
+    double *sum_all;   /* [n_top][n_leaves] */
+    double *sum_kept;  /* [n_top][n_leaves] */
+    double *block;     /* [n_workers][n_top][2][BLOCKS_PER_LEAF] */
     /* Only with gta_detail::mergekit: */
     float *scale;           /* [n_donors] */
     float *delta;           /* [n_workers][n_donors][TVM_BLOCK] */
@@ -190,6 +214,13 @@ static bool in_group(const struct gta_state *st, const struct donor *d)
            d->slot - st->first < GROUP_MAX;
 }
 
+/* Do the selections of a tensor begin with a sample? */
+static bool takes_sample(const struct tvm_tensor *t, const struct gta_state *st)
+{
+    return st->n_hist > 0 && st->n_hist <= RANGE_MAX &&
+           t->n_elems >= RANGE_ELEMS_MIN;
+}
+
 static size_t lay_out(const struct tvm_job *job, void *base,
                       struct gta_state *st)
 {
@@ -202,8 +233,10 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     st->coef = tvm_carve(&c, k, sizeof *st->coef);
     st->weight = tvm_carve(&c, k, sizeof *st->weight);
     st->donor = tvm_carve(&c, st->n_select, sizeof *st->donor);
+    st->hist_words = takes_sample(job->tensor, st) ? RANGE_WIDTH : TVK_HIST_HI;
     st->hist =
-        tvm_carve(&c, w * group_size(st) * TVK_HIST_HI, sizeof *st->hist);
+        tvm_carve(&c, w * group_size(st) * st->hist_words, sizeof *st->hist);
+    st->above = tvm_carve(&c, w * top, sizeof *st->above);
     st->eq = tvm_carve(&c, job->n_tiles * top, sizeof *st->eq);
     st->eq_seen = tvm_carve(&c, w * top, sizeof *st->eq_seen);
     if (st->match_l1) {
@@ -408,8 +441,8 @@ static void set_up(struct tvm_job *job)
 static uint32_t *hist_of(const struct gta_state *st, unsigned worker,
                          size_t slot)
 {
-    return st->hist +
-           ((size_t)worker * group_size(st) + slot - st->first) * TVK_HIST_HI;
+    return st->hist + ((size_t)worker * group_size(st) + slot - st->first) *
+                          st->hist_words;
 }
 
 /* Joins the workers' counts of a slot. */
@@ -419,9 +452,108 @@ static const uint32_t *joined(const struct tvm_job *job, size_t slot,
     const struct gta_state *st = job->state;
     uint32_t *hist = hist_of(st, 0, slot);
 
-    tvm_hist_join(hist, group_size(st) * TVK_HIST_HI, job->n_workers,
+    tvm_hist_join(hist, group_size(st) * st->hist_words, job->n_workers,
                   n_buckets);
     return hist;
+}
+
+static void clear_hist(const struct tvm_job *job)
+{
+    const struct gta_state *st = job->state;
+
+    memset(st->hist, 0,
+           job->n_workers * group_size(st) * st->hist_words * sizeof *st->hist);
+}
+
+/* The range around the entry that has the k-th's place in the sample; false
+ * where it would reach down to zeros, of which there may be very many. */
+static bool find_range(const struct tvm_job *job, struct donor *d,
+                       const uint32_t *hist)
+{
+    uint64_t n = 0;
+    uint64_t count = 0;
+
+    for (size_t i = 0; i < TVK_HIST_HI; i++)
+        n += hist[i];
+    const double share = (double)d->k / (double)job->tensor->n_elems;
+    uint64_t rank = (uint64_t)(share * (double)n);
+    if (rank < 1)
+        rank = 1;
+    if (rank > n)
+        rank = n;
+    const uint32_t hi = tvm_hist_find(hist, TVK_HIST_HI, &rank, &count);
+    if (hi <= RANGE_BUCKETS / 2)
+        return false;
+    /* Ranks count from the top of the bucket. */
+    const double down = (double)rank / (double)count;
+    d->first = ((hi - RANGE_BUCKETS / 2 + 1) << 15) -
+               (uint32_t)(down * (double)(1u << 15));
+    return true;
+}
+
+/* Returns true when every selection has a range to look into. */
+static bool after_sample(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    bool all = true;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        struct donor *d = &st->donor[j];
+        if (d->keep != KEEP_TOP)
+            continue;
+        const uint32_t *hist = joined(job, d->slot, TVK_HIST_HI);
+        all = find_range(job, d, hist) && all;
+        if (d->less > 0)
+            all = find_range(job, &st->donor[d->less], hist) && all;
+    }
+    clear_hist(job);
+    return all;
+}
+
+/* Takes note of a pattern, `k` of the `count` entries that have it still to be
+ * kept. */
+static void set_pattern(struct gta_state *st, struct donor *d, uint32_t pattern,
+                        uint64_t k, uint64_t count)
+{
+    d->k = k;
+    d->pattern = pattern;
+    /* Zeros are dropped anyway: no need to know which. */
+    if (k < count && pattern != 0) {
+        d->eq_limit = k;
+        d->needs_count = true;
+        st->any_count = true;
+    }
+}
+
+/* Returns true when all patterns are found. */
+static bool after_range(struct tvm_job *job)
+{
+    struct gta_state *st = job->state;
+    bool all = true;
+
+    for (size_t j = 0; j < st->n_select; j++) {
+        struct donor *d = &st->donor[j];
+        uint64_t above = 0;
+        uint64_t count = 0;
+        uint64_t within = 0;
+        if (d->keep != KEEP_TOP)
+            continue;
+        const uint32_t *hist = joined(job, d->slot, RANGE_WIDTH);
+        for (unsigned w = 0; w < job->n_workers; w++)
+            above += st->above[w * st->n_top + d->slot];
+        for (size_t i = 0; i < RANGE_WIDTH; i++)
+            within += hist[i];
+        if (d->k <= above || d->k > above + within) {
+            all = false;
+            continue;
+        }
+        uint64_t k = d->k - above;
+        const uint32_t at = tvm_hist_find(hist, RANGE_WIDTH, &k, &count);
+        d->found = true;
+        set_pattern(st, d, d->first + at, k, count);
+    }
+    clear_hist(job);
+    return all;
 }
 
 static bool find_high(struct donor *d, const uint32_t *hist)
@@ -445,8 +577,9 @@ static bool after_high(struct tvm_job *job)
         if (!in_group(st, d))
             continue;
         const uint32_t *hist = joined(job, d->slot, TVK_HIST_HI);
-        again = find_high(d, hist) || again;
-        if (d->less > 0)
+        if (!d->found)
+            again = find_high(d, hist) || again;
+        if (d->less > 0 && !st->donor[d->less].found)
             again = find_high(&st->donor[d->less], hist) || again;
         for (unsigned w = 0; w < job->n_workers; w++)
             memset(hist_of(st, w, d->slot), 0, TVK_HIST_LO * sizeof(uint32_t));
@@ -464,21 +597,16 @@ static bool after_low(struct tvm_job *job)
         if (!d->needs_low)
             continue;
         uint64_t count = 0;
-        d->pattern |= tvm_hist_find(joined(job, d->slot, TVK_HIST_LO),
-                                    TVK_HIST_LO, &d->k, &count);
+        uint64_t k = d->k;
+        const uint32_t low = tvm_hist_find(joined(job, d->slot, TVK_HIST_LO),
+                                           TVK_HIST_LO, &k, &count);
         d->needs_low = false;
-        /* Zeros are dropped anyway: no need to know which. */
-        if (d->k < count && d->pattern != 0) {
-            d->eq_limit = d->k;
-            d->needs_count = true;
-            st->any_count = true;
-        }
+        set_pattern(st, d, d->pattern | low, k, count);
     }
     st->first += GROUP_MAX;
     if (st->first >= st->n_measured)
         return false;
-    memset(st->hist, 0,
-           job->n_workers * group_size(st) * TVK_HIST_HI * sizeof *st->hist);
+    clear_hist(job);
     return true;
 }
 
@@ -540,12 +668,31 @@ bool gta_next_phase(struct tvm_job *job)
     if (job->phase == 0) {
         set_up(job);
         st->step = STEP_HIGH;
-        if (st->n_measured > 0)
+        if (st->n_measured > 0) {
+            if (takes_sample(job->tensor, st)) {
+                st->step = STEP_SAMPLE;
+                job->sample =
+                    job->tensor->n_elems < SAMPLE_ELEMS ? 2 * SAMPLE : SAMPLE;
+            }
             return true;
+        }
         if (!detail_of(job->tensor)->mergekit || !st->match_l1)
             return false;
         st->step = STEP_KEPT; /* of random masks */
         return true;
+    }
+    if (st->step == STEP_SAMPLE) {
+        st->step = after_sample(job) ? STEP_RANGE : STEP_HIGH;
+        return true;
+    }
+    if (st->step == STEP_RANGE) {
+        if (!after_range(job)) {
+            st->step = STEP_HIGH;
+            return true;
+        }
+        st->step = STEP_COUNT;
+        if (st->any_count)
+            return true;
     }
     if (st->step == STEP_HIGH) {
         st->step = STEP_LOW;
@@ -682,10 +829,22 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
             continue;
         /* What is taken off has the histogram of its donor, and no sums. */
         if (j >= st->n_donors &&
-            (st->step == STEP_HIGH || st->step == STEP_KEPT))
+            (st->step == STEP_SAMPLE || st->step == STEP_HIGH ||
+             st->step == STEP_KEPT))
             break;
         const float *xj = donor_values(job, tile, j, x, n, &base);
         switch (st->step) {
+        case STEP_SAMPLE:
+            k->hist_hi(hist_of(st, tile->worker, d->slot), xj, base, n);
+            break;
+        case STEP_RANGE:
+            st->above[(size_t)tile->worker * st->n_top + d->slot] +=
+                k->hist_range(hist_of(st, tile->worker, d->slot), d->first,
+                              RANGE_WIDTH, xj, base, n);
+            if (st->match_l1 && j < st->n_donors)
+                put_sum(job, tile, d->slot, st->sum_all,
+                        k->abs_sum(xj, base, NULL, n), n);
+            break;
         case STEP_HIGH:
             if (!in_group(st, d))
                 break;

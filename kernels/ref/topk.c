@@ -11,6 +11,7 @@
  */
 #include "rows.h"
 
+#include <assert.h>
 #include <string.h>
 
 #define INF_BITS 0x7f800000u
@@ -39,6 +40,25 @@ static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
         if (m >> 15 == hi)
             hist[m & 0x7fffu]++;
     }
+}
+
+static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                           uint32_t width, const float *x, const float *b,
+                           size_t n)
+{
+    uint64_t above = 0;
+
+    assert(first > 0 && width <= 0x80000000u - first);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t m = magnitude(x, b, i);
+        if (m < first)
+            continue;
+        if (m - first < width)
+            hist[m - first]++;
+        else
+            above++;
+    }
+    return above;
 }
 
 static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
@@ -79,6 +99,7 @@ void tvk_ref_topk(struct tvk_table *t)
 {
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
+    t->hist_range = hist_range;
     t->count_eq = count_eq;
     t->topk_mask = topk_mask;
 }

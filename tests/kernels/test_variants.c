@@ -518,6 +518,29 @@ static void one_hist_lo(const struct tvk_table *k, const struct place *p)
     guard_buffer_check(&hist);
 }
 
+static void one_hist_range(const struct tvk_table *k, const struct place *p)
+{
+    const int has_base = (int)rng_below(&rng, 3) != 0;
+    const float *const x = put_x(p, 0);
+    const float *const b = has_base ? put_b(p) : NULL;
+    const float *const plain_b = has_base ? raw_b(p) : NULL;
+    const uint32_t any = some_pattern(p, raw_x(p, 0), plain_b);
+    const uint32_t at = any < 0x7f800001u ? any : 0x7f800001u;
+    const uint32_t width = 1 + (uint32_t)rng_below(&rng, TVK_HIST_HI);
+    const uint32_t before = (uint32_t)rng_below(&rng, width + 1);
+    const uint32_t first = at > before ? at - before : 1;
+    uint32_t *const got = (uint32_t *)(void *)hist.data;
+
+    assert_int_equal(
+        k->hist_range(got, first, width, x, b, p->n),
+        ref()->hist_range(want_hist, first, width, raw_x(p, 0), plain_b, p->n));
+    n_hist_calls++;
+    if (n_hist_calls % 32 == 0 || p->n == N_LARGEST)
+        assert_same_bytes("hist_range", got, want_hist,
+                          TVK_HIST_HI * sizeof(uint32_t));
+    guard_buffer_check(&hist);
+}
+
 static void hist_clear(size_t n_buckets)
 {
     void *const got =
@@ -536,6 +559,12 @@ static void test_hist_lo(void **state)
 {
     hist_clear(TVK_HIST_LO);
     everywhere(state, sizeof(float), one_hist_lo);
+}
+
+static void test_hist_range(void **state)
+{
+    hist_clear(TVK_HIST_HI);
+    everywhere(state, sizeof(float), one_hist_range);
 }
 
 /* ---- random masks ---- */
@@ -779,11 +808,11 @@ int main(void)
 #fn " avx512", fn, NULL, NULL, &isa[2]                                 \
     }
     const struct CMUnitTest tests[] = {
-        ROWS(test_convert),    ROWS(test_linear),      ROWS(test_gta),
-        ROWS(test_gta_many),   ROWS(test_topk),        ROWS(test_hist_hi),
-        ROWS(test_hist_lo),    ROWS(test_philox),      ROWS(test_reductions),
-        ROWS(test_whole_leaf), ROWS(test_stats_zeros), ROWS(test_lowrank),
-        ROWS(test_split),
+        ROWS(test_convert),    ROWS(test_linear),     ROWS(test_gta),
+        ROWS(test_gta_many),   ROWS(test_topk),       ROWS(test_hist_hi),
+        ROWS(test_hist_lo),    ROWS(test_hist_range), ROWS(test_philox),
+        ROWS(test_reductions), ROWS(test_whole_leaf), ROWS(test_stats_zeros),
+        ROWS(test_lowrank),    ROWS(test_split),
     };
     return cmocka_run_group_tests(tests, fixture_open, fixture_close);
 }

@@ -238,6 +238,54 @@ static void dare(void **state)
     check(*state, "dare_ties", &s);
 }
 
+/* Large enough for the selection to begin with a sample of the head of every
+ * block. In donor 1 heads are like the rest; in donor 2 they are smaller, in
+ * donor 3 larger than all others, so that the sample misleads. */
+static float heads(size_t model, size_t tensor, uint64_t i)
+{
+    const uint64_t mixed = (i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    const float v = 1.0f + (float)(mixed >> 44) * 0x1p-20f;
+
+    (void)tensor;
+    if (model == 0)
+        return 0.0f;
+    if (model == 1 || i % 2048 >= 256)
+        return mixed & 1 ? v : -v;
+    return model == 2 ? v * 0x1p-10f : v * 0x1p10f;
+}
+
+static void samples(void **state)
+{
+    static const struct fx_tensor one[] = {{"w", TV_F32, 2, {2100, 1000}}};
+    struct fx f;
+    struct spec s = {.top = true,
+                     .consensus = true,
+                     .normalize = true,
+                     .lambda = 1,
+                     .weight = {0.5, 0.25, 1},
+                     .density = {0.2, 0.2, 0.2}};
+
+    (void)state;
+    fx_open(&f);
+    for (size_t i = 0; i <= K; i++)
+        fx_model(&f, one, 1, heads);
+    for (int rescale = 0; rescale < 2; rescale++) {
+        struct fx_param p[2 * K + 3] = {{"normalize", FX_ALL, s.normalize},
+                                        {"rescale", FX_ALL, rescale},
+                                        {"lambda", FX_ALL, s.lambda}};
+        s.rescale = rescale;
+        for (size_t j = 0; j < K; j++) {
+            p[3 + 2 * j] = (struct fx_param){"weight", (int)j + 1, s.weight[j]};
+            p[4 + 2 * j] =
+                (struct fx_param){"density", (int)j + 1, s.density[j]};
+        }
+        fx_plan(&f, "ties", 0, p, 2 * K + 3, TV_F32);
+        (void)fx_run(&f);
+        compare(&f, &s, "w");
+    }
+    fx_close(&f);
+}
+
 /* Equal magnitudes at the cut are kept by lowest index; zeros never. */
 static float steps(size_t model, size_t tensor, uint64_t i)
 {
@@ -403,6 +451,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(task_arithmetic),
         cmocka_unit_test(ties),
+        cmocka_unit_test(samples),
         cmocka_unit_test(dare),
         cmocka_unit_test(equal_magnitudes),
         cmocka_unit_test(zero_deltas_give_the_base),

@@ -137,6 +137,9 @@ struct tvk_table {
      * With m(i) = bits of |fp32(x[i]-b[i])| (b == NULL: of |x[i]|):
      * hist_hi: hist[m >> 15]++ for all i        (hist [TVK_HIST_HI])
      * hist_lo: hist[m & 0x7fff]++ where m >> 15 == hi (hist [TVK_HIST_LO])
+     * hist_range: hist[m - first]++ where first <= m < first + width (hist
+     *            [width]; first at least 1, first + width at most 2^31);
+     *            returns the number of i with m >= first + width
      * count_eq: number of i with m == pattern
      * topk_mask: bit i = m > pattern, or m == pattern and fewer than eq_limit
      *            equal elements came before, *eq_seen included; *eq_seen is
@@ -146,6 +149,9 @@ struct tvk_table {
                     size_t n);
     void (*hist_lo)(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
                     const float *b, size_t n);
+    uint64_t (*hist_range)(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                           uint32_t width, const float *x, const float *b,
+                           size_t n);
     uint64_t (*count_eq)(const float *x, const float *b, uint32_t pattern,
                          size_t n);
     uint64_t (*topk_mask)(uint64_t *TVK_RESTRICT mask, const float *x,

@@ -9,6 +9,8 @@
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
 
+#include <assert.h>
+
 /* Elements per round of hist_hi; the buffer stays in the L1 cache. */
 #define ROUND 1024u
 
@@ -100,6 +102,43 @@ static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
         hist_lo_any(hist, hi, x, NULL, n);
 }
 
+TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                   uint32_t width, const float *x,
+                                   const float *b, size_t n)
+{
+    /* Magnitudes are below 2^31, so differences do not wrap; absent lanes are
+     * 0, which lies below any range. */
+    const __m256i from = _mm256_set1_epi32((int)first);
+    const __m256i last = _mm256_set1_epi32((int)width - 1);
+    const __m256i below = _mm256_set1_epi32(-1);
+    uint32_t at[8];
+    uint64_t above = 0;
+
+    assert(first > 0 && width > 0 && width <= 0x80000000u - first);
+    for (size_t i = 0; i < n; i += 8) {
+        const size_t count = n - i < 8 ? n - i : 8;
+        const __m256i m = _mm256_sub_epi32(
+            magnitude8(count, x + i, b != NULL ? b + i : NULL), from);
+        const unsigned high = bits8(_mm256_cmpgt_epi32(m, last));
+        unsigned hit = bits8(_mm256_cmpgt_epi32(m, below)) & ~high;
+        above += tvk_popcount(high);
+        if (hit == 0)
+            continue;
+        _mm256_storeu_si256((__m256i *)(void *)at, m);
+        for (; hit != 0; hit &= hit - 1)
+            hist[at[__builtin_ctz(hit)]]++;
+    }
+    return above;
+}
+
+static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                           uint32_t width, const float *x, const float *b,
+                           size_t n)
+{
+    return b != NULL ? hist_range_any(hist, first, width, x, b, n)
+                     : hist_range_any(hist, first, width, x, NULL, n);
+}
+
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
                                  uint32_t pattern, size_t n)
 {
@@ -174,6 +213,7 @@ void tvk_avx2_topk(struct tvk_table *t)
 {
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
+    t->hist_range = hist_range;
     t->count_eq = count_eq;
     t->topk_mask = topk_mask;
 }

@@ -10,6 +10,8 @@
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
 
+#include <assert.h>
+
 /* Elements per round of hist_hi; the buffer stays in the L1 cache. */
 #define ROUND 1024u
 
@@ -98,6 +100,43 @@ static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
         hist_lo_any(hist, hi, x, NULL, n);
 }
 
+TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                   uint32_t width, const float *x,
+                                   const float *b, size_t n)
+{
+    const __m512i from = _mm512_set1_epi32((int)first);
+    const __m512i to = _mm512_set1_epi32((int)(first + width));
+    uint32_t at[16];
+    uint64_t above = 0;
+
+    assert(first > 0 && width > 0 && width <= 0x80000000u - first);
+    for (size_t i = 0; i < n; i += 16) {
+        /* Absent lanes are 0, which lies below any range. */
+        const __m512i m =
+            magnitude16(lanes16(i, n), x + i, b != NULL ? b + i : NULL);
+        const __mmask16 under = _mm512_cmplt_epu32_mask(m, from);
+        const __mmask16 within = _mm512_cmplt_epu32_mask(m, to);
+        const __mmask16 hit = (__mmask16)(within & ~under);
+        above += tvk_popcount((uint16_t)~within);
+        if (hit == 0)
+            continue;
+        _mm512_storeu_si512(
+            at, _mm512_maskz_compress_epi32(hit, _mm512_sub_epi32(m, from)));
+        const unsigned n_hits = tvk_popcount(hit);
+        for (unsigned k = 0; k < n_hits; k++)
+            hist[at[k]]++;
+    }
+    return above;
+}
+
+static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                           uint32_t width, const float *x, const float *b,
+                           size_t n)
+{
+    return b != NULL ? hist_range_any(hist, first, width, x, b, n)
+                     : hist_range_any(hist, first, width, x, NULL, n);
+}
+
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
                                  uint32_t pattern, size_t n)
 {
@@ -170,6 +209,7 @@ void tvk_avx512_topk(struct tvk_table *t)
 {
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
+    t->hist_range = hist_range;
     t->count_eq = count_eq;
     t->topk_mask = topk_mask;
 }
