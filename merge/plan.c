@@ -156,6 +156,23 @@ static enum tv_err slice_sources(struct planner *pl, struct plan_slice *s,
     return TV_OK;
 }
 
+/* The first module whose depth differs between two models of one architecture;
+ * NULL: none. *other is b's. */
+static const struct tv_arch_module *
+other_depth(const struct tv_arch *a, const struct tv_arch *b,
+            const struct tv_arch_module **other)
+{
+    for (size_t i = 0; i < a->n_modules; i++) {
+        for (size_t k = 0; k < b->n_modules; k++) {
+            *other = &b->modules[k];
+            if (strcmp(a->modules[i].name, b->modules[k].name) == 0 &&
+                a->modules[i].n_layers != b->modules[k].n_layers)
+                return &a->modules[i];
+        }
+    }
+    return NULL;
+}
+
 /* `models:`: every model is used whole, so all need the same depth. */
 static void whole_layers(struct planner *pl, struct plan_slice *s)
 {
@@ -164,19 +181,25 @@ static void whole_layers(struct planner *pl, struct plan_slice *s)
         if (!s->usable[i])
             continue;
         const struct tvm_plan_input *const in = &pl->plan->inputs[s->input[i]];
+        const struct tv_arch_module *m = NULL;
+        const struct tv_arch_module *o = NULL;
         if (first == s->n) {
             first = i;
             s->n_layers = in->arch->n_layers;
-        } else if (in->arch->n_layers != s->n_layers) {
-            s->usable[i] = false;
-            if (pl->agree)
-                plan_report(pl, "layer counts", 20, true, TV_E_INPUT,
-                            plan_where(pl, pl->refs[s->input[i]].where),
-                            "'%s' has %lld layers, '%s' has %lld", in->ref,
-                            (long long)in->arch->n_layers,
-                            pl->plan->inputs[s->input[first]].ref,
-                            (long long)s->n_layers);
+            continue;
         }
+        m = other_depth(in->arch, pl->plan->inputs[s->input[first]].arch, &o);
+        if (m == NULL)
+            continue;
+        s->usable[i] = false;
+        if (pl->agree)
+            plan_report(pl, "layer counts", 20, true, TV_E_INPUT,
+                        plan_where(pl, pl->refs[s->input[i]].where),
+                        "'%s' has %lld layers%s%s, '%s' has %lld", in->ref,
+                        (long long)m->n_layers,
+                        m->name[0] == '\0' ? "" : " of ", m->name,
+                        pl->plan->inputs[s->input[first]].ref,
+                        (long long)o->n_layers);
     }
 }
 
@@ -195,6 +218,17 @@ static void ranged_layers(struct planner *pl, struct plan_slice *s)
             continue;
         if (src->to - src->from != s->n_layers) /* reported too */
             s->usable[i] = false;
+        const struct tv_arch *const a = pl->plan->inputs[s->input[i]].arch;
+        if (!a->modules[0].is_main) {
+            s->usable[i] = false;
+            plan_report(pl, "stacks of several", 1, true, TV_E_UNSUPPORTED,
+                        plan_where(pl, &pl->r->slices[0].sources[0].model),
+                        "'%s' has several stacks of layers (%s, %s, ...), and "
+                        "'slices:' does not say which; use 'modules:'",
+                        src->model.text, a->modules[0].name,
+                        a->modules[a->n_modules > 1 ? 1 : 0].name);
+            continue;
+        }
         const int64_t n = pl->plan->inputs[s->input[i]].arch->n_layers;
         if (src->to <= n)
             continue;

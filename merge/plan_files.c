@@ -226,127 +226,6 @@ static enum tv_dtype output_dtype(const struct tvm_plan *plan)
     return best;
 }
 
-/* The config of an input as a tree, NULL when it has none. */
-static enum tv_err config_of(struct planner *pl, size_t input, json_t **out)
-{
-    char *data = NULL;
-    size_t n = 0;
-    bool found = false;
-    enum tv_err rc = TV_OK;
-
-    *out = NULL;
-    TV_TRY(tv_input_side_read(pl->plan->inputs[input].input, "config.json",
-                              &found, &data, &n, pl->err));
-    if (found)
-        TV_TRY(tv_json_parse_exact(data, n, "config.json", pl->err, out));
-out:
-    tv_free(data);
-    return rc;
-}
-
-/* Entry `layer` of a list of the model that a slice takes its layers from: of
- * its base, else of its first model. */
-static json_t *layer_entry(const struct planner *pl, json_t *const *configs,
-                           const struct plan_slice *s, const char *scope,
-                           const char *key, int64_t k)
-{
-    const size_t source = s->base >= 0 ? (size_t)s->base : 0;
-    const size_t input = source < s->n ? s->input[source] : SIZE_MAX;
-    const json_t *o = NULL;
-    if (input == SIZE_MAX)
-        return NULL;
-    o = configs[input];
-    if (scope != NULL)
-        o = json_object_get(o, scope);
-    o = json_object_get(o, key);
-    if (!json_is_array(o) ||
-        (int64_t)json_array_size(o) != pl->plan->inputs[input].arch->n_layers)
-        return NULL;
-    return json_array_get(o, (size_t)(s->from[source] + k));
-}
-
-/* Lists with one entry per layer (layer_types, ...) follow the layers. */
-static bool restack(struct planner *pl, json_t *const *configs,
-                    const char *scope, json_t *object, int64_t n_layers)
-{
-    bool changed = false;
-    void *tmp = NULL;
-    const char *key = NULL;
-    json_t *value = NULL;
-
-    json_object_foreach_safe(object, tmp, key, value)
-    {
-        json_t *list = NULL;
-        bool known = true;
-        /* Other lists may have as many entries by chance. */
-        if (!json_is_array(value) || n_layers < 2 ||
-            json_array_size(value) != (size_t)n_layers ||
-            strstr(key, "token_id") != NULL ||
-            strcmp(key, "architectures") == 0)
-            continue;
-        list = json_array();
-        for (size_t s = 0; s < pl->n_slices && known; s++) {
-            for (int64_t k = 0; k < pl->slices[s].n_layers && known; k++) {
-                json_t *const one =
-                    layer_entry(pl, configs, &pl->slices[s], scope, key, k);
-                known = one != NULL;
-                if (known && json_array_append(list, one) != 0)
-                    pl->oom = true;
-            }
-        }
-        if (!known || list == NULL) {
-            json_decref(list);
-            plan_report(pl, "lists in config.json", 5, false, TV_OK,
-                        "config.json",
-                        "'%s' has one entry per layer; it is copied as it is "
-                        "and no longer fits the new number of layers",
-                        key);
-            continue;
-        }
-        if (json_equal(list, value)) {
-            json_decref(list);
-            continue;
-        }
-        changed = true;
-        if (json_object_set_new(object, key, list) != 0)
-            pl->oom = true;
-    }
-    return changed;
-}
-
-static enum tv_err stack_lists(struct planner *pl, size_t from, char **data,
-                               size_t *n)
-{
-    const size_t n_inputs = pl->plan->n_inputs;
-    const int64_t n_layers = pl->plan->inputs[from].arch->n_layers;
-    json_t **const configs = tv_calloc(n_inputs + 1, sizeof(*configs));
-    json_t *root = NULL;
-    char *edited = NULL;
-    size_t n_edited = 0;
-    bool changed = false;
-    enum tv_err rc = TV_OK;
-
-    if (configs == NULL)
-        return plan_oom(pl);
-    for (size_t i = 0; i < n_inputs; i++)
-        TV_TRY(config_of(pl, i, &configs[i]));
-    TV_TRY(tv_json_parse_exact(*data, *n, "config.json", pl->err, &root));
-    changed = restack(pl, configs, NULL, root, n_layers);
-    changed = restack(pl, configs, "text_config",
-                      json_object_get(root, "text_config"), n_layers) ||
-              changed;
-    if (changed && !pl->oom) {
-        TV_TRY(tv_json_write_exact(root, pl->err, &edited, &n_edited));
-        TV_TRY(replace(pl, edited, n_edited, data, n));
-    }
-out:
-    for (size_t i = 0; i < n_inputs; i++)
-        json_decref(configs[i]);
-    tv_free(configs);
-    json_decref(root);
-    return rc;
-}
-
 static enum tv_err add_config(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -393,10 +272,11 @@ static enum tv_err add_config(struct planner *pl)
         edits[n_edits].kind = TV_EDIT_INT;
         edits[n_edits].i = pl->n_layers;
         n_edits++;
-    } else if (pl->n_layers != a->n_layers) {
-        plan_report(pl, "layer count", 1, false, TV_OK, "config.json",
+    } else if (pl->n_layers != a->n_layers &&
+               a->modules[0].layers_key == NULL) {
+        plan_report(pl, "layer count", 1, true, TV_E_UNSUPPORTED, "config.json",
                     "the output has %lld layers, but no key of config.json is "
-                    "known to hold their number (%lld); adapt it by hand",
+                    "known to hold their number (%lld), so it would not load",
                     (long long)pl->n_layers, (long long)a->n_layers);
     }
     /* mergekit leaves the flag alone: a written head would then be ignored by
@@ -426,8 +306,11 @@ static enum tv_err add_config(struct planner *pl)
         }
         TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
-    if (!pl->r->whole_models)
-        TV_TRY(stack_lists(pl, from, &data, &n));
+    if (!pl->r->whole_models) {
+        edited = NULL;
+        TV_TRY(plan_stack_config(pl, from, data, n, &edited, &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, &data, &n));
+    }
     if (has_vocab(pl)) {
         edited = NULL;
         TV_TRY(plan_vocab_config(pl, from, false, data, n, &edited, &n_edited));

@@ -11,6 +11,7 @@
  *   plan_ties.c      does the output have a head of its own?
  *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
  *   plan_files.c     side files, config.json edits
+ *   plan_stack.c     what config.json says about layers by number
  *   plan_identity.c  what the bytes depend on, as JSON and hash
  *   card.c           README.md
  */
@@ -164,6 +165,11 @@ TV_NODISCARD enum tv_err plan_views_equal(struct planner *pl,
                                           struct tv_error *err, bool *equal);
 TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
+/* config.json of input `from` for the stack that the output is; *out owned,
+ * NULL when nothing changes. */
+TV_NODISCARD enum tv_err plan_stack_config(struct planner *pl, size_t from,
+                                           const char *data, size_t n,
+                                           char **out, size_t *n_out);
 TV_NODISCARD enum tv_err plan_identity_make(struct planner *pl);
 /* Owned by the arena; *out NULL-terminated. */
 TV_NODISCARD enum tv_err plan_card_make(struct planner *pl, const char **out,

@@ -25,6 +25,7 @@ struct cand { /* a source's tensor under its output name */
     const char *name;
     size_t slice, source, index; /* index: tensor of the input */
     int64_t k;                   /* layer within the slice, -1 outside */
+    int64_t n_k;                 /* of so many */
 };
 
 struct cands {
@@ -55,7 +56,7 @@ static const char *output_name(struct planner *pl,
 {
     char *renamed = NULL;
     const char *name = NULL;
-    if (layer < 0 || layer == t->layer)
+    if (layer < 0 || layer == t->layer || t->layer_len == 0)
         return t->name;
     renamed = tv_arch_rename(t, layer);
     if (renamed != NULL)
@@ -75,21 +76,32 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
     for (size_t i = 0; i < n; i++) {
         const struct tv_arch_tensor *const t =
             plan_describe(pl, s->input[source], i);
-        struct cand c = {NULL, slice, source, i, -1};
+        struct cand c = {NULL, slice, source, i, -1, s->n_layers};
+        const bool is_main = t->module == 0 && a->modules[0].is_main;
+        int64_t layer = -1; /* of the output */
         if (hidden != NULL && i < a->n_tensors && hidden[i])
             continue; /* made ones stand for it */
         if (t->role == TV_ROLE_LM_HEAD && !t->is_bias &&
             pl->refs[s->input[source]].tied)
             continue; /* its embedding by another name */
-        if (t->part == TV_PART_LAYER && t->layer >= 0) {
+        if (t->part == TV_PART_LAYER && t->layer >= 0 && is_main) {
             if (t->layer < s->from[source] ||
                 t->layer >= s->from[source] + s->n_layers)
                 continue;
             c.k = t->layer - s->from[source];
+            layer = s->out_from + c.k;
+        } else if (t->part == TV_PART_LAYER && t->layer >= 0) {
+            /* Of another module, which is there as a whole. */
+            if (slice != 0)
+                continue;
+            c.k = t->layer;
+            c.n_k = a->modules[t->module].n_layers;
         } else if (slice != (t->part == TV_PART_POST ? pl->n_slices - 1 : 0)) {
             continue;
+        } else if (t->beyond >= 0) {
+            layer = pl->n_layers + t->beyond;
         }
-        c.name = output_name(pl, t, c.k < 0 ? -1 : s->out_from + c.k);
+        c.name = output_name(pl, t, layer);
         if (c.name == NULL) {
             rc = plan_oom(pl);
             goto out;
@@ -100,7 +112,8 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         pl->refs[s->input[source]].tied)
         TV_TRY(cand_add(pl, out,
                         (struct cand){pl->head_name, slice, source,
-                                      pl->refs[s->input[source]].embed, -1}));
+                                      pl->refs[s->input[source]].embed, -1,
+                                      s->n_layers}));
 out:
     return rc;
 }
@@ -560,12 +573,12 @@ static double take(struct build *b, const struct tvm_param *p,
     return v->value;
 }
 
-static enum tv_err resolve_parameters(struct build *b, int64_t k)
+static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
 {
     struct tvm_tensor *const t = b->t;
     struct planner *const pl = b->pl;
     const size_t n = t->method == NULL ? 0 : t->method->n_params;
-    const double at = tvm_gradient_at(k, b->slice->n_layers);
+    const double at = tvm_gradient_at(k, n_k);
 
     t->per_source =
         tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(double));
@@ -789,7 +802,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     t->in_first =
         pl->plan->inputs[slice->input[cands[0].source]].arch->linear_transposed;
     TV_TRY(align_rows(&b));
-    TV_TRY(resolve_parameters(&b, cands[0].k));
+    TV_TRY(resolve_parameters(&b, cands[0].k, cands[0].n_k));
     compat_arithmetic(&b);
     if (b.ok && !slice->broken && all_math(t) && b.like->role != TV_ROLE_BUFFER)
         ask_method(&b);

@@ -35,6 +35,7 @@ static const char *const keys_positions[] = {"max_position_embeddings",
                                              "n_ctx",
                                              "max_seq_len",
                                              NULL};
+static const char *const keys_beyond[] = {"num_nextn_predict_layers", NULL};
 static const char *const keys_embed[] = {"word_embed_proj_dim", NULL};
 
 struct scopes {
@@ -133,8 +134,12 @@ enum tv_err tv_config_read(const char *data, size_t n, struct tv_config *out,
 
     TV_TRY(get_number(&s, keys_layers, 0, TV_LAYERS_MAX, &c.n_layers,
                       &c.layers_key, err));
-    if (c.layers_key && !json_object_get(s.top, c.layers_key))
+    if (c.layers_key && s.text && json_object_get(s.text, c.layers_key)) {
+        c.text_layers_key = c.layers_key;
         c.layers_key = NULL; /* nested: no top-level edit reaches it */
+    }
+    TV_TRY(
+        get_number(&s, keys_beyond, 0, TV_LAYERS_MAX, &c.n_beyond, NULL, err));
     TV_TRY(get_number(&s, keys_hidden, 1, TV_DIM_MAX, &c.hidden, NULL, err));
     TV_TRY(get_number(&s, keys_heads, 1, TV_DIM_MAX, &c.n_heads, NULL, err));
     TV_TRY(get_number(&s, keys_kv, 1, TV_DIM_MAX, &c.n_kv_heads, NULL, err));
@@ -149,6 +154,13 @@ enum tv_err tv_config_read(const char *data, size_t n, struct tv_config *out,
     TV_TRY(check_dims(&c, err));
 
     TV_TRY(get_string(&s, "model_type", &c.model_type, err));
+    c.has_text = s.text != NULL;
+    v = s.text ? json_object_get(s.text, "model_type") : NULL;
+    c.text_type = tv_strdup(json_is_string(v) ? json_string_value(v) : "");
+    if (!c.text_type) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
     v = json_object_get(s.top, "architectures");
     v = json_is_array(v) ? json_array_get(v, 0) : NULL;
     c.architecture = tv_strdup(json_is_string(v) ? json_string_value(v) : "");
@@ -168,6 +180,7 @@ enum tv_err tv_config_read(const char *data, size_t n, struct tv_config *out,
         v = json_object_get(s.text, "tie_word_embeddings");
     c.has_tied = json_is_boolean(v);
     c.tied = json_is_true(v);
+    c.root = json_incref(s.top);
     *out = c;
     memset(&c, 0, sizeof(c));
 out:
@@ -176,8 +189,27 @@ out:
     return rc;
 }
 
+int64_t tv_config_layers(const struct tv_config *c, const char *scope,
+                         const char *const *keys, const char **key)
+{
+    const json_t *const o = scope ? json_object_get(c->root, scope) : c->root;
+
+    for (; *keys; keys++) {
+        const json_t *const v = json_object_get(o, *keys);
+        if (!json_is_integer(v) || json_integer_value(v) < 0 ||
+            json_integer_value(v) > TV_LAYERS_MAX)
+            continue;
+        if (key)
+            *key = *keys;
+        return json_integer_value(v);
+    }
+    return -1;
+}
+
 void tv_config_free(struct tv_config *c)
 {
+    json_decref(c->root);
+    tv_free(c->text_type);
     tv_free(c->model_type);
     tv_free(c->architecture);
     tv_free(c->dtype);

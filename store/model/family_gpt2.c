@@ -1,13 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * family_gpt2.c - names of GPT-2. Its linear layers are Conv1D modules, whose
- * weights are stored [in, out]. The original checkpoints lack the
- * "transformer." prefix and carry causal masks as attn.bias.
+ * family_gpt2.c - names of GPT-2 and GPT-BigCode. Linear layers of the first
+ * are Conv1D modules, whose weights are stored [in, out]. The original
+ * checkpoints lack the "transformer." prefix and carry causal masks as
+ * attn.bias.
  */
 #include "family.h"
 
 static const struct tv_family_type types[] = {
     {"gpt2", "GPT2LMHeadModel", true},
+    {NULL, NULL, false},
+};
+
+static const struct tv_family_type types_bigcode[] = {
+    {"gpt_bigcode", "GPTBigCodeForCausalLM", true},
     {NULL, NULL, false},
 };
 
@@ -42,6 +48,16 @@ const struct tv_family tv_family_gpt2 = {
     .layers = "h.",
     .rows = rows,
     .linear_transposed = true,
+    .embed_is_hidden = true,
+    .inner_factor = 4,
+};
+
+const struct tv_family tv_family_gpt_bigcode = {
+    .name = "gpt_bigcode",
+    .types = types_bigcode,
+    .prefixes = prefixes,
+    .layers = "h.",
+    .rows = rows,
     .embed_is_hidden = true,
     .inner_factor = 4,
 };

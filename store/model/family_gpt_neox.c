@@ -35,6 +35,8 @@ static const struct tv_family_row rows[] = {
     IN_LAYER("mlp.dense_4h_to_h", MLP_DOWN),
     {"final_layer_norm", TV_ROLE_FINAL_NORM, TV_PART_POST, false, false},
     {"embed_out", TV_ROLE_LM_HEAD, TV_PART_POST, false, true},
+    {"lm_head", TV_ROLE_LM_HEAD, TV_PART_POST, false,
+     true}, /* transformers 5 */
     {NULL, TV_ROLE_OTHER, TV_PART_PRE, false, false},
 };
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * family_llama.c - names of Llama and of the many models that took them over:
- * Mistral, Mixtral, Qwen, Gemma, Phi-3, and others. They differ in arithmetic,
- * not in what the tensors are called.
+ * Mistral, Mixtral, Qwen, Gemma, Phi-3, DeepSeek, and others. They differ in
+ * arithmetic, not in what the tensors are called.
  */
 #include "family.h"
 
@@ -34,6 +34,15 @@ static const struct tv_family_type types[] = {
     {"arcee", "ArceeForCausalLM", false},
     {"apertus", "ApertusForCausalLM", false},
     {"helium", "HeliumForCausalLM", false},
+    {"olmo3", "Olmo3ForCausalLM", false},
+    {"olmoe", "OlmoeForCausalLM", false},
+    {"phimoe", "PhimoeForCausalLM", false},
+    {"granitemoe", "GraniteMoeForCausalLM", false},
+    {"granitemoeshared", "GraniteMoeSharedForCausalLM", false},
+    {"glm4_moe", "Glm4MoeForCausalLM", false},
+    {"deepseek_v2", "DeepseekV2ForCausalLM", false},
+    {"deepseek_v3", "DeepseekV3ForCausalLM", false},
+    {"nemotron", "NemotronForCausalLM", false},
     {NULL, NULL, false},
 };
 
@@ -51,6 +60,10 @@ static const char *const prefixes[] = {
     {                                                                          \
         "layers.#." name, TV_ROLE_##role, TV_PART_LAYER, false, false          \
     }
+#define EXACT(name, role)                                                      \
+    {                                                                          \
+        "layers.#." name, TV_ROLE_##role, TV_PART_LAYER, true, false           \
+    }
 #define BUFFER(name, part)                                                     \
     {                                                                          \
         name, TV_ROLE_BUFFER, TV_PART_##part, true, true                       \
@@ -65,16 +78,31 @@ static const struct tv_family_row rows[] = {
     IN_LAYER("self_attn.v_proj", ATTN_V),
     IN_LAYER("self_attn.qkv_proj", ATTN_QKV),
     IN_LAYER("self_attn.o_proj", ATTN_O),
+    /* DeepSeek: low-rank queries, keys and values */
+    IN_LAYER("self_attn.q_a_proj", ATTN_Q),
+    IN_LAYER("self_attn.q_a_layernorm", OTHER_NORM),
+    IN_LAYER("self_attn.q_b_proj", ATTN_Q),
+    IN_LAYER("self_attn.kv_a_proj_with_mqa", ATTN_K),
+    IN_LAYER("self_attn.kv_a_layernorm", OTHER_NORM),
+    IN_LAYER("self_attn.kv_b_proj", ATTN_V),
     IN_LAYER("self_attn.q_norm", OTHER_NORM),
     IN_LAYER("self_attn.k_norm", OTHER_NORM),
     IN_LAYER("self_attn.q_layernorm", OTHER_NORM),
     IN_LAYER("self_attn.k_layernorm", OTHER_NORM),
+    IN_LAYER("self_attn.q_layernorm.norms.*", OTHER_NORM), /* StableLM 2 */
+    IN_LAYER("self_attn.k_layernorm.norms.*", OTHER_NORM),
     BUFFER("layers.#.self_attn.rotary_emb.inv_freq", LAYER),
     IN_LAYER("post_attention_layernorm", POST_ATTN_NORM),
     IN_LAYER("pre_feedforward_layernorm", OTHER_NORM),
     IN_LAYER("post_feedforward_layernorm", OTHER_NORM),
     IN_LAYER("post_self_attn_layernorm", OTHER_NORM),
     IN_LAYER("post_mlp_layernorm", OTHER_NORM),
+    IN_LAYER("attention_layernorm", INPUT_NORM), /* Apertus */
+    IN_LAYER("feedforward_layernorm", POST_ATTN_NORM),
+    EXACT("mlp.act_fn.alpha_n", OTHER),
+    EXACT("mlp.act_fn.alpha_p", OTHER),
+    EXACT("mlp.act_fn.beta", OTHER),
+    EXACT("mlp.act_fn.eps", OTHER),
     IN_LAYER("mlp.gate_proj", MLP_GATE),
     IN_LAYER("mlp.up_proj", MLP_UP),
     IN_LAYER("mlp.gate_up_proj", MLP_GATE_UP),
@@ -88,17 +116,36 @@ static const struct tv_family_row rows[] = {
     IN_LAYER("block_sparse_moe.experts.*.w2", MLP_DOWN),
     IN_LAYER("block_sparse_moe.experts.*.w3", MLP_UP),
     IN_LAYER("mlp.gate", ROUTER),
-    IN_LAYER("mlp.shared_expert_gate", ROUTER),
+    IN_LAYER("mlp.router", ROUTER), /* Phi-MoE */
+    EXACT("mlp.gate.e_score_correction_bias", ROUTER),
     IN_LAYER("mlp.experts.*.gate_proj", MLP_GATE),
     IN_LAYER("mlp.experts.*.up_proj", MLP_UP),
     IN_LAYER("mlp.experts.*.down_proj", MLP_DOWN),
-    {"layers.#.mlp.experts.gate_up_proj", TV_ROLE_MLP_GATE_UP, TV_PART_LAYER,
-     true, false},
-    {"layers.#.mlp.experts.down_proj", TV_ROLE_MLP_DOWN, TV_PART_LAYER, true,
-     false},
+    EXACT("mlp.experts.gate_up_proj", MLP_GATE_UP),
+    EXACT("mlp.experts.down_proj", MLP_DOWN),
+    IN_LAYER("mlp.shared_expert_gate", ROUTER),
     IN_LAYER("mlp.shared_expert.gate_proj", MLP_GATE),
     IN_LAYER("mlp.shared_expert.up_proj", MLP_UP),
     IN_LAYER("mlp.shared_expert.down_proj", MLP_DOWN),
+    IN_LAYER("mlp.shared_experts.gate_proj", MLP_GATE),
+    IN_LAYER("mlp.shared_experts.up_proj", MLP_UP),
+    IN_LAYER("mlp.shared_experts.down_proj", MLP_DOWN),
+    /* Granite's, packed in two spellings */
+    IN_LAYER("block_sparse_moe.router.layer", ROUTER),
+    IN_LAYER("block_sparse_moe.router", ROUTER),
+    IN_LAYER("block_sparse_moe.input_linear", MLP_GATE_UP),
+    IN_LAYER("block_sparse_moe.output_linear", MLP_DOWN),
+    EXACT("block_sparse_moe.experts.gate_up_proj", MLP_GATE_UP),
+    EXACT("block_sparse_moe.experts.down_proj", MLP_DOWN),
+    IN_LAYER("shared_mlp.input_linear", MLP_GATE_UP),
+    IN_LAYER("shared_mlp.output_linear", MLP_DOWN),
+    /* layers that predict further tokens, behind the last one */
+    IN_LAYER("embed_tokens", EMBED),
+    IN_LAYER("enorm", OTHER_NORM),
+    IN_LAYER("hnorm", OTHER_NORM),
+    IN_LAYER("eh_proj", OTHER),
+    IN_LAYER("shared_head.norm", OTHER_NORM),
+    IN_LAYER("shared_head.head", LM_HEAD),
     {"norm", TV_ROLE_FINAL_NORM, TV_PART_POST, false, false},
     {"lm_head", TV_ROLE_LM_HEAD, TV_PART_POST, false, true},
     {NULL, TV_ROLE_OTHER, TV_PART_PRE, false, false},

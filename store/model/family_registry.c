@@ -7,8 +7,10 @@
 #include "family.h"
 
 static const struct tv_family *const families[] = {
-    &tv_family_llama, &tv_family_gpt2, &tv_family_gpt_neox,
-    &tv_family_bloom, &tv_family_opt,
+    &tv_family_llama,  &tv_family_gpt2, &tv_family_gpt_neox,
+    &tv_family_bloom,  &tv_family_opt,  &tv_family_gpt_bigcode,
+    &tv_family_falcon, &tv_family_phi,  &tv_family_mamba,
+    &tv_family_bert,   &tv_family_t5,   &tv_family_whisper,
 };
 #define N_FAMILIES (sizeof(families) / sizeof(families[0]))
 
@@ -36,8 +38,9 @@ const struct tv_family *tv_family_find(const char *model_type,
 size_t tv_arch_families(const char *const **names)
 {
     /* The same order as above; a test compares the two lists. */
-    static const char *const list[N_FAMILIES] = {"llama", "gpt2", "gpt_neox",
-                                                 "bloom", "opt"};
+    static const char *const list[N_FAMILIES] = {
+        "llama",  "gpt2", "gpt_neox", "bloom", "opt", "gpt_bigcode",
+        "falcon", "phi",  "mamba",    "bert",  "t5",  "whisper"};
 
     *names = list;
     return N_FAMILIES;

@@ -208,6 +208,13 @@ static bool ends_with(const char *s, const char *end)
     return n >= m && !strcmp(s + n - m, end);
 }
 
+/* A causal mask is called a bias, but has the dimensions of one. */
+static bool is_mask(const char *lower, unsigned rank)
+{
+    return rank >= 3 && (ends_with(lower, "attn.bias") ||
+                         ends_with(lower, "attention.bias"));
+}
+
 static enum tv_err infer_role(struct tv_arch_tensor *t, unsigned rank,
                               struct tv_error *err)
 {
@@ -218,7 +225,9 @@ static enum tv_err infer_role(struct tv_arch_tensor *t, unsigned rank,
     for (char *p = lower; *p; p++)
         *p = (char)tolower((unsigned char)*p);
     t->is_bias = ends_with(lower, ".bias");
-    t->role = match(hints_buffer, lower);
+    t->role =
+        is_mask(lower, rank) ? TV_ROLE_BUFFER : match(hints_buffer, lower);
+    t->is_bias = t->is_bias && t->role != TV_ROLE_BUFFER;
     if (t->role == TV_ROLE_OTHER) {
         if (t->layer >= 0) {
             t->role = match(hints_layer, lower + t->layer_at);
@@ -244,6 +253,29 @@ static enum tv_err infer_role(struct tv_arch_tensor *t, unsigned rank,
         t->part = TV_PART_POST;
     tv_free(lower);
     return TV_OK;
+}
+
+const char *tv_modality_of(const char *name, size_t *n_name)
+{
+    /* What components of such models are called; the text decoder's names
+     * begin otherwise. */
+    static const char *const parts[] = {
+        "vision",  "visual",  "image",     "img",       "audio",
+        "sound",   "speech",  "video",     "projector", "connector",
+        "adapter", "qformer", "perceiver", "merger"};
+    size_t n = 0;
+
+    if (!strncmp(name, "model.", 6))
+        name += 6;
+    n = strcspn(name, ".");
+    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
+        const char *const at = strstr(name, parts[i]);
+        if (at && at < name + n) {
+            *n_name = n;
+            return name;
+        }
+    }
+    return NULL;
 }
 
 enum tv_err tv_infer(struct tv_arch_tensor *tensors,

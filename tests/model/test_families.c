@@ -189,7 +189,17 @@ static void test_nested_config(void **state)
     expect(a, names[1].name, TV_ROLE_MLP_UP, LAY, 2);
     expect(a, names[2].name, TV_ROLE_FINAL_NORM, POST, -1);
     expect(a, names[3].name, TV_ROLE_MLP_UP, LAY, 0);
-    expect(a, names[4].name, TV_ROLE_OTHER, POST, -1);
+    /* Layers of another module: counted by themselves. */
+    expect(a, names[4].name, TV_ROLE_MLP_UP, LAY, 30);
+    assert_int_equal(a->n_modules, 2);
+    assert_string_equal(a->modules[0].name, "text_decoder");
+    assert_string_equal(a->modules[0].scope, "text_config");
+    assert_string_equal(a->modules[0].layers_key, "num_hidden_layers");
+    assert_true(a->modules[0].is_main);
+    assert_string_equal(a->modules[1].name, "vision_tower");
+    assert_int_equal(a->modules[1].n_layers, 31);
+    assert_false(a->modules[1].is_main);
+    assert_int_equal(a->tensors[4].module, 1);
     tv_arch_free(a);
 }
 
@@ -389,8 +399,9 @@ static void test_opt(void **state)
 static void test_family_list(void **state)
 {
     (void)state;
-    static const char *const types[] = {"llama", "gpt2", "gpt_neox", "bloom",
-                                        "opt"};
+    static const char *const types[] = {
+        "llama",  "gpt2", "gpt_neox", "bloom", "opt", "gpt_bigcode",
+        "falcon", "phi",  "mamba",    "bert",  "t5",  "whisper"};
     static const struct named none[] = {{NULL, 0, 0}};
     const char *const *names = NULL;
     const size_t n = tv_arch_families(&names);

@@ -51,12 +51,26 @@ struct tv_arch_tensor {
     const char *name; /* borrowed from the description */
     enum tv_role role;
     enum tv_part part;
-    int64_t layer;              /* -1 outside layers */
+    size_t module;              /* index into the modules */
+    int64_t layer;              /* in its module, -1 outside layers */
     size_t layer_at, layer_len; /* where the layer number stands in name */
+    int64_t beyond; /* of layers behind the last one that count as none
+                     * (DeepSeek's for predicting further tokens): 0, 1, ...;
+                     * else -1 */
     bool is_bias;
     int vocab_dim;       /* dimension that counts tokens, -1 when none */
     bool optional;       /* may be absent (tied lm_head, biases) */
     const char *tied_to; /* tensor that supplies it when absent, or NULL */
+};
+
+/* A part of a model that has layers of its own, or none: text decoder, vision
+ * tower, encoder, decoder. Most models are one module without a name. */
+struct tv_arch_module {
+    char *name;             /* "", "text_decoder", "vision_tower", ... */
+    const char *scope;      /* object in config.json, NULL: its top level */
+    const char *layers_key; /* key there with the layer count, or NULL */
+    int64_t n_layers;
+    bool is_main; /* whose layers a recipe means that names no module */
 };
 
 struct tv_arch {        /* owned: tv_arch_free */
@@ -65,12 +79,16 @@ struct tv_arch {        /* owned: tv_arch_free */
     char *model_type;
     bool inferred; /* no table knew it: names only */
     bool has_config;
-    int64_t n_layers; /* from the config, checked against the tensors */
+    struct tv_arch_module *modules; /* at least one; the main one, or the
+                                     * first of several equal ones, is [0] */
+    size_t n_modules;
+    int64_t n_layers; /* of modules[0], checked against the tensors */
     int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab,
         max_positions;      /* 0 when unknown */
     bool tied;              /* tie_word_embeddings in effect */
     bool linear_transposed; /* GPT-2 Conv1D: weights stored [in, out] */
-    const char *layers_key; /* config key with the layer count, or NULL */
+    const char *layers_key; /* config key with the layer count at the top
+                             * level, or NULL */
     char *dtype;            /* config's dtype/torch_dtype, "" when none */
     bool dtype_key_new;     /* the key is "dtype" (transformers 5) */
     struct tv_arch_tensor *tensors; /* in the order of names[] */
