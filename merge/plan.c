@@ -7,7 +7,7 @@
  * goes on with what is usable, so that one `tvmerge plan` shows everything that
  * is wrong; only steps that would repeat the same problem are left out.
  */
-#include "plan_parts.h"
+#include "plan_vocab.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -746,6 +746,11 @@ static enum tv_err check_room(struct planner *pl)
     plan->peak_disk_bytes = disk_bytes(plan);
     if (pl->r->method != NULL)
         plan->peak_scratch_bytes = tvm_exec_scratch(plan, &fits, &needed);
+    /* Tokenizers are gone before the run begins. */
+    if (pl->vocab != NULL && pl->vocab->most_bytes + pl->vocab->kept_bytes >
+                                 plan->peak_scratch_bytes)
+        plan->peak_scratch_bytes =
+            pl->vocab->most_bytes + pl->vocab->kept_bytes;
     if (!fits)
         plan_report(pl, "memory", 1, true, TV_E_BUDGET, "",
                     "this merge needs at least --memory %s (%llu bytes), it "

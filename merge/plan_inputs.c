@@ -454,7 +454,12 @@ static enum tv_err patterns_make(struct planner *pl, const struct tv_arch *a,
     if (out->items == NULL)
         return plan_oom(pl);
     for (size_t i = 0; i < a->n_tensors; i++) {
-        if (a->tensors[i].optional || a->tensors[i].role == TV_ROLE_BUFFER)
+        /* Biases of linear layers are optional in some families, which names
+         * alone do not tell; where they are not, their absence is an error of
+         * its own. */
+        if (a->tensors[i].optional || a->tensors[i].role == TV_ROLE_BUFFER ||
+            (a->tensors[i].is_bias && a->tensors[i].role >= TV_ROLE_ATTN_Q &&
+             a->tensors[i].role <= TV_ROLE_ROUTER))
             continue;
         out->items[out->n] = name_pattern(&a->tensors[i]);
         if (out->items[out->n] == NULL)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * plan_layout.c - experts that an input stores in another way than the output.
+ * plan_layout.c - tensors that an input names or stores in another way than the
+ * output: experts, the head, what stands in front of all names.
  *
  * The output has the layout of the base (or first) model. For every layer of
  * an input that has another one, the tensors that the output has are made up
@@ -81,22 +82,39 @@ static const struct tv_input_tensor *tensor_of(const struct convert *c,
 /* ---- making ---------------------------------------------------------------
  */
 
-static enum tv_err add_made(struct convert *c, const struct piece *like,
-                            enum tv_expert_part part, int64_t number,
-                            struct plan_made m)
+/* Room for which of an input's own tensors are hidden. */
+static enum tv_err want_hidden(struct planner *pl, size_t input)
 {
-    struct plan_ref *const ref = &c->pl->refs[c->input];
-    char *name = NULL;
+    struct plan_ref *const ref = &pl->refs[input];
+    if (ref->hidden == NULL)
+        ref->hidden = tv_calloc(pl->plan->inputs[input].arch->n_tensors + 1,
+                                sizeof(*ref->hidden));
+    return ref->hidden == NULL ? plan_oom(pl) : TV_OK;
+}
 
+static enum tv_err append(struct planner *pl, size_t input,
+                          const struct plan_made *m)
+{
+    struct plan_ref *const ref = &pl->refs[input];
     if (ref->n_made == ref->cap_made) {
         const size_t cap = ref->cap_made == 0 ? 64 : 2 * ref->cap_made;
         struct plan_made *const more =
             tv_realloc(ref->made, cap * sizeof(*more));
         if (more == NULL)
-            return plan_oom(c->pl);
+            return plan_oom(pl);
         ref->made = more;
         ref->cap_made = cap;
     }
+    ref->made[ref->n_made++] = *m;
+    return TV_OK;
+}
+
+static enum tv_err add_made(struct convert *c, const struct piece *like,
+                            enum tv_expert_part part, int64_t number,
+                            struct plan_made m)
+{
+    char *name = NULL;
+
     m.like = *described(c, like);
     name = tv_expert_name(&m.like, c->want, part, number);
     m.like.name =
@@ -104,8 +122,7 @@ static enum tv_err add_made(struct convert *c, const struct piece *like,
     tv_free(name);
     if (m.like.name == NULL)
         return plan_oom(c->pl);
-    ref->made[ref->n_made++] = m;
-    return TV_OK;
+    return append(c->pl, c->input, &m);
 }
 
 static enum tv_err add_renamed(struct convert *c, const struct piece *p)
@@ -406,11 +423,11 @@ static enum tv_err convert_input(struct planner *pl, size_t input,
     size_t n = 0;
     enum tv_err rc = TV_OK;
 
-    ref->hidden = tv_calloc(a->n_tensors + 1, sizeof(*ref->hidden));
-    if (all == NULL || ref->hidden == NULL) {
+    if (all == NULL) {
         rc = plan_oom(pl);
         goto out;
     }
+    TV_TRY(want_hidden(pl, input));
     for (size_t i = 0; i < a->n_tensors; i++) {
         const struct tv_expert e = tv_expert_of(&a->tensors[i]);
         if (e.part != TV_EXPERT_NONE)
@@ -435,6 +452,178 @@ out:
     return rc;
 }
 
+/* ---- prefixes -------------------------------------------------------------
+ *
+ * "model.embed_tokens" or "embed_tokens", "language_model.model.layers" or
+ * "model.language_model.layers": what stands in front of a language model's
+ * names is what stands in front of its embedding's.
+ */
+
+static const char *embedding_of(const struct tv_arch *a)
+{
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        const struct tv_arch_tensor *const t = &a->tensors[i];
+        if (t->role == TV_ROLE_EMBED && t->module == 0 && t->layer < 0 &&
+            t->vocab_dim == 0 && !t->is_bias)
+            return t->name;
+    }
+    return NULL;
+}
+
+/* Lengths of what stands in front of the components that both end in. */
+static void differing(const char *a, const char *b, size_t *na, size_t *nb)
+{
+    size_t n = 0;
+    size_t common = 0;
+    *na = strlen(a);
+    *nb = strlen(b);
+    while (n < *na && n < *nb && a[*na - n - 1] == b[*nb - n - 1]) {
+        n++;
+        if ((n == *na || a[*na - n - 1] == '.') &&
+            (n == *nb || b[*nb - n - 1] == '.'))
+            common = n;
+    }
+    *na -= common;
+    *nb -= common;
+}
+
+/* Length of what stands in front of a component's own names, of
+ * "[model.]NAME.[vision_model.]". */
+static size_t before_component(const char *name, const char *component)
+{
+    static const char model[] = "model.";
+    static const char inner[] = "vision_model.";
+    const char *s = name;
+    if (strncmp(s, model, sizeof(model) - 1) == 0)
+        s += sizeof(model) - 1;
+    if (strncmp(s, component, strlen(component)) != 0 ||
+        s[strlen(component)] != '.')
+        return 0;
+    s += strlen(component) + 1;
+    if (strncmp(s, inner, sizeof(inner) - 1) == 0)
+        s += sizeof(inner) - 1;
+    return (size_t)(s - name);
+}
+
+struct prefixes { /* of a module: the input's and the donor's, with lengths */
+    const char *from, *to;
+    size_t n_from, n_to;
+};
+
+/* Of every module of an input; those that do not change stay NULL. */
+static void find_prefixes(const struct tv_arch *a, const struct tv_arch *d,
+                          struct prefixes *p)
+{
+    const char *const ea = a->modules[0].is_main ? embedding_of(a) : NULL;
+    const char *const ed = d->modules[0].is_main ? embedding_of(d) : NULL;
+
+    if (ea != NULL && ed != NULL) {
+        p[0].from = ea;
+        p[0].to = ed;
+        differing(ea, ed, &p[0].n_from, &p[0].n_to);
+    }
+    for (size_t i = 0; i < d->n_tensors; i++) {
+        const struct tv_arch_tensor *const t = &d->tensors[i];
+        for (size_t m = 1; t->module > 0 && m < a->n_modules; m++) {
+            const char *const name = a->modules[m].name;
+            if (p[m].to != NULL ||
+                strcmp(name, d->modules[t->module].name) != 0)
+                continue;
+            p[m].to = t->name;
+            p[m].n_to = before_component(t->name, name);
+        }
+    }
+}
+
+/* Puts the donor's prefix in front of a name; false: it stays as it is. */
+static bool rename_one(struct planner *pl, const struct tv_arch *a,
+                       const struct prefixes *all, struct tv_arch_tensor *t)
+{
+    const struct prefixes *const p = &all[t->module];
+    size_t n = p->n_from;
+
+    if (p->to == NULL || (t->role == TV_ROLE_LM_HEAD && t->layer < 0))
+        return false;
+    if (t->module > 0)
+        n = before_component(t->name, a->modules[t->module].name);
+    else if (strncmp(t->name, p->from, n) != 0)
+        return false;
+    if (n == p->n_to && strncmp(t->name, p->to, n) == 0)
+        return false;
+    const char *const name = tvm_arena_fmt(plan_arena(pl), "%.*s%s",
+                                           (int)p->n_to, p->to, t->name + n);
+    if (name == NULL) {
+        pl->oom = true;
+        return false;
+    }
+    t->name = name;
+    if (t->layer_len > 0)
+        t->layer_at = t->layer_at - n + p->n_to;
+    return true;
+}
+
+static enum tv_err rename_prefixes(struct planner *pl, size_t input)
+{
+    const struct tv_arch *const a = pl->plan->inputs[input].arch;
+    const struct tv_arch *const d = pl->plan->inputs[pl->st->donor].arch;
+    struct plan_ref *const ref = &pl->refs[input];
+    struct prefixes *const p = tv_calloc(a->n_modules, sizeof(*p));
+    const size_t n_made = ref->n_made;
+    enum tv_err rc = TV_OK;
+
+    if (p == NULL)
+        return plan_oom(pl);
+    find_prefixes(a, d, p);
+    TV_TRY(want_hidden(pl, input));
+    for (size_t i = 0; i < n_made; i++)
+        (void)rename_one(pl, a, p, &ref->made[i].like);
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        struct plan_made m = {.like = a->tensors[i], .index = i};
+        if (ref->hidden[i] || !rename_one(pl, a, p, &m.like))
+            continue;
+        TV_TRY(append(pl, input, &m));
+        ref->hidden[i] = true;
+    }
+out:
+    tv_free(p);
+    return rc;
+}
+
+/* ---- the head -------------------------------------------------------------
+ */
+
+static size_t head_of(const struct tv_arch *a)
+{
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        if (a->tensors[i].role == TV_ROLE_LM_HEAD && !a->tensors[i].is_bias &&
+            a->tensors[i].layer < 0)
+            return i;
+    }
+    return SIZE_MAX;
+}
+
+/* GPT-NeoX calls it embed_out in transformers 4, lm_head in 5. */
+static enum tv_err rename_head(struct planner *pl, size_t input)
+{
+    const struct tv_arch *const a = pl->plan->inputs[input].arch;
+    const struct tv_arch *const d = pl->plan->inputs[pl->st->donor].arch;
+    const size_t from = head_of(a);
+    const size_t to = head_of(d);
+    struct plan_made m = {.index = from};
+    enum tv_err rc = TV_OK;
+
+    if (from == SIZE_MAX || to == SIZE_MAX ||
+        strcmp(a->tensors[from].name, d->tensors[to].name) == 0)
+        return TV_OK;
+    m.like = a->tensors[from];
+    m.like.name = d->tensors[to].name;
+    TV_TRY(want_hidden(pl, input));
+    TV_TRY(append(pl, input, &m));
+    pl->refs[input].hidden[from] = true;
+out:
+    return rc;
+}
+
 enum tv_err plan_layout_make(struct planner *pl)
 {
     const struct tv_expert_layout *want = NULL;
@@ -446,6 +635,12 @@ enum tv_err plan_layout_make(struct planner *pl)
     for (size_t i = 0; want != NULL && i < pl->plan->n_inputs; i++) {
         if (pl->refs[i].usable && i != pl->st->donor)
             TV_TRY(convert_input(pl, i, want));
+    }
+    for (size_t i = 0; pl->agree && i < pl->plan->n_inputs; i++) {
+        if (!pl->refs[i].usable || i == pl->st->donor)
+            continue;
+        TV_TRY(rename_prefixes(pl, i));
+        TV_TRY(rename_head(pl, i));
     }
 out:
     return rc;

@@ -291,6 +291,48 @@ static void check_present(struct build *b)
     }
 }
 
+/* Has the model that gives config.json a tensor like this in some layer? */
+static bool donor_has(const struct planner *pl, const struct tv_arch_tensor *t)
+{
+    const struct tv_arch *const a = pl->plan->inputs[pl->st->donor].arch;
+    const char *const rest = t->name + t->layer_at + t->layer_len;
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        const struct tv_arch_tensor *const o = &a->tensors[i];
+        if (o->is_bias && o->role == t->role && o->module == t->module &&
+            strcmp(o->name + o->layer_at + o->layer_len, rest) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Biases that not every input has. A config says whether loaders look for
+ * them: one that comes from a model without them would drop them silently. */
+static void check_biases(struct build *b)
+{
+    struct planner *const pl = b->pl;
+    const struct tv_arch_tensor *const like = b->like;
+    if (!b->ok || !like->is_bias || !like->optional ||
+        like->role < TV_ROLE_ATTN_Q || like->role > TV_ROLE_ROUTER ||
+        b->t->n_sources == 0)
+        return;
+    if (pl->refs[pl->st->donor].usable &&
+        pl->plan->inputs[pl->st->donor].arch->has_config &&
+        !donor_has(pl, like)) {
+        b->ok = false;
+        plan_report(pl, "biases without a config", 5, true, TV_E_INPUT,
+                    b->t->name,
+                    "'%s' has this bias, but config.json comes from '%s', "
+                    "which has none: loaders would ignore it (name the model "
+                    "with biases as base_model, or first)",
+                    source_ref(b, 0), pl->plan->inputs[pl->st->donor].ref);
+    } else if (b->t->n_sources < b->slice->n && !b->slice->broken) {
+        plan_report(pl, "biases of some", 1, false, TV_OK, b->t->name,
+                    "only %zu of %zu models have biases like this one; the "
+                    "others count for nothing there",
+                    b->t->n_sources, b->slice->n);
+    }
+}
+
 /* ---- shape and dtype ------------------------------------------------------
  */
 
@@ -797,6 +839,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     }
     find_sources(&b);
     check_present(&b);
+    check_biases(&b);
     check_shapes(&b);
     t->is_linear = is_linear(b.like, t->rank);
     t->in_first =

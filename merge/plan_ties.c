@@ -92,7 +92,11 @@ enum tv_err plan_ties_make(struct planner *pl)
     bool any_head = false;
     enum tv_err rc = TV_OK;
 
-    for (size_t i = 0; i < pl->plan->n_inputs; i++) {
+    for (size_t n = 0; n < pl->plan->n_inputs; n++) {
+        /* The donor first: its name for the head is the output's. */
+        const size_t i = n == 0               ? pl->st->donor
+                         : n <= pl->st->donor ? n - 1
+                                              : n;
         if (!pl->refs[i].usable)
             continue;
         TV_TRY(look_at(pl, i));

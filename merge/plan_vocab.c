@@ -129,17 +129,18 @@ static void report_missing(struct planner *pl, size_t input)
 
 /* A parsed tokenizer takes about four times its text, an edited one eight
  * times. Small ones go into the fixed overhead that --memory allows. */
+#define PER_BYTE 8u
 static bool fits_memory(const struct planner *pl, size_t n_text)
 {
     return n_text < (size_t)4 << 20 ||
-           8 * (uint64_t)n_text <= pl->plan->options.memory_bytes;
+           PER_BYTE * (uint64_t)n_text <= pl->plan->options.memory_bytes;
 }
 
 static void report_memory(struct planner *pl, size_t input, size_t n_text)
 {
     char a[32];
     char b[32];
-    const uint64_t need = 8 * (uint64_t)n_text;
+    const uint64_t need = PER_BYTE * (uint64_t)n_text;
     plan_report(pl, "memory for tokenizers", 1, true, TV_E_BUDGET,
                 ref_of(pl, input),
                 "aligning a tokenizer.json of %s needs --memory %s (%llu "
@@ -183,6 +184,10 @@ static enum tv_err read_one(struct planner *pl, size_t input, bool quiet,
         goto out;
     }
     TV_TRY(tv_json_parse_exact(data, n, "tokenizer.json", &e, &root));
+    /* One is parsed or edited at a time, beside what is kept of the others. */
+    v->kept_bytes += n;
+    if (PER_BYTE * (uint64_t)n > v->most_bytes)
+        v->most_bytes = PER_BYTE * (uint64_t)n;
     v->owned_by[v->n_owned] = hash;
     rc = tvm_vocab_read(root, "tokenizer.json", &e, &v->owned[v->n_owned++]);
     if (rc == TV_OK)

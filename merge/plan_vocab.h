@@ -49,6 +49,9 @@ struct plan_vocab {
     size_t n_ordinary; /* new ones that are no added tokens */
     uint64_t n_ids;    /* highest id + 1 */
     uint64_t n_rows;
+    /* Of planning: the largest tokenizer as text and trees, and what is kept of
+     * all of them. */
+    uint64_t most_bytes, kept_bytes;
     bool keep_padding; /* padding rows stay what they are where all have them */
     struct plan_rows_set *sets;
     struct tvm_vocabulary shown;

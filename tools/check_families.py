@@ -4,9 +4,12 @@
 
 For each family of models: two tiny random ones from their transformers config
 are merged, and the result must load without missing or unexpected weights, hold
-the mean of every tensor, and give finite logits. Causal models are also stacked
-to another number of layers, and merged across different vocabulary sizes
-(--unsafe-truncate-embeddings). One line per family. For developers: needs torch
+the mean of every tensor, and give finite logits. Causal models (and the text
+decoder of LLaVA) are also stacked to another number of layers, and merged
+across different vocabulary sizes (--unsafe-truncate-embeddings); mixtures of
+experts are merged from both layouts (experts one by one and packed), stacked
+too; models whose embeddings can be tied, tied with untied in every combination.
+One line per family. For developers: needs torch
 and transformers from PyPI in a throw-away environment.
 """
 import json
@@ -155,14 +158,16 @@ def make(name, vocab=V):
     return getattr(tf, config + "Config")(**known), getattr(tf, cls)
 
 
-def save(path, name, seed, vocab=V):
+def save(path, name, seed, vocab=V, original=True, tied=None):
     torch.manual_seed(seed)
     config, cls = make(name, vocab)
+    if tied is not None:
+        config.tie_word_embeddings = tied
     m = cls(config)
     with torch.no_grad():
         for p in m.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    m.save_pretrained(path)
+    m.save_pretrained(path, save_original_format=original)
     return cls
 
 
@@ -187,7 +192,7 @@ def loads(cls, path):
 def finite(m, name):
     ids = torch.tensor([[1, 5, 7, 3, 9, 4]])
     kw = {}
-    if name == "t5":
+    if name.startswith("t5"):
         kw = dict(decoder_input_ids=ids)
     if name == "whisper":
         kw = dict(input_features=torch.randn(1, 8, 32), decoder_input_ids=ids)
@@ -202,16 +207,94 @@ def is_causal(name):
                                 or "LMHead" in CASES[name][1])
 
 
+def mean(a, b):
+    return {"merge_method": "linear", "dtype": "float32",
+            "parameters": {"weight": 0.5},
+            "models": [{"model": a}, {"model": b}]}
+
+
+def stack(a, b, n=3):
+    return {"merge_method": "passthrough", "slices": [
+        {"sources": [{"model": a, "layer_range": [0, 2]}]},
+        {"sources": [{"model": b, "layer_range": [1, n]}]}]}
+
+
+def result(tvmerge, root, cls, name, recipe, what, said):
+    """Merges, loads, runs; the state of what came out, or None."""
+    r = run(tvmerge, root, recipe, "o")
+    if r.returncode:
+        said.append(f"{what}: exit {r.returncode}: {r.stderr.strip()[:200]}")
+        return None
+    m, bad = loads(cls, os.path.join(root, "o"))
+    if bad:
+        said.append(f"{what}: loads with {str(bad)[:200]}")
+    elif not finite(m, name):
+        said.append(f"{what}: logits are not finite")
+    return m
+
+
+def same(x, y):
+    return x is not None and y is not None and all(
+        torch.equal(v, y[k]) for k, v in x.items())
+
+
+def layouts(tvmerge, root, cls, name, said):
+    """Experts one by one and packed, in every combination."""
+    for model, seed in (("a", 1), ("b", 2)):
+        save(os.path.join(root, model + "5"), name, seed, original=False)
+    if set(tensors(os.path.join(root, "a"))) == set(
+            tensors(os.path.join(root, "a5"))):
+        return
+    for what, make_recipe in (("layouts", mean), ("stacked layouts", stack)):
+        want = result(tvmerge, root, cls, name, make_recipe("a", "b"), what,
+                      said)
+        for a, b in (("a", "b5"), ("a5", "b"), ("a5", "b5")):
+            m = result(tvmerge, root, cls, name, make_recipe(a, b),
+                       f"{what} {a} {b}", said)
+            if want is None or m is None or not same(want.state_dict(),
+                                                     m.state_dict()):
+                said.append(f"{what} {a} {b}: other values")
+            if not set(tensors(os.path.join(root, "o"))) >= {
+                    k for k in tensors(os.path.join(root, a))
+                    if ".1." in k}:
+                said.append(f"{what} {a} {b}: not the first one's layout")
+
+
+def ties(tvmerge, root, cls, name, said):
+    """The output's config says what its tensors are; the head is the mean of
+    what either model has as its head."""
+    heads = {}
+    for model, seed, tied in (("tt", 1, True), ("tu", 2, False)):
+        save(os.path.join(root, model), name, seed, tied=tied)
+        m, bad = loads(cls, os.path.join(root, model))
+        heads[model] = m.get_output_embeddings().weight
+    for a in heads:
+        for b in heads:
+            if a == b:
+                continue
+            m = result(tvmerge, root, cls, name, mean(a, b),
+                       f"ties {a} {b}", said)
+            if m is None:
+                continue
+            want = (heads[a] + heads[b]) / 2
+            if m.config.tie_word_embeddings or not torch.allclose(
+                    m.get_output_embeddings().weight, want, atol=1e-6):
+                said.append(f"ties {a} {b}: another head")
+    for model in heads:
+        save(os.path.join(root, model + "2"), name, 3, tied=model == "tt")
+        m = result(tvmerge, root, cls, name, mean(model, model + "2"),
+                   f"ties {model}", said)
+        if m is not None and m.config.tie_word_embeddings != (model == "tt"):
+            said.append(f"ties {model}: the config says otherwise")
+
+
 def one(tvmerge, name):
     said = []
     with tempfile.TemporaryDirectory() as root:
         a, b, out = (os.path.join(root, x) for x in ("a", "b", "out"))
         cls = save(a, name, 1)
         save(b, name, 2)
-        r = run(tvmerge, root, {
-            "merge_method": "linear", "dtype": "float32",
-            "parameters": {"weight": 0.5},
-            "models": [{"model": "a"}, {"model": "b"}]}, "out")
+        r = run(tvmerge, root, mean("a", "b"), "out")
         if r.returncode:
             return [f"merge: exit {r.returncode}: {r.stderr.strip()[:300]}"]
         x, y, z = tensors(a), tensors(b), tensors(out)
@@ -226,13 +309,9 @@ def one(tvmerge, name):
             said.append(f"loads with {bad}")
         if not finite(m, name):
             said.append("logits are not finite")
-        if not is_causal(name):
+        if not is_causal(name) and name != "llava":
             return said
-        n = 3
-        r = run(tvmerge, root, {
-            "merge_method": "passthrough", "slices": [
-                {"sources": [{"model": "a", "layer_range": [0, 2]}]},
-                {"sources": [{"model": "b", "layer_range": [1, n]}]}]}, "st")
+        r = run(tvmerge, root, stack("a", "b"), "st")
         if r.returncode:
             said.append(f"stack: exit {r.returncode}: "
                         f"{r.stderr.strip()[:300]}")
@@ -246,13 +325,15 @@ def one(tvmerge, name):
             except Exception as e:
                 said.append(f"stack: {type(e).__name__} {str(e)[:200]} "
                             f"[{r.stderr.strip()[:200]}]")
+        if name == "llava":
+            return said
+        layouts(tvmerge, root, cls, name, said)
+        if name not in ("gptj", "mpt", "falcon_mamba", "mamba", "bloom"):
+            ties(tvmerge, root, cls, name, said)
         c = os.path.join(root, "c")
         save(c, name, 3, V + 2)
-        r = run(tvmerge, root, {
-            "merge_method": "linear", "dtype": "float32",
-            "parameters": {"weight": 0.5},
-            "models": [{"model": "a"}, {"model": "c"}]}, "cut",
-            "--unsafe-truncate-embeddings")
+        r = run(tvmerge, root, mean("a", "c"), "cut",
+                "--unsafe-truncate-embeddings")
         if r.returncode:
             said.append(f"vocabularies: exit {r.returncode}: "
                         f"{r.stderr.strip()[:300]}")

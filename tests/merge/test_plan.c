@@ -585,14 +585,20 @@ static void test_optional(void **state)
     m.extra = &bias;
     m.n_extra = 1;
     model("biased", &m);
-    plan_good(&p, dir, LINEAR "models: [{model: $/a}, {model: $/biased}]\n",
+    plan_good(&p, dir, LINEAR "models: [{model: $/biased}, {model: $/a}]\n",
               NULL);
     assert_int_equal(planned_tensor(&p, bias.name)->n_sources, 1);
     planned_free(&p);
-    plan_good(&p, dir,
-              "merge_method: slerp\nbase_model: $/a\nmodels: [{model: $/a}, "
-              "{model: $/biased}]\nparameters: {t: 0.5}\n",
+    /* Its config.json would make loaders ignore the bias. */
+    plan_text(&p, dir, LINEAR "models: [{model: $/a}, {model: $/biased}]\n",
               NULL);
+    expect_problem(&p, true, TV_E_INPUT, bias.name, "loaders would ignore it");
+    planned_free(&p);
+    plan_good(
+        &p, dir,
+        "merge_method: slerp\nbase_model: $/biased\nmodels: [{model: $/a}, "
+        "{model: $/biased}]\nparameters: {t: 0.5}\n",
+        NULL);
     assert_int_equal(planned_tensor(&p, bias.name)->action, TVM_COPY);
     planned_free(&p);
     plan_text(&p, dir, TIES "base_model: $/a\nmodels: [{model: $/biased}]\n",
