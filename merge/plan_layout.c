@@ -36,6 +36,7 @@ struct convert { /* one layer of one input */
     struct planner *pl;
     size_t input;
     const struct tv_expert_layout *want;
+    const char *router;         /* the donor's name for it, in a layer */
     const struct piece *pieces; /* by part, then number */
     size_t n;
     const struct piece *part[TV_EXPERT_PARTS]; /* first of each */
@@ -123,6 +124,15 @@ static enum tv_err add_made(struct convert *c, const struct piece *like,
     if (m.like.name == NULL)
         return plan_oom(c->pl);
     return append(c->pl, c->input, &m);
+}
+
+/* The router has the donor's name for it. */
+static enum tv_err add_router(struct convert *c, const struct piece *p)
+{
+    struct plan_made m = {.like = *described(c, p), .index = p->index};
+    m.like.name = tvm_arena_fmt(plan_arena(c->pl), "%.*s%s", (int)p->e.name_at,
+                                m.like.name, c->router);
+    return m.like.name == NULL ? plan_oom(c->pl) : append(c->pl, c->input, &m);
 }
 
 static enum tv_err add_renamed(struct convert *c, const struct piece *p)
@@ -359,7 +369,8 @@ static enum tv_err convert_layer(struct convert *c)
         const struct piece *const p = &c->pieces[i];
         if (c->n_part[p->e.part]++ == 0)
             c->part[p->e.part] = p;
-        if (p->e.layout == NULL)
+        /* Routers have several names in one layout. */
+        if (p->e.layout == NULL || p->e.part == TV_EXPERT_ROUTER)
             continue;
         one = one && (have == NULL || have == p->e.layout);
         have = p->e.layout;
@@ -372,8 +383,9 @@ static enum tv_err convert_layer(struct convert *c)
     }
     const size_t before = ref->n_made;
     for (size_t i = 0; i < c->n; i++) {
-        if (c->pieces[i].e.part == TV_EXPERT_ROUTER ||
-            tv_expert_packed(have) == tv_expert_packed(c->want))
+        if (c->pieces[i].e.part == TV_EXPERT_ROUTER)
+            TV_TRY(add_router(c, &c->pieces[i]));
+        else if (tv_expert_packed(have) == tv_expert_packed(c->want))
             TV_TRY(add_renamed(c, &c->pieces[i]));
     }
     if (tv_expert_packed(have) && !tv_expert_packed(c->want))
@@ -413,13 +425,27 @@ static const struct tv_expert_layout *layout_of(const struct tv_arch *a)
     return NULL;
 }
 
+/* What a model with experts calls its routers, in a layer; NULL: it has none.
+ */
+static const char *router_of(const struct tv_arch *a)
+{
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        const struct tv_expert e = tv_expert_of(&a->tensors[i]);
+        if (e.part == TV_EXPERT_ROUTER)
+            return a->tensors[i].name + e.name_at;
+    }
+    return NULL;
+}
+
 static enum tv_err convert_input(struct planner *pl, size_t input,
-                                 const struct tv_expert_layout *want)
+                                 const struct tv_expert_layout *want,
+                                 const char *router)
 {
     const struct tv_arch *const a = pl->plan->inputs[input].arch;
     struct plan_ref *const ref = &pl->refs[input];
     struct piece *const all = tv_calloc(a->n_tensors + 1, sizeof(*all));
-    struct convert c = {.pl = pl, .input = input, .want = want};
+    struct convert c = {
+        .pl = pl, .input = input, .want = want, .router = router};
     size_t n = 0;
     enum tv_err rc = TV_OK;
 
@@ -470,8 +496,9 @@ static const char *embedding_of(const struct tv_arch *a)
     return NULL;
 }
 
-/* Lengths of what stands in front of the components that both end in. */
-static void differing(const char *a, const char *b, size_t *na, size_t *nb)
+/* Lengths of what stands in front of the components that both end in, beside
+ * "weight"; false: there are none. */
+static bool differing(const char *a, const char *b, size_t *na, size_t *nb)
 {
     size_t n = 0;
     size_t common = 0;
@@ -485,6 +512,7 @@ static void differing(const char *a, const char *b, size_t *na, size_t *nb)
     }
     *na -= common;
     *nb -= common;
+    return strchr(a + *na, '.') != NULL;
 }
 
 /* Length of what stands in front of a component's own names, of
@@ -517,10 +545,11 @@ static void find_prefixes(const struct tv_arch *a, const struct tv_arch *d,
     const char *const ea = a->modules[0].is_main ? embedding_of(a) : NULL;
     const char *const ed = d->modules[0].is_main ? embedding_of(d) : NULL;
 
-    if (ea != NULL && ed != NULL) {
+    if (ea == NULL || ed == NULL)
+        return;
+    if (differing(ea, ed, &p[0].n_from, &p[0].n_to)) {
         p[0].from = ea;
         p[0].to = ed;
-        differing(ea, ed, &p[0].n_from, &p[0].n_to);
     }
     for (size_t i = 0; i < d->n_tensors; i++) {
         const struct tv_arch_tensor *const t = &d->tensors[i];
@@ -544,10 +573,14 @@ static bool rename_one(struct planner *pl, const struct tv_arch *a,
 
     if (p->to == NULL || (t->role == TV_ROLE_LM_HEAD && t->layer < 0))
         return false;
-    if (t->module > 0)
+    if (t->module > 0) {
         n = before_component(t->name, a->modules[t->module].name);
-    else if (strncmp(t->name, p->from, n) != 0)
-        return false;
+        if (n == 0 || p->n_to == 0)
+            return false;
+    } else if (strncmp(t->name, p->from, n) != 0 ||
+               (n == 0 && t->role == TV_ROLE_OTHER && t->layer < 0)) {
+        return false; /* a classifier or the like stands beside the model */
+    }
     if (n == p->n_to && strncmp(t->name, p->to, n) == 0)
         return false;
     const char *const name = tvm_arena_fmt(plan_arena(pl), "%.*s%s",
@@ -627,14 +660,17 @@ out:
 enum tv_err plan_layout_make(struct planner *pl)
 {
     const struct tv_expert_layout *want = NULL;
+    const char *router = NULL;
     enum tv_err rc = TV_OK;
 
     if (pl->plan->n_inputs == 0 || !pl->refs[pl->st->donor].usable)
         return TV_OK;
     want = layout_of(pl->plan->inputs[pl->st->donor].arch);
-    for (size_t i = 0; want != NULL && i < pl->plan->n_inputs; i++) {
+    router = router_of(pl->plan->inputs[pl->st->donor].arch);
+    for (size_t i = 0; want != NULL && router != NULL && i < pl->plan->n_inputs;
+         i++) {
         if (pl->refs[i].usable && i != pl->st->donor)
-            TV_TRY(convert_input(pl, i, want));
+            TV_TRY(convert_input(pl, i, want, router));
     }
     for (size_t i = 0; pl->agree && i < pl->plan->n_inputs; i++) {
         if (!pl->refs[i].usable || i == pl->st->donor)

@@ -248,6 +248,10 @@ static void find_sources(struct build *b)
             add_source(b, s, index);
             continue;
         }
+        if (b->is_head && pl->refs[input].embed != SIZE_MAX) {
+            add_source(b, s, pl->refs[input].embed); /* by another name */
+            continue;
+        }
         if (b->like->optional)
             continue;
         b->ok = false;

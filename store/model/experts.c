@@ -38,6 +38,8 @@ static const struct tv_expert_layout layouts[] = {
     {{[TV_EXPERT_ROUTER] = "block_sparse_moe.router.weight",
       [TV_EXPERT_GATE_UP] = "block_sparse_moe.experts.gate_up_proj",
       [TV_EXPERT_DOWNS] = "block_sparse_moe.experts.down_proj"}},
+    /* Phi-MoE's router beside packed experts */
+    {{[TV_EXPERT_ROUTER] = "mlp.router.weight"}},
 };
 #define N_LAYOUTS (sizeof(layouts) / sizeof(layouts[0]))
 
