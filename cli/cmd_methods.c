@@ -41,6 +41,8 @@ static const char *type_name(enum tvm_type t)
         return "float";
     case TVM_INT:
         return "int";
+    case TVM_CHOICE:
+        return "choice";
     case TVM_BOOL:
         break;
     }
@@ -55,7 +57,17 @@ static json_t *default_json(const struct tvm_param *p)
         return json_boolean(p->fallback != 0);
     if (p->type == TVM_INT)
         return json_integer((json_int_t)p->fallback);
+    if (p->type == TVM_CHOICE)
+        return json_string(p->choices[(size_t)p->fallback]);
     return tvc_json_real(p->fallback);
+}
+
+static json_t *choices_json(const struct tvm_param *p)
+{
+    json_t *names = json_array();
+    for (size_t i = 0; p->choices[i]; i++)
+        (void)json_array_append_new(names, json_string(p->choices[i]));
+    return names;
 }
 
 static json_t *method_json(const struct tvm_method_info *m)
@@ -63,12 +75,14 @@ static json_t *method_json(const struct tvm_method_info *m)
     json_t *params = json_array();
     for (size_t i = 0; i < m->n_params; i++) {
         const struct tvm_param *p = &m->params[i];
-        (void)json_array_append_new(
-            params,
+        json_t *one =
             json_pack("{s:s, s:s, s:s, s:o, s:b, s:s}", "name", p->name,
                       "scope", scope_name(p->scope), "type", type_name(p->type),
                       "default", default_json(p), "required", p->required,
-                      "help", p->help ? p->help : ""));
+                      "help", p->help ? p->help : "");
+        if (p->type == TVM_CHOICE)
+            (void)json_object_set_new(one, "choices", choices_json(p));
+        (void)json_array_append_new(params, one);
     }
     return json_pack("{s:s, s:s, s:b, s:o, s:s, s:s}", "name", m->name, "base",
                      base_name(m->base), "needs_statistics",
@@ -98,6 +112,8 @@ static void default_text(const struct tvm_param *p, char *dst, size_t cap)
         (void)snprintf(dst, cap, "required");
     else if (!p->has_default)
         (void)snprintf(dst, cap, "-");
+    else if (p->type == TVM_CHOICE)
+        (void)snprintf(dst, cap, "%s", p->choices[(size_t)p->fallback]);
     else if (p->type == TVM_BOOL)
         (void)snprintf(dst, cap, "%s", p->fallback != 0 ? "true" : "false");
     else

@@ -18,14 +18,16 @@
 /* ---- the document
  * ------------------------------------------------------------------ */
 
-static json_t *value_json(enum tvm_type type, bool set, double v)
+static json_t *value_json(const struct tvm_param *p, bool set, double v)
 {
     if (!set)
         return json_null();
-    if (type == TVM_BOOL)
+    if (p->type == TVM_BOOL)
         return json_boolean(v != 0);
-    if (type == TVM_INT)
+    if (p->type == TVM_INT)
         return json_integer((json_int_t)v);
+    if (p->type == TVM_CHOICE)
+        return json_string(p->choices[(size_t)v]);
     return tvc_json_real(v);
 }
 
@@ -38,16 +40,14 @@ static json_t *parameters_json(const struct tvm_tensor *t,
         const struct tvm_param *x = &m->params[p];
         if (x->scope == TVM_SHARED) {
             (void)json_object_set_new(
-                o, x->name,
-                value_json(x->type, t->shared_set[p], t->shared[p]));
+                o, x->name, value_json(x, t->shared_set[p], t->shared[p]));
             continue;
         }
         json_t *a = json_array();
         for (size_t s = 0; s < t->n_sources; s++) {
             const size_t at = s * m->n_params + p;
             (void)json_array_append_new(
-                a,
-                value_json(x->type, t->per_source_set[at], t->per_source[at]));
+                a, value_json(x, t->per_source_set[at], t->per_source[at]));
         }
         (void)json_object_set_new(o, x->name, a);
     }
@@ -121,11 +121,14 @@ static void document(struct tvc *c, const struct tvc_merge *m)
 /* ---- the table
  * ---------------------------------------------------------------------- */
 
-static void add_value(struct tv_buf *b, enum tvm_type type, bool set, double v)
+static void add_value(struct tv_buf *b, const struct tvm_param *p, bool set,
+                      double v)
 {
     if (!set)
         tv_buf_str(b, "-");
-    else if (type == TVM_BOOL)
+    else if (p->type == TVM_CHOICE)
+        tv_buf_str(b, p->choices[(size_t)v]);
+    else if (p->type == TVM_BOOL)
         tv_buf_str(b, v != 0 ? "true" : "false");
     else
         tv_buf_fmt(b, "%.6g", v);
@@ -138,7 +141,7 @@ static void add_parameters(struct tv_buf *b, const struct tvm_tensor *t,
         const struct tvm_param *x = &m->params[p];
         tv_buf_fmt(b, "%s%s=", p ? " " : "", x->name);
         if (x->scope == TVM_SHARED) {
-            add_value(b, x->type, t->shared_set[p], t->shared[p]);
+            add_value(b, x, t->shared_set[p], t->shared[p]);
             continue;
         }
         const char *sep = "";
@@ -146,7 +149,7 @@ static void add_parameters(struct tv_buf *b, const struct tvm_tensor *t,
             if (x->scope == TVM_NON_BASE && (int)s == t->base)
                 continue;
             tv_buf_str(b, sep);
-            add_value(b, x->type, t->per_source_set[s * m->n_params + p],
+            add_value(b, x, t->per_source_set[s * m->n_params + p],
                       t->per_source[s * m->n_params + p]);
             sep = ",";
         }
@@ -351,7 +354,7 @@ out:
     if (rc != TV_OK)
         status = tvc_fail(c, &c->err);
     tvc_merge_free(&m);
-    tv_store_close(o->options.store);
+    tvc_merge_opts_free(o);
     return status;
 }
 

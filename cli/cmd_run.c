@@ -60,10 +60,68 @@ static bool reads_store(const struct tvm_plan *p)
     return false;
 }
 
+struct shown { /* one bar at a time: models that calibrate, then the merge */
+    struct tvc *c;
+    const struct tvm_plan *plan;
+    struct tvc_progress *bar;
+    const char *model; /* of the bar; NULL: the merge's, or none yet */
+    bool merging;
+};
+
 static void on_progress(void *arg, const struct tvm_progress *p)
 {
-    tvc_progress_set(arg, p->n_done, p->n_tensors, p->bytes_done,
+    struct shown *const s = arg;
+    if (!s->merging) {
+        tvc_progress_end(s->bar);
+        s->bar = tvc_progress_begin(&s->c->out, "merge", "tensors");
+        s->merging = true;
+    }
+    tvc_progress_set(s->bar, p->n_done, p->n_tensors, p->bytes_done,
                      p->bytes_total);
+}
+
+static void on_calibrating(void *arg, const char *model, uint64_t done,
+                           uint64_t total)
+{
+    struct shown *const s = arg;
+    if (s->model != model) {
+        tvc_progress_end(s->bar);
+        tvc_say(&s->c->out, "calibrating %s: %llu tokens", model,
+                (unsigned long long)total);
+        s->bar = tvc_progress_begin(&s->c->out, "calibrate", "tokens");
+        s->model = model;
+    }
+    tvc_progress_set(s->bar, done, total, 0, 0);
+}
+
+static void calibration(struct tvc *c, const struct tvm_calibration_use *u)
+{
+    char time[32];
+    if (u->n_made + u->n_found == 0)
+        return;
+    if (u->n_models == 0)
+        tvc_say(&c->out,
+                "calibration: none, %zu masks from the store, %zu made from "
+                "statistics in the store",
+                u->n_found, u->n_made);
+    else
+        tvc_say(&c->out,
+                "calibration: %llu tokens through %zu model%s in %s, %zu masks "
+                "made, %zu from the store",
+                (unsigned long long)u->n_tokens, u->n_models,
+                u->n_models == 1 ? "" : "s",
+                tvc_duration(u->seconds, time, sizeof time), u->n_made,
+                u->n_found);
+    if (u->random)
+        tvc_warn(&c->out, "calibrated with random tokens");
+    if (u->n_damped > 0)
+        tvc_warn(&c->out, "%zu layers took more damping, up to %g", u->n_damped,
+                 u->most_damping);
+    if (u->n_uncorrected > 0)
+        tvc_warn(&c->out,
+                 "%zu layers have no usable X^T X: masked by its diagonal, not "
+                 "corrected",
+                 u->n_uncorrected);
 }
 
 static double rate_of(const struct tvm_result *r)
@@ -88,6 +146,7 @@ static void summary(struct tvc *c, const struct tvm_plan *p,
         if (r->n_resumed)
             tvc_say(&c->out, "%zu of them were finished before", r->n_resumed);
     }
+    calibration(c, &r->calibration);
     const struct tvm_cache_use *u = &r->cache;
     if (u->masks_used + u->masks_stored)
         tvc_say(&c->out,
@@ -143,6 +202,20 @@ static void document(struct tvc *c, const struct tvc_merge *m,
                   tvc_json_u64(r->cache.task_vectors_used),
                   "task_vectors_stored",
                   tvc_json_u64(r->cache.task_vectors_stored)));
+    const struct tvm_calibration_use *u = &r->calibration;
+    (void)json_object_set_new(
+        doc, "calibration",
+        json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:b, s:o}",
+                  "statistics_found", tvc_json_u64(u->n_statistics_found),
+                  "statistics_kept", tvc_json_u64(u->n_statistics_kept),
+                  "models", tvc_json_u64(u->n_models), "tokens",
+                  tvc_json_u64(u->n_tokens), "masks_made",
+                  tvc_json_u64(u->n_made), "masks_found",
+                  tvc_json_u64(u->n_found), "layers_damped",
+                  tvc_json_u64(u->n_damped), "most_damping",
+                  tvc_json_real(u->most_damping), "layers_uncorrected",
+                  tvc_json_u64(u->n_uncorrected), "random", u->random,
+                  "seconds", tvc_json_real(u->seconds)));
     (void)json_object_set_new(doc, "problems",
                               tvc_problems_json(&m->problems, false));
     tvc_out_json(&c->out, doc);
@@ -177,13 +250,21 @@ static void remade(struct tvc *c, struct tvc_merge *m,
 
 static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
 {
-    struct tvc_progress *bar = tvc_progress_begin(&c->out, "merge", "tensors");
-    const struct tvm_run_hooks hooks = {
-        .progress = on_progress, .arg = bar, .cancel = tvc_cancel_flag()};
+    struct shown shown = {.c = c, .plan = m->plan};
+    const struct tvm_run_hooks hooks = {.progress = on_progress,
+                                        .calibrating = on_calibrating,
+                                        .arg = &shown,
+                                        .cancel = tvc_cancel_flag()};
     struct tvm_result r = {0};
-    tvc_progress_set(bar, 0, m->plan->n_tensors, 0, m->plan->bytes_written);
+    bool calibrates = false;
+    for (size_t i = 0; i < m->plan->n_inputs; i++)
+        calibrates = calibrates || m->plan->inputs[i].calibrated;
+    if (!calibrates)
+        on_progress(&shown, &(struct tvm_progress){
+                                .n_tensors = m->plan->n_tensors,
+                                .bytes_total = m->plan->bytes_written});
     const enum tv_err rc = tvm_run(m->plan, &hooks, &r, &c->err);
-    tvc_progress_end(bar);
+    tvc_progress_end(shown.bar);
     /* With --strict such values are an error of a merge that is done. */
     if (rc != TV_OK && rc != TV_E_NONFINITE)
         return rc;
@@ -232,7 +313,7 @@ out:
     else if (status == 0 && !handled)
         status = tvc_done(c, 0);
     tvc_merge_free(&m);
-    tv_store_close(o->options.store);
+    tvc_merge_opts_free(o);
     return status;
 }
 

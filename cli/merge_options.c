@@ -38,6 +38,8 @@ enum {
     KEY_TRUNCATE,
     KEY_NO_TRUNCATE,
     KEY_LORA_DTYPE,
+    KEY_TEXT,
+    KEY_KEEP_STATISTICS,
     KEY_DEFAULT,          /* says what is so anyway */
     KEY_IGNORED = 0x2100, /* to LAST: mergekit's, without effect here */
     KEY_IGNORED_LAST = KEY_IGNORED + 9,
@@ -70,6 +72,14 @@ const struct argp_option tvc_merge_options[] = {
      "Read all inputs first; identify them by content", 0},
     {"no-cache", KEY_NO_CACHE, NULL, 0,
      "Neither use nor keep masks and task vectors in the store", 0},
+    {"text", KEY_TEXT, "NAME=FILE", 0,
+     "Calibration text of model NAME, for methods that look at the inputs of "
+     "layers; may be repeated",
+     0},
+    {"keep-statistics", KEY_KEEP_STATISTICS, NULL, 0,
+     "Keep the statistics of calibration in the store, as far as its quota "
+     "goes",
+     0},
     {"lock-timeout", KEY_LOCK_TIMEOUT, "SECONDS", 0,
      "How long to wait for another writer (default: 10)", 0},
     {NULL, 0, NULL, 0, "Taken as mergekit has them:", 1},
@@ -148,6 +158,23 @@ static error_t option_lora_dtype(struct tvc *c, const char *arg)
                    arg);
 }
 
+static error_t option_text(struct tvc *c, const char *arg)
+{
+    struct tvc_merge_opts *o = c->opt;
+    const char *const at = strchr(arg, '=');
+
+    if (!at || at == arg || at[1] == '\0')
+        return tvc_bad(c, "--text: '%s' is not NAME=FILE", arg);
+    if (o->n_texts == sizeof o->texts / sizeof *o->texts)
+        return tvc_bad(c, "--text: too many texts");
+    char *const name = tv_strdup(arg);
+    if (!name)
+        return ENOMEM;
+    name[at - arg] = '\0';
+    o->texts[o->n_texts++] = (struct tvm_text){name, at + 1};
+    return 0;
+}
+
 static error_t option_compat(struct tvc *c, const char *arg)
 {
     struct tvc_merge_opts *o = c->opt;
@@ -206,6 +233,9 @@ static error_t option_flag(struct tvc_merge_opts *o, int key)
     case KEY_VERIFY_INPUTS:
         m->verify_inputs = true;
         return 0;
+    case KEY_KEEP_STATISTICS:
+        m->keep_statistics = true;
+        return 0;
     case KEY_NO_CACHE:
         m->no_cache = true;
         return 0;
@@ -248,6 +278,8 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
         return tvc_parse_size(c, "--quota", arg, false, &m->quota_bytes);
     case KEY_LOCK_TIMEOUT:
         return tvc_parse_ms(c, "--lock-timeout", arg, &m->lock_timeout_ms);
+    case KEY_TEXT:
+        return option_text(c, arg);
     case KEY_COMPAT:
         return option_compat(c, arg);
     case KEY_LORA_DTYPE:
@@ -317,6 +349,8 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     if (m->into && !o->store_path)
         return tv_error_set(&c->err, TV_E_USAGE,
                             "--into needs --store STORE (or TV_STORE)");
+    m->texts = o->texts;
+    m->n_texts = o->n_texts;
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
     m->kernels = c->kernels;
@@ -355,6 +389,15 @@ enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
         return tv_error_set(&c->err, TV_E_INTERNAL,
                             "planning gave neither a plan nor a problem");
     return rc;
+}
+
+void tvc_merge_opts_free(struct tvc_merge_opts *o)
+{
+    for (size_t i = 0; i < o->n_texts; i++)
+        tv_free((void *)(uintptr_t)o->texts[i].name);
+    o->n_texts = 0;
+    tv_store_close(o->options.store);
+    o->options.store = NULL;
 }
 
 void tvc_merge_free(struct tvc_merge *m)

@@ -19,7 +19,9 @@ struct tvc_merge_opts {
     const char *ignored[24]; /* mergekit's flags that change nothing here */
     size_t n_ignored;
     bool cuda_wanted;
-    bool peft; /* --compat peft */
+    bool peft;                  /* --compat peft */
+    struct tvm_text texts[128]; /* names owned: tvc_merge_opts_free */
+    size_t n_texts;
 };
 extern const struct argp_option tvc_merge_options[];
 void tvc_merge_init(struct tvc *c);
@@ -28,6 +30,8 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg);
  * neither OUT nor --into is needed. USAGE, NOTFOUND, ... The store is closed by
  * the caller (options.store). */
 TV_NODISCARD enum tv_err tvc_merge_prepare(struct tvc *c, bool planning);
+
+void tvc_merge_opts_free(struct tvc_merge_opts *o);
 
 /* The recipe and plan of a command line, with everything found wrong. */
 struct tvc_merge {

@@ -24,6 +24,7 @@
 
 #include <jansson.h>
 
+#include "calibrated.h"
 #include "gather.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
@@ -43,9 +44,9 @@ _Static_assert(TVM_BLOCK % TV_DELTA_BLOCK == 0, "blocks begin at entry points");
 struct tvm_cache_entry { /* one source of one tensor that is trimmed */
     size_t tensor, source;
     struct tv_hash score;
-    double density;
-    bool needs_sums;
-    bool has_mask, has_delta; /* when the run began */
+    struct tvm_trim_rule rule;
+    bool has_mask, has_delta; /* when the run began; calibrated ones: now */
+    bool fresh;               /* calibrated: made by this run */
     _Atomic bool used_mask, used_delta;
 };
 
@@ -65,6 +66,7 @@ struct tvm_cache {
     size_t *first; /* [n_tensors + 1] into entries */
     uint64_t staging_max, dirty_max;
     bool writable;
+    bool held; /* the lock, from call to call */
 
     pthread_mutex_t mutex;
     uint64_t staged; /* bytes */
@@ -146,6 +148,31 @@ out:
     return rc;
 }
 
+/* What a calibrated mask depends on beside base and donor. */
+static enum tv_err add_rule(struct tv_buf *b, const struct tvm_plan *p,
+                            const struct tvm_tensor *t,
+                            const struct tvm_cache_entry *e,
+                            struct tv_error *err)
+{
+    const struct tvm_trim_rule *r = &e->rule;
+
+    tv_buf_str(b, "calibrated");
+    tv_buf_le32(b, TVM_CALIBRATED_VERSION);
+    tv_buf_le32(b, (uint32_t)r->score);
+    if (r->group > 0) {
+        tv_buf_le32(b, r->n_kept);
+        tv_buf_le32(b, r->group);
+    } else {
+        tv_buf_le64(b, double_bits(r->density));
+        tv_buf_le32(b, (uint32_t)r->compare);
+    }
+    tv_buf_le32(b, (uint32_t)r->correct);
+    tv_buf_le32(b, r->rescale);
+    tv_buf_le64(b, tvm_rule_needs_gram(r) ? double_bits(r->damping) : 0);
+    tv_buf_le32(b, r->correct >= TVM_CORRECT_CG ? r->cg_steps : 0);
+    return tvm_calibrated_key(p, t, e->source, r, b, err);
+}
+
 static enum tv_err score_of(const struct tvm_plan *p,
                             const struct tvm_cache_entry *e,
                             struct tv_hash *out, struct tv_error *err)
@@ -154,9 +181,13 @@ static enum tv_err score_of(const struct tvm_plan *p,
     const struct tvm_tensor *t = &p->tensors[e->tensor];
     struct tv_buf b;
     tv_buf_init(&b, 1u << 20);
-    tv_buf_str(&b, RULE);
-    tv_buf_le32(&b, RULE_VERSION);
-    tv_buf_le64(&b, double_bits(e->density));
+    if (e->rule.calibrated) {
+        TV_TRY(add_rule(&b, p, t, e, err));
+    } else {
+        tv_buf_str(&b, RULE);
+        tv_buf_le32(&b, RULE_VERSION);
+        tv_buf_le64(&b, double_bits(e->rule.density));
+    }
     tv_buf_le64(&b, t->n_elems);
     TV_TRY(add_source(&b, p, &t->sources[t->base], err));
     TV_TRY(add_source(&b, p, &t->sources[e->source], err));
@@ -182,8 +213,9 @@ static char *about_of(const struct tvm_plan *p, const struct tvm_cache_entry *e)
     const struct tvm_tensor *t = &p->tensors[e->tensor];
     const char *base = p->inputs[t->sources[t->base].input].ref;
     const char *donor = p->inputs[t->sources[e->source].input].ref;
-    json_t *doc = json_pack("{s:s, s:s, s:s, s:f}", "rule", RULE, "donor",
-                            donor, "base", base, "density", e->density);
+    json_t *doc =
+        json_pack("{s:s, s:s, s:s, s:f}", "rule", tvm_rule_name(&e->rule),
+                  "donor", donor, "base", base, "density", e->rule.density);
     char *text = NULL;
     const size_t n = doc ? json_dumpb(doc, NULL, 0, JSON_COMPACT) : 0;
     if (n > 0 && (text = tv_alloc(n + 1)) != NULL) {
@@ -204,9 +236,8 @@ static size_t count_entries(const struct tvm_plan *p)
         if (t->action != TVM_MERGE || t->n_elems == 0 || !t->method->trims)
             continue;
         for (size_t s = 0; s < t->n_sources; s++) {
-            double density = 0;
-            bool sums = false;
-            n += t->method->trims(t, s, &density, &sums);
+            struct tvm_trim_rule rule;
+            n += t->method->trims(t, s, &rule);
         }
     }
     return n;
@@ -224,7 +255,7 @@ static enum tv_err fill_entries(struct tvm_cache *c, struct tv_error *err)
             continue;
         for (size_t s = 0; s < t->n_sources; s++) {
             struct tvm_cache_entry *e = &c->entries[n];
-            if (!t->method->trims(t, s, &e->density, &e->needs_sums))
+            if (!t->method->trims(t, s, &e->rule))
                 continue;
             e->tensor = i;
             e->source = s;
@@ -243,14 +274,29 @@ out:
 static bool may_write(struct tvm_cache *c)
 {
     return c->writable &&
-           (c->plan->options.into ||
+           (c->held || c->plan->options.into ||
             tv_store_lock(c->store, "tvmerge run", 0, NULL) == TV_OK);
 }
 
 static void has_written(struct tvm_cache *c)
 {
-    if (!c->plan->options.into)
+    if (!c->held && !c->plan->options.into)
         tv_store_unlock(c->store);
+}
+
+bool tvm_cache_hold(struct tvm_cache *c, bool on)
+{
+    if (!c)
+        return false;
+    if (on) {
+        c->held = may_write(c);
+        return c->held;
+    }
+    const bool held = c->held;
+    c->held = false;
+    if (held)
+        has_written(c);
+    return true;
 }
 
 static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
@@ -268,7 +314,7 @@ static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
         const struct tv_derived_key mask = key_of(c, e, TV_MASK);
         const struct tv_derived_key delta = key_of(c, e, TV_DELTA);
         TV_TRY(tv_derived_find(r, &mask, &e->has_mask, &d, err));
-        e->has_mask = e->has_mask && (!e->needs_sums || d.has_sums);
+        e->has_mask = e->has_mask && (!e->rule.needs_sums || d.has_sums);
         if (!e->has_mask)
             continue;
         pins[n_pins++] = mask;
@@ -468,11 +514,13 @@ static enum tv_err begin_known(struct tvm_cache *c, struct tvm_cached *out,
     struct tvm_cache_entry *e = s->entry;
     struct tv_derived d;
     bool found = false;
-    if (!take(c, out, tv_mask_open_bytes(t->n_elems)))
+    /* A calibrated mask is not to be had otherwise. */
+    if (!e->rule.calibrated && !take(c, out, tv_mask_open_bytes(t->n_elems)))
         goto out;
     const struct tv_derived_key mask = key_of(c, e, TV_MASK);
     TV_TRY(tv_derived_find(out->read, &mask, &found, &d, err));
-    if (!found || d.n_elems != t->n_elems || (e->needs_sums && !d.has_sums))
+    if (!found || d.n_elems != t->n_elems ||
+        (e->rule.needs_sums && !d.has_sums))
         goto out;
     TV_TRY(tv_mask_open(out->read, e->score, t->name, &found, err, &s->mask));
     out->trim[source] = (struct tvm_trim){.known = true,
@@ -485,7 +533,12 @@ static enum tv_err begin_known(struct tvm_cache *c, struct tvm_cached *out,
         TV_TRY(tv_delta_open(out->read, e->score, t->name, &found, err,
                              &s->delta));
         atomic_store(&s->n_nonfinite, d.n_nonfinite);
-    } else if (c->writable && !found && e->density <= DELTA_DENSITY) {
+    } else if (tvm_rule_makes_values(&e->rule)) {
+        tv_mask_close(s->mask); /* useless without its values */
+        s->mask = NULL;
+        out->trim[source].known = false;
+    } else if (c->writable && !found && !e->fresh &&
+               e->rule.density <= DELTA_DENSITY) {
         prepare_values(c, t, out, source);
     }
 out:
@@ -522,7 +575,7 @@ enum tv_err tvm_cached_begin(struct tvm_cache *c, size_t tensor,
         out->src[e->source].entry = e;
         if (e->has_mask)
             TV_TRY(begin_known(c, out, t, e->source, err));
-        if (!out->src[e->source].mask)
+        if (!out->src[e->source].mask && !e->rule.calibrated)
             prepare_mask(c, t, out, e->source);
     }
 out:
@@ -606,15 +659,14 @@ static void end_source(struct tvm_cache *c, size_t tensor, struct tvm_cached *t,
 void tvm_cached_end(struct tvm_cache *c, size_t tensor, struct tvm_cached *t,
                     bool done)
 {
-    if (!c)
-        return;
-    for (size_t i = 0; i < t->n; i++)
+    for (size_t i = 0; c && i < t->n; i++)
         if (t->src[i].entry)
             end_source(c, tensor, t, i, done);
     tv_read_end(t->read);
     tv_free(t->src);
     tv_free(t->trim);
-    give(c, t->bytes);
+    if (c)
+        give(c, t->bytes);
     *t = (struct tvm_cached){.n = 0};
 }
 
@@ -623,7 +675,11 @@ void tvm_cached_end(struct tvm_cache *c, size_t tensor, struct tvm_cached *t,
 const uint64_t *tvm_cached_mask(const struct tvm_cached *t, size_t source,
                                 uint64_t start, size_t n, uint64_t *scratch)
 {
-    if (t->n == 0 || !t->src[source].mask)
+    if (t->n == 0)
+        return NULL;
+    if (t->src[source].fixed_words)
+        return t->src[source].fixed_words + start / 64;
+    if (!t->src[source].mask)
         return NULL;
     return tv_mask_words(t->src[source].mask, start, (uint32_t)n, scratch);
 }
@@ -632,11 +688,20 @@ size_t tvm_cached_expand(const struct tvm_cached *t, size_t source,
                          const struct tvk_table *k, uint64_t start, size_t n,
                          const uint64_t *mask, float *packed, float *dst)
 {
-    const tv_delta *d = t->src[source].delta;
-    const enum tv_dtype dtype = tv_delta_dtype(d);
+    const struct tvm_cached_source *s = &t->src[source];
+    const tv_delta *d = s->delta;
+    const enum tv_dtype dtype = s->fixed_values ? TV_F32 : tv_delta_dtype(d);
     size_t n_values = 0;
     size_t at = 0;
-    const void *values = tv_delta_values(d, start, n, &n_values);
+    const void *values = NULL;
+    if (s->fixed_values) {
+        const uint64_t first = start / TV_DELTA_BLOCK;
+        const uint64_t last = (start + n + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK;
+        values = s->fixed_values + s->fixed_before[first];
+        n_values = (size_t)(s->fixed_before[last] - s->fixed_before[first]);
+    } else {
+        values = tv_delta_values(d, start, n, &n_values);
+    }
     tvk_to_f32(k, dtype, packed, values, n_values);
     memset(dst, 0, n * sizeof *dst);
     for (size_t i = 0; i < (n + 63) / 64; i++)
@@ -672,6 +737,75 @@ void tvm_cached_keep_values(struct tvm_cached *t, size_t source,
 
 /* ---- writing ------------------------------------------------------------- */
 
+static void count_stored(struct tvm_cache *c, const struct tv_derived_new *p)
+{
+    if (!p->stored)
+        return;
+    if (p->key.kind == TV_MASK)
+        c->use.masks_stored++;
+    else
+        c->use.task_vectors_stored++;
+}
+
+static struct tvm_cache_entry *entry_of(struct tvm_cache *c, size_t tensor,
+                                        size_t source)
+{
+    for (size_t i = c ? c->first[tensor] : 0; c && i < c->first[tensor + 1];
+         i++)
+        if (c->entries[i].source == source)
+            return &c->entries[i];
+    return NULL;
+}
+
+bool tvm_cache_has(struct tvm_cache *c, size_t tensor, size_t source)
+{
+    const struct tvm_cache_entry *e = entry_of(c, tensor, source);
+    return e && e->has_mask &&
+           (e->has_delta || !tvm_rule_makes_values(&e->rule));
+}
+
+bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
+                   const uint64_t *words, const float *values,
+                   const uint64_t *before)
+{
+    struct tvm_cache_entry *e = entry_of(c, tensor, source);
+    const uint64_t n_elems = e ? c->plan->tensors[tensor].n_elems : 0;
+    const size_t n = values ? 2 : 1;
+    struct tv_derived_new items[2];
+    struct tv_derived_key keys[2];
+    char *about = NULL;
+    bool stored = false;
+
+    if (!e || c->broken || !may_write(c))
+        return false;
+    about = about_of(c->plan, e);
+    keys[0] = key_of(c, e, TV_MASK);
+    keys[1] = key_of(c, e, TV_DELTA);
+    items[0] = (struct tv_derived_new){
+        .key = keys[0], .about = about, .n_elems = n_elems, .words = words};
+    items[1] = (struct tv_derived_new){.key = keys[1],
+                                       .about = about,
+                                       .n_elems = n_elems,
+                                       .dtype = TV_F32,
+                                       .values = values,
+                                       .before = before};
+    if (about &&
+        tv_derived_store(c->store, items, n, c->dirty_max, 0, NULL) == TV_OK &&
+        items[0].stored && (n == 1 || items[1].stored))
+        stored = tv_derived_pin(c->store, keys, n, NULL) == TV_OK;
+    for (size_t i = 0; i < n; i++)
+        if (about)
+            count_stored(c, &items[i]);
+    if (stored) {
+        e->has_mask = true;
+        e->has_delta = values != NULL;
+        e->fresh = true;
+    }
+    has_written(c);
+    tv_free(about);
+    return stored;
+}
+
 bool tvm_cache_pending(struct tvm_cache *c, bool all)
 {
     if (!c)
@@ -681,16 +815,6 @@ bool tvm_cache_pending(struct tvm_cache *c, bool all)
                                   now() - c->t_queued >= FLUSH_SECONDS);
     (void)pthread_mutex_unlock(&c->mutex);
     return yes;
-}
-
-static void count_stored(struct tvm_cache *c, const struct tv_derived_new *p)
-{
-    if (!p->stored)
-        return;
-    if (p->key.kind == TV_MASK)
-        c->use.masks_stored++;
-    else
-        c->use.task_vectors_stored++;
 }
 
 void tvm_cache_flush(struct tvm_cache *c, uint64_t keep_free)

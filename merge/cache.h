@@ -32,8 +32,11 @@ struct tvm_cached_source {
     struct tvm_cache_entry *entry; /* NULL: not trimmed */
     tv_mask *mask;                 /* known before */
     tv_delta *delta;               /* read in place of the donor */
-    uint64_t *words;               /* the mask in the making */
-    unsigned char *values;         /* the task vector in the making */
+    /* The same of a run's own (calibrated.h), borrowed. */
+    const uint64_t *fixed_words, *fixed_before;
+    const float *fixed_values;
+    uint64_t *words;       /* the mask in the making */
+    unsigned char *values; /* the task vector in the making */
     uint64_t *before;
     enum tv_dtype dtype;          /* of values */
     _Atomic uint64_t n_nonfinite; /* of the donor */
@@ -82,6 +85,18 @@ void tvm_cached_keep_values(struct tvm_cached *t, size_t source,
                             const struct tvk_table *k, uint64_t start, size_t n,
                             const uint64_t *mask, const float *x,
                             float *packed);
+
+/* Calibrated masks, before the workers start. Does the store have the mask of
+ * a source, with its values where it needs them? */
+bool tvm_cache_has(struct tvm_cache *c, size_t tensor, size_t source);
+/* Keeps one, with values [before[n_blocks]] or NULL; true: it is there, and
+ * pinned for this run. */
+bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
+                   const uint64_t *words, const float *values,
+                   const uint64_t *before);
+
+/* Keeps the store's lock from call to call; false: not to be had. */
+bool tvm_cache_hold(struct tvm_cache *c, bool on);
 
 /* Writer thread, outside of any batch of the store. */
 bool tvm_cache_pending(struct tvm_cache *c, bool all);

@@ -33,6 +33,7 @@
 #include <time.h>
 
 #include "cache.h"
+#include "calibrated.h"
 #include "compat.h"
 #include "gather.h"
 #include "method.h"
@@ -374,6 +375,7 @@ struct exec {
     const struct tvm_run_hooks *hooks;
     const struct tvk_table *k;
     struct tvm_cache *cache;
+    struct tvm_calibrated *calibrated;
     struct tvm_mt_stream *stream;
     struct geometry g;
     struct worker *workers;
@@ -575,6 +577,8 @@ static enum tv_err open_slot(struct exec *ex, struct slot *s,
     s->job.seed = ex->p->options.seed;
     s->job.stream = ex->stream;
     TV_TRY(tvm_cached_begin(ex->cache, s->index, &s->cached, err));
+    TV_TRY(tvm_calibrated_attach(ex->calibrated, ex->p, s->index, &s->cached,
+                                 err));
     s->job.trim = s->cached.trim;
     for (size_t i = 0; i < t->n_sources; i++) {
         if (t->action == TVM_COPY && i != t->copy_of)
@@ -655,7 +659,8 @@ static void add_finished(struct exec *ex, struct slot *s)
 /* Is a source read from its task vector? */
 static bool is_replaced(const struct slot *s, size_t source)
 {
-    return s->cached.n > 0 && s->cached.src[source].delta;
+    return s->cached.n > 0 &&
+           (s->cached.src[source].delta || s->cached.src[source].fixed_values);
 }
 
 static void fill_done(struct exec *ex, const struct slot *s)
@@ -1472,6 +1477,7 @@ static void tear_down(struct exec *ex)
     for (unsigned i = 0; i < ex->n_bufs; i++)
         tv_free(ex->bufs[i]);
     tvm_cache_close(ex->cache, !ex->sink->busy);
+    tvm_calibrated_free(ex->calibrated);
     ex->sink->sums = NULL;
     tvm_sums_free(&ex->sums);
     tvm_sums_free(&ex->for_sink);
@@ -1487,7 +1493,7 @@ static void tear_down(struct exec *ex)
 
 static void fill_stats(const struct exec *ex, struct tvm_exec_stats *stats)
 {
-    *stats = (struct tvm_exec_stats){.t_sync = ex->t_sync};
+    stats->t_sync = ex->t_sync;
     for (unsigned i = 0; i < ex->g.n_workers; i++) {
         const struct worker *w = &ex->workers[i];
         stats->bytes_read += w->bytes_read;
@@ -1530,6 +1536,8 @@ enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
             ex.bytes_resumed += p->tensors[i].bytes;
         }
     TV_TRY(tvm_cache_open(p, ex.g.cache_bytes, err, &ex.cache));
+    TV_TRY(tvm_calibrated_make(p, sink, ex.cache, hooks, &stats->calibration,
+                               err, &ex.calibrated));
     if (ex.n_resumed < p->n_tensors)
         TV_TRY(
             tvm_mt_stream_open(p->options.seed, p->n_draws, err, &ex.stream));

@@ -22,6 +22,7 @@ struct tvm_exec_stats {
     uint64_t bytes_read, bytes_written; /* by this run */
     double t_read, t_compute, t_write, t_sync;
     struct tvm_cache_use cache;
+    struct tvm_calibration_use calibration;
 };
 /* Does what the sink does not have yet. INTERRUPTED after hooks->cancel; on any
  * error what was finished before is committed first. */

@@ -43,6 +43,47 @@ struct tvm_trim {
     double sum_all, sum_kept;
 };
 
+/* How a source is reduced to the entries that count most. */
+enum tvm_score { /* of entry t in column j of the layer's inputs */
+                 TVM_SCORE_MAGNITUDE = 0, /* |t| */
+                 TVM_SCORE_DIAGONAL = 1,  /* t^2 (X^T X)_jj */
+                 TVM_SCORE_CHOLESKY = 2   /* t^2 / U_jj^2 */
+};
+enum tvm_correct { /* what makes up for the entries that are dropped */
+                   TVM_CORRECT_NONE = 0,
+                   TVM_CORRECT_OBS = 1, /* SparseGPT's loop, chooses as it goes
+                                         */
+                   TVM_CORRECT_CG = 2,  /* conjugate gradients */
+                   TVM_CORRECT_OBS_CG = 3
+};
+enum tvm_compare { /* entries that are compared with each other */
+                   TVM_COMPARE_LAYER = 0,
+                   TVM_COMPARE_ROW = 1,   /* of one output */
+                   TVM_COMPARE_BLOCK = 2, /* of 128 inputs */
+                   /* Those too, as SparseGPT's loop has corrected them by then;
+                    * TVM_SCORE_CHOLESKY alone. */
+                   TVM_COMPARE_LOOP = 3
+};
+enum tvm_inputs_of { /* the model whose inputs are looked at */
+                     TVM_INPUTS_OWN = 0,
+                     TVM_INPUTS_BASE = 1
+};
+struct tvm_trim_rule {
+    double density;
+    bool needs_sums;
+    bool calibrated; /* by input statistics, before the run (calibrated.h):
+                      * the following; else the method itself finds the largest
+                      */
+    enum tvm_score score;
+    enum tvm_compare compare;
+    unsigned n_kept, group; /* n:m patterns; 0: none */
+    enum tvm_correct correct;
+    bool rescale; /* by the least-squares factor */
+    double damping;
+    unsigned cg_steps;
+    enum tvm_inputs_of inputs;
+};
+
 /* Per-tensor run state: the method's own bytes, zeroed before phase 0. */
 struct tvm_job {
     const struct tvm_tensor *tensor;
@@ -111,9 +152,9 @@ struct tvm_method {
                     const float *const *x, float *dst, size_t n);
     /* Is a source reduced to the entries in which it differs most from the
      * base, so that the result depends on which these are, and never on the
-     * others? *density of them; *needs_sums: rescaled. NULL: none ever is. */
-    bool (*trims)(const struct tvm_tensor *t, size_t source, double *density,
-                  bool *needs_sums);
+     * others? *rule says how. NULL: none ever is. */
+    bool (*trims)(const struct tvm_tensor *t, size_t source,
+                  struct tvm_trim_rule *rule);
     /* Methods that need whole rows: elements of a row of this tensor (all rows
      * are as long), or 0 when it is fed in blocks after all. NULL: always 0.
      * In such a pass not measure and combine are called, but measure_row and
@@ -184,6 +225,18 @@ static inline void *tvm_carve(struct tvm_carver *c, uint64_t n, size_t each)
     return at;
 }
 
+static inline bool tvm_rule_needs_gram(const struct tvm_trim_rule *r)
+{
+    return r->score == TVM_SCORE_CHOLESKY || r->correct != TVM_CORRECT_NONE ||
+           r->rescale;
+}
+
+/* Are the values of kept entries other ones than the donor's? */
+static inline bool tvm_rule_makes_values(const struct tvm_trim_rule *r)
+{
+    return r->calibrated && (r->correct != TVM_CORRECT_NONE || r->rescale);
+}
+
 /* A problem for every parameter value that is not a finite number. */
 void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);
@@ -206,6 +259,8 @@ extern const struct tvm_method tvm_method_arcee_fusion;
 extern const struct tvm_method tvm_method_passthrough;
 extern const struct tvm_method tvm_method_task_arithmetic;
 extern const struct tvm_method tvm_method_ties;
+extern const struct tvm_method tvm_method_sparsegpt_ties;
+extern const struct tvm_method tvm_method_sparsegpt_linear;
 extern const struct tvm_method tvm_method_breadcrumbs;
 extern const struct tvm_method tvm_method_breadcrumbs_ties;
 extern const struct tvm_method tvm_method_della;

@@ -107,9 +107,34 @@ struct gta_state {
     struct tvm_mt *mt;      /* [n_workers][n_random] */
 };
 
+const char *const gta_sparsifiers[] = {"none",       "magnitude", "random",
+                                       "importance", "sparsegpt", NULL};
+const char *const gta_corrections[] = {"auto", "none",   "obs",
+                                       "cg",   "obs+cg", NULL};
+const char *const gta_compares[] = {"auto",  "layer", "row",
+                                    "block", "loop",  NULL};
+const char *const gta_inputs[] = {"own", "base", NULL};
+const char *const gta_others[] = {"dense", "magnitude", NULL};
+const char *const gta_patterns[] = {"none", "1:2",  "1:4",  "2:4",   "3:4",
+                                    "1:8",  "2:8",  "4:8",  "6:8",   "2:16",
+                                    "4:16", "8:16", "8:32", "16:32", NULL};
+static const unsigned patterns[][2] = {
+    {0, 0}, {1, 2}, {1, 4},  {2, 4},  {3, 4},  {1, 8},  {2, 8},
+    {4, 8}, {6, 8}, {2, 16}, {4, 16}, {8, 16}, {8, 32}, {16, 32}};
+
 static const struct gta_detail *detail_of(const struct tvm_tensor *t)
 {
     return t->method->detail;
+}
+
+static enum gta_sparsify sparsify_of(const struct tvm_tensor *t)
+{
+    static const enum gta_sparsify by_choice[] = {
+        GTA_NONE, GTA_MAGNITUDE, GTA_RANDOM, GTA_IMPORTANCE, GTA_SPARSEGPT};
+
+    if (!detail_of(t)->choose || !t->shared_set[GTA_SPARSIFY])
+        return detail_of(t)->sparsify;
+    return by_choice[(size_t)tvm_shared(t, GTA_SPARSIFY)];
 }
 
 static double weight_of(const struct tvm_tensor *t, size_t source)
@@ -117,18 +142,34 @@ static double weight_of(const struct tvm_tensor *t, size_t source)
     return tvm_of(t, source, GTA_WEIGHT, t->method->n_params);
 }
 
+static bool by_statistics(const struct tvm_tensor *t)
+{
+    return sparsify_of(t) == GTA_IMPORTANCE || sparsify_of(t) == GTA_SPARSEGPT;
+}
+
+static double density_of(const struct tvm_tensor *t, size_t source)
+{
+    if (by_statistics(t) && t->has_inputs) {
+        const unsigned *p = patterns[(size_t)tvm_shared(t, GTA_PATTERN)];
+        if (p[1] > 0)
+            return (double)p[0] / (double)p[1];
+    }
+    return tvm_of(t, source, GTA_DENSITY, t->method->n_params);
+}
+
 static enum keep keep_of(const struct tvm_tensor *t, size_t source)
 {
-    const double density = tvm_of(t, source, GTA_DENSITY, t->method->n_params);
+    const double density = density_of(t, source);
 
-    if (detail_of(t)->sparsify == GTA_NONE || density >= 1.0)
+    if (sparsify_of(t) == GTA_NONE || density >= 1.0)
+        return KEEP_ALL;
+    if (by_statistics(t) && !t->has_inputs && tvm_shared(t, GTA_OTHERS) == 0.0)
         return KEEP_ALL;
     if (!(density > 0.0))
         return KEEP_NONE;
-    if (detail_of(t)->sparsify == GTA_OUTLIERS &&
-        density * (double)t->n_elems < 1.0)
+    if (sparsify_of(t) == GTA_OUTLIERS && density * (double)t->n_elems < 1.0)
         return KEEP_NONE;
-    return detail_of(t)->sparsify == GTA_RANDOM ? KEEP_RANDOM : KEEP_TOP;
+    return sparsify_of(t) == GTA_RANDOM ? KEEP_RANDOM : KEEP_TOP;
 }
 
 /* Sources but the base. */
@@ -143,11 +184,44 @@ static size_t count_donors(const struct tvm_tensor *t, size_t *n_top,
             continue;
         n++;
         if (keep_of(t, s) == KEEP_TOP)
-            *n_top += detail_of(t)->sparsify == GTA_OUTLIERS ? 2 : 1;
+            *n_top += sparsify_of(t) == GTA_OUTLIERS ? 2 : 1;
         if (keep_of(t, s) == KEEP_RANDOM)
             (*n_random)++;
     }
     return n;
+}
+
+static void check_statistics(const struct tvm_tensor *t,
+                             struct tvm_problems *problems)
+{
+    if (!by_statistics(t))
+        return;
+    const double damping = tvm_shared(t, GTA_DAMPING);
+    const double steps = tvm_shared(t, GTA_CG_STEPS);
+    const double correct = tvm_shared(t, GTA_CORRECT);
+
+    if (detail_of(t)->mergekit)
+        tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
+                        "--compat mergekit: mergekit has no sparsify: %s",
+                        gta_sparsifiers[(size_t)tvm_shared(t, GTA_SPARSIFY)]);
+    if (!(damping > 0.0) || damping > 1e3)
+        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                        "damping must be above 0 and at most 1000");
+    if (!(steps >= 1.0) || steps > 1000.0)
+        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                        "cg_steps must be from 1 to 1000");
+    if (sparsify_of(t) == GTA_IMPORTANCE &&
+        (correct == 1.0 + TVM_CORRECT_OBS ||
+         correct == 1.0 + TVM_CORRECT_OBS_CG))
+        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                        "error_correction: obs chooses entries itself: write "
+                        "sparsify: sparsegpt");
+    if (sparsify_of(t) == GTA_IMPORTANCE &&
+        tvm_shared(t, GTA_COMPARE) == 1.0 + TVM_COMPARE_LOOP)
+        tvm_problem_add(
+            problems, true, TV_E_USAGE, t->name,
+            "importance_scope: loop is SparseGPT's: write sparsify: "
+            "sparsegpt");
 }
 
 void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
@@ -166,6 +240,7 @@ void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
                          "mergekit since 0.1.5 matches L1 norms instead");
         break;
     }
+    check_statistics(t, problems);
     /* The histograms count in 32 bits. */
     if (n_top > 0 && t->n_elems > UINT32_MAX)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
@@ -261,11 +336,13 @@ static void count_parts(const struct tvm_tensor *t, struct gta_state *st)
     st->n_donors = count_donors(t, &st->n_hist, &st->n_random);
     st->n_top = st->n_hist;
     st->n_select = st->n_donors;
-    if (detail_of(t)->sparsify == GTA_OUTLIERS)
+    if (sparsify_of(t) == GTA_OUTLIERS)
         st->n_select += st->n_hist / 2;
     if (detail_of(t)->mergekit)
         st->n_top += st->n_random;
-    st->match_l1 = st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0;
+    /* With statistics the factor is a least-squares one, made before. */
+    st->match_l1 =
+        st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0 && !by_statistics(t);
 }
 
 size_t gta_state_bytes(const struct tvm_job *job)
@@ -325,7 +402,7 @@ uint64_t gta_draws(const struct tvm_tensor *t)
 {
     uint64_t n = 0;
 
-    if (detail_of(t)->sparsify != GTA_RANDOM)
+    if (sparsify_of(t) != GTA_RANDOM)
         return 0;
     /* A density of 0 draws as well. */
     for (size_t s = 0; s < t->n_sources; s++)
@@ -375,15 +452,50 @@ static double rescaled(double weight, double all, double kept)
     return weight;
 }
 
-bool gta_trims(const struct tvm_tensor *t, size_t source, double *density,
-               bool *needs_sums)
+static enum tvm_correct correct_of(const struct tvm_tensor *t)
+{
+    const size_t c = (size_t)tvm_shared(t, GTA_CORRECT);
+
+    if (c > 0)
+        return (enum tvm_correct)(c - 1);
+    return sparsify_of(t) == GTA_SPARSEGPT ? TVM_CORRECT_OBS : TVM_CORRECT_NONE;
+}
+
+static enum tvm_compare compare_of(const struct tvm_tensor *t)
+{
+    const size_t c = (size_t)tvm_shared(t, GTA_COMPARE);
+
+    if (c > 0)
+        return (enum tvm_compare)(c - 1);
+    return sparsify_of(t) == GTA_SPARSEGPT ? TVM_COMPARE_LOOP
+                                           : TVM_COMPARE_LAYER;
+}
+
+bool gta_trims(const struct tvm_tensor *t, size_t source,
+               struct tvm_trim_rule *rule)
 {
     if (t->base < 0 || (int)source == t->base ||
-        keep_of(t, source) != KEEP_TOP ||
-        detail_of(t)->sparsify != GTA_MAGNITUDE)
+        keep_of(t, source) != KEEP_TOP || sparsify_of(t) == GTA_OUTLIERS)
         return false;
-    *density = tvm_of(t, source, GTA_DENSITY, t->method->n_params);
-    *needs_sums = tvm_shared(t, GTA_RESCALE) != 0.0;
+    *rule = (struct tvm_trim_rule){.density = density_of(t, source)};
+    if (!by_statistics(t) || !t->has_inputs) {
+        rule->needs_sums =
+            tvm_shared(t, GTA_RESCALE) != 0.0 && !by_statistics(t);
+        return true;
+    }
+    const unsigned *p = patterns[(size_t)tvm_shared(t, GTA_PATTERN)];
+    rule->calibrated = true;
+    rule->score = sparsify_of(t) == GTA_SPARSEGPT ? TVM_SCORE_CHOLESKY
+                                                  : TVM_SCORE_DIAGONAL;
+    rule->compare = compare_of(t);
+    rule->n_kept = p[0];
+    rule->group = p[1];
+    rule->correct = correct_of(t);
+    rule->rescale = tvm_shared(t, GTA_RESCALE) != 0.0;
+    rule->damping = tvm_shared(t, GTA_DAMPING);
+    if (tvm_shared(t, GTA_CG_STEPS) >= 1.0)
+        rule->cg_steps = (unsigned)fmin(tvm_shared(t, GTA_CG_STEPS), 1000.0);
+    rule->inputs = (enum tvm_inputs_of)tvm_shared(t, GTA_INPUTS);
     return true;
 }
 
@@ -416,7 +528,7 @@ static void set_up(struct tvm_job *job)
                 st->coef[j] = rescaled(st->weight[j], job->trim[s].sum_all,
                                        job->trim[s].sum_kept);
         }
-        if (d->keep == KEEP_TOP && detail_of(t)->sparsify == GTA_OUTLIERS)
+        if (d->keep == KEEP_TOP && sparsify_of(t) == GTA_OUTLIERS)
             set_outliers(job, d, &st->donor[st->n_donors + slot / 2], &slot,
                          density);
         else if (d->keep == KEEP_TOP)
@@ -628,7 +740,7 @@ static void after_count(struct tvm_job *job)
 /* torch has no bernoulli for fp16 on a CPU: that is thinned in fp32. */
 static enum tv_dtype thin_dtype(const struct tvm_tensor *t)
 {
-    const bool random = detail_of(t)->sparsify == GTA_RANDOM;
+    const bool random = sparsify_of(t) == GTA_RANDOM;
     return random && t->compute == TV_F16 ? TV_F32 : t->compute;
 }
 

@@ -13,13 +13,16 @@ enum gta_sparsify {
     GTA_NONE = 0,
     GTA_MAGNITUDE = 1,
     GTA_RANDOM = 2,
-    GTA_OUTLIERS = 3
+    GTA_OUTLIERS = 3,
+    GTA_IMPORTANCE = 4, /* by input statistics: */
+    GTA_SPARSEGPT = 5
 };
 
 struct gta_detail {
     enum gta_sparsify sparsify;
     bool consensus;
     bool mergekit; /* its roundings, L1 factors and random stream */
+    bool choose;   /* the recipe says how to sparsify */
 };
 
 enum {
@@ -30,8 +33,30 @@ enum {
     GTA_LAMBDA,
     GTA_INT8_MASK,
     GTA_N_PARAMS,
-    GTA_EXTRA = GTA_N_PARAMS /* gamma or epsilon, where a method has it */
+    GTA_EXTRA = GTA_N_PARAMS,    /* gamma or epsilon, where a method has it */
+    GTA_SPARSIFY = GTA_N_PARAMS, /* with gta_detail::choose */
+    GTA_CORRECT,
+    GTA_COMPARE,
+    GTA_PATTERN,
+    GTA_INPUTS,
+    GTA_DAMPING,
+    GTA_CG_STEPS,
+    GTA_OTHERS,
+    GTA_N_CHOOSE
 };
+
+enum gta_choice { /* of GTA_SPARSIFY */
+                  GTA_CHOICE_NONE,
+                  GTA_CHOICE_MAGNITUDE,
+                  GTA_CHOICE_RANDOM,
+                  GTA_CHOICE_IMPORTANCE,
+                  GTA_CHOICE_SPARSEGPT
+};
+
+extern const char *const gta_sparsifiers[],
+    *const gta_corrections[],
+        *const gta_compares[], *const gta_patterns[], *const gta_inputs[],
+                                                          *const gta_others[];
 
 /* The parameters with a method's own defaults; int8_mask saves memory in
  * mergekit and never changes a result, so it is accepted and ignored. */
@@ -76,14 +101,81 @@ enum {
                        .fallback = 0.0,                                        \
                        .help = "accepted for mergekit; changes nothing"},
 
+#define GTA_CHOOSE_PARAMS(normalize_default, sparsify_default)                 \
+    {                                                                          \
+        GTA_PARAM_LIST(normalize_default, 0.0)                                 \
+        [GTA_SPARSIFY] = {.name = "sparsify",                                  \
+                          .scope = TVM_SHARED,                                 \
+                          .type = TVM_CHOICE,                                  \
+                          .has_default = true,                                 \
+                          .fallback = (sparsify_default),                      \
+                          .choices = gta_sparsifiers,                          \
+                          .help =                                              \
+                              "which entries of a task vector density keeps"}, \
+        [GTA_CORRECT] = {.name = "error_correction",                           \
+                         .scope = TVM_SHARED,                                  \
+                         .type = TVM_CHOICE,                                   \
+                         .has_default = true,                                  \
+                         .fallback = (0),                                      \
+                         .choices = gta_corrections,                           \
+                         .help = "importance, sparsegpt: change what is kept " \
+                                 "to make up for the rest"},                   \
+        [GTA_COMPARE] = {.name = "importance_scope",                           \
+                         .scope = TVM_SHARED,                                  \
+                         .type = TVM_CHOICE,                                   \
+                         .has_default = true,                                  \
+                         .fallback = (0),                                      \
+                         .choices = gta_compares,                              \
+                         .help =                                               \
+                             "importance: entries that compete for a place"},  \
+        [GTA_PATTERN] = {.name = "pattern",                                    \
+                         .scope = TVM_SHARED,                                  \
+                         .type = TVM_CHOICE,                                   \
+                         .has_default = true,                                  \
+                         .fallback = (0),                                      \
+                         .choices = gta_patterns,                              \
+                         .help = "importance, sparsegpt: keep n of every m "   \
+                                 "inputs instead of density"},                 \
+        [GTA_INPUTS] =                                                         \
+            {.name = "statistics",                                             \
+             .scope = TVM_SHARED,                                              \
+             .type = TVM_CHOICE,                                               \
+             .has_default = true,                                              \
+             .fallback = (0),                                                  \
+             .choices = gta_inputs,                                            \
+             .help =                                                           \
+                 "whose inputs are looked at: the model's own or the base's"}, \
+        [GTA_DAMPING] = {.name = "damping",                                    \
+                         .scope = TVM_SHARED,                                  \
+                         .type = TVM_FLOAT,                                    \
+                         .has_default = true,                                  \
+                         .fallback = 0.01,                                     \
+                         .help = "part of the mean of the diagonal of X^T X "  \
+                                 "that is added to it"},                       \
+        [GTA_CG_STEPS] = {.name = "cg_steps",                                  \
+                          .scope = TVM_SHARED,                                 \
+                          .type = TVM_INT,                                     \
+                          .has_default = true,                                 \
+                          .fallback = 3.0,                                     \
+                          .help = "steps of error_correction: cg"},            \
+        [GTA_OTHERS] = {.name = "others",                                      \
+                        .scope = TVM_SHARED,                                   \
+                        .type = TVM_CHOICE,                                    \
+                        .has_default = true,                                   \
+                        .fallback = (0),                                       \
+                        .choices = gta_others,                                 \
+                        .help = "importance, sparsegpt: tensors that are no "  \
+                                "linear layer of a block"},                    \
+    }
+
 /* Random numbers that a tensor takes from mergekit's stream. */
 uint64_t gta_draws(const struct tvm_tensor *t);
 void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems);
 int gta_fold(const struct tvm_tensor *t);
 size_t gta_state_bytes(const struct tvm_job *job);
 bool gta_next_phase(struct tvm_job *job);
-bool gta_trims(const struct tvm_tensor *t, size_t source, double *density,
-               bool *needs_sums);
+bool gta_trims(const struct tvm_tensor *t, size_t source,
+               struct tvm_trim_rule *rule);
 void gta_tile_begin(struct tvm_job *job, struct tvm_tile *tile);
 void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, size_t n);
@@ -93,6 +185,10 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
 #define GTA_FUNCTIONS                                                          \
     .n_params = GTA_N_PARAMS, .check = gta_check, GTA_SHARED_FUNCTIONS
 
+/* For methods whose recipe may say how to sparsify. */
+#define GTA_CHOOSE_FUNCTIONS                                                   \
+    .n_params = GTA_N_CHOOSE, .check = gta_check, GTA_SHARED_FUNCTIONS
+
 #define GTA_SHARED_FUNCTIONS                                                   \
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
     .fold = gta_fold, .state_bytes = gta_state_bytes,                          \
@@ -101,11 +197,14 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
 
 /* The variant for --compat mergekit of a method with those; never folded to a
  * copy, since adding a difference back rounds. */
+#define GTA_COMPAT_CHOOSE_FUNCTIONS                                            \
+    .n_params = GTA_N_CHOOSE, GTA_COMPAT_SHARED_FUNCTIONS
 #define GTA_COMPAT_FUNCTIONS                                                   \
+    .n_params = GTA_N_PARAMS, GTA_COMPAT_SHARED_FUNCTIONS
+#define GTA_COMPAT_SHARED_FUNCTIONS                                            \
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
-    .n_params = GTA_N_PARAMS, .check = gta_check,                              \
-    .state_bytes = gta_state_bytes, .next_phase = gta_next_phase,              \
-    .tile_begin = gta_tile_begin, .measure = gta_measure,                      \
-    .combine = gta_combine, .draws = gta_draws
+    .check = gta_check, .state_bytes = gta_state_bytes,                        \
+    .next_phase = gta_next_phase, .tile_begin = gta_tile_begin,                \
+    .measure = gta_measure, .combine = gta_combine, .draws = gta_draws
 
 #endif

@@ -21,6 +21,8 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_karcher,
     &tvm_method_task_arithmetic,
     &tvm_method_ties,
+    &tvm_method_sparsegpt_ties,
+    &tvm_method_sparsegpt_linear,
     &tvm_method_dare_linear,
     &tvm_method_dare_ties,
     &tvm_method_breadcrumbs,
@@ -51,8 +53,17 @@ const struct tvm_method *tvm_method_at(size_t i)
     return i < N_METHODS ? methods[i] : NULL;
 }
 
+/* Other names that recipes use. */
+static const char *const aliases[][2] = {
+    {"ties_sparsegpt", "sparsegpt_ties"},
+    {"dare_sparsegpt", "sparsegpt_linear"},
+};
+
 const struct tvm_method *tvm_method_find(const char *name)
 {
+    for (size_t i = 0; i < sizeof aliases / sizeof *aliases; i++)
+        if (strcmp(aliases[i][0], name) == 0)
+            name = aliases[i][1];
     for (size_t i = 0; i < N_METHODS; i++)
         if (strcmp(methods[i]->name, name) == 0)
             return methods[i];

@@ -11,15 +11,17 @@
  */
 #include "method_gta.h"
 
-static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(1.0, 0.0);
-static const struct gta_detail detail = {GTA_MAGNITUDE, true, false};
-static const struct gta_detail compat_detail = {GTA_MAGNITUDE, true, true};
+static const struct tvm_param params[GTA_N_CHOOSE] =
+    GTA_CHOOSE_PARAMS(1.0, GTA_CHOICE_MAGNITUDE);
+static const struct gta_detail detail = {GTA_MAGNITUDE, true, false, true};
+static const struct gta_detail compat_detail = {GTA_MAGNITUDE, true, true,
+                                                true};
 
 static const struct tvm_method compat = {
     .name = "ties",
     .params = params,
     .detail = &compat_detail,
-    GTA_COMPAT_FUNCTIONS,
+    GTA_COMPAT_CHOOSE_FUNCTIONS,
 };
 
 const struct tvm_method tvm_method_ties = {
@@ -29,5 +31,21 @@ const struct tvm_method tvm_method_ties = {
     .params = params,
     .detail = &detail,
     .compat = &compat,
-    GTA_FUNCTIONS,
+    GTA_CHOOSE_FUNCTIONS,
+};
+
+static const struct tvm_param sparsegpt_params[GTA_N_CHOOSE] =
+    GTA_CHOOSE_PARAMS(1.0, GTA_CHOICE_SPARSEGPT);
+static const struct gta_detail sparsegpt_detail = {GTA_SPARSEGPT, true, false,
+                                                   true};
+
+const struct tvm_method tvm_method_sparsegpt_ties = {
+    .name = "sparsegpt_ties",
+    .summary = "task vectors pruned by SparseGPT, merged where signs agree",
+    .paper = "SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774; "
+             "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
+    .needs_statistics = true,
+    .params = sparsegpt_params,
+    .detail = &sparsegpt_detail,
+    GTA_CHOOSE_FUNCTIONS,
 };

@@ -23,6 +23,8 @@ static const char *type_name(enum tvm_type type)
         return "an integer";
     case TVM_BOOL:
         return "true or false";
+    case TVM_CHOICE:
+        return "one of its choices";
     default:
         return "a number";
     }
@@ -41,10 +43,21 @@ bool tvm_dead_key(const char *key)
 
 /* A scalar as the declared type; bools count as 0 and 1 for numbers, and 0 and
  * 1 as bools, as pydantic's lax mode has it. */
-static bool coerce(const struct tvm_node *node, enum tvm_type type, double *out)
+static bool coerce(const struct tvm_node *node, const struct tvm_param *p,
+                   double *out)
 {
+    const enum tvm_type type = p->type;
     bool b = false;
     double v = 0;
+    if (type == TVM_CHOICE) {
+        for (size_t i = 0; p->choices[i] != NULL; i++) {
+            if (strcmp(p->choices[i], node->text) != 0)
+                continue;
+            *out = (double)i;
+            return true;
+        }
+        return false;
+    }
     if (tvm_node_bool(node, &b)) {
         *out = b ? 1 : 0;
         return true;
@@ -78,6 +91,23 @@ static void complain(const struct check *c, const struct tvm_node *at,
         "parameter '%s': %s", c->param->name, what);
 }
 
+static void complain_choice(const struct check *c, const struct tvm_node *at,
+                            const char *text)
+{
+    const char *const *const names = c->param->choices;
+    struct tv_buf message;
+    size_t n = 0;
+    tv_buf_init(&message, 1024);
+    tv_buf_fmt(&message, "'%s' is not one of ", text);
+    for (; names[n] != NULL; n++)
+        tv_buf_fmt(&message, "%s%s", n == 0 ? "" : ", ", names[n]);
+    const char *const like = tv_suggest(text, names, n);
+    if (like != NULL)
+        tv_buf_fmt(&message, "; did you mean '%s'?", like);
+    complain(c, at, message.failed ? "not one of its choices" : message.data);
+    tv_buf_free(&message);
+}
+
 static void check_scalar(const struct check *c, const struct tvm_node *node)
 {
     char text[64];
@@ -89,10 +119,14 @@ static void check_scalar(const struct check *c, const struct tvm_node *node)
                  "{value, filter} entries");
         return;
     }
-    if (coerce(node, c->param->type, &v))
+    if (coerce(node, c->param, &v))
         return;
-    (void)snprintf(message, sizeof(message), "'%s' is not %s",
-                   tv_text_printable(node->text, text, sizeof(text)),
+    (void)tv_text_printable(node->text, text, sizeof(text));
+    if (c->param->type == TVM_CHOICE) {
+        complain_choice(c, node, text);
+        return;
+    }
+    (void)snprintf(message, sizeof(message), "'%s' is not %s", text,
                    type_name(c->param->type));
     complain(c, node, message);
 }
@@ -281,7 +315,7 @@ static bool evaluate(const struct tvm_param *p, const struct tvm_node *node,
 {
     if (node->kind == TVM_NODE_SCALAR) {
         out->from = node;
-        return coerce(node, p->type, &out->value);
+        return coerce(node, p, &out->value);
     }
     if (node->kind != TVM_NODE_LIST || node->n == 0)
         return false;
@@ -295,9 +329,9 @@ static bool evaluate(const struct tvm_param *p, const struct tvm_node *node,
     double va = 0;
     double vb = 0;
     out->from = a;
-    if (!coerce(a, p->type, &va) || !coerce(b, p->type, &vb))
+    if (!coerce(a, p, &va) || !coerce(b, p, &vb))
         return false;
-    if (p->type == TVM_BOOL) {
+    if (p->type == TVM_BOOL || p->type == TVM_CHOICE) {
         out->value = va;
         return true;
     }

@@ -14,6 +14,7 @@
 
 #include <sys/stat.h>
 
+#include "calibrated.h"
 #include "exec.h"
 #include "room.h"
 #include "tv/alloc.h"
@@ -740,6 +741,8 @@ static enum tv_err check_room(struct planner *pl)
     struct tvm_plan *const plan = pl->plan;
     bool fits = true;
     uint64_t needed = 0;
+    uint64_t calibration = 0;
+    uint64_t scratch = 0;
     char a[32];
     char b[32];
 
@@ -751,6 +754,15 @@ static enum tv_err check_room(struct planner *pl)
                                  plan->peak_scratch_bytes)
         plan->peak_scratch_bytes =
             pl->vocab->most_bytes + pl->vocab->kept_bytes;
+    if (pl->problems->n_errors == 0 &&
+        tvm_calibrated_wanted(plan, &calibration, &scratch)) {
+        plan->peak_disk_bytes = add_capped(plan->peak_disk_bytes, scratch);
+        if (calibration > needed)
+            needed = calibration;
+        fits = fits && calibration <= plan->options.memory_bytes;
+        /* The model takes what is left. */
+        plan->peak_scratch_bytes = plan->options.memory_bytes;
+    }
     if (!fits)
         plan_report(pl, "memory", 1, true, TV_E_BUDGET, "",
                     "this merge needs at least --memory %s (%llu bytes), it "
@@ -830,9 +842,11 @@ static enum tv_err make(struct planner *pl)
         goto out;
     TV_TRY(plan_layout_make(pl));
     TV_TRY(plan_vocab_make(pl));
+    TV_TRY(plan_calibration_find(pl));
     TV_TRY(plan_tensors_make(pl));
     if (pl->oom)
         goto out;
+    TV_TRY(plan_calibration_make(pl));
     if (pl->problems->n_errors == 0 && plan->n_tensors == 0) {
         plan_report(pl, "output", 1, true, TV_E_INPUT, "",
                     "the output would have no tensors");

@@ -353,6 +353,30 @@ static json_t *files_json(const struct tvm_plan *plan)
     return map;
 }
 
+/* Texts that masks come from, and what their bytes depend on beside. */
+static bool put_calibration(json_t *to, const struct tvm_plan *plan)
+{
+    json_t *list = NULL;
+    bool ok = true;
+    for (size_t i = 0; ok && i < plan->n_inputs; i++) {
+        const struct tvm_plan_input *const in = &plan->inputs[i];
+        char hex[33];
+        if (!in->calibrated)
+            continue;
+        if (list == NULL)
+            list = json_array();
+        char *const ref = portable_ref(in->ref);
+        ok = list != NULL && ref != NULL &&
+             json_array_append_new(
+                 list, json_pack("{s:s, s:s}", "ref", ref, "texts",
+                                 tv_hash_hex(in->calibration_hash, hex))) == 0;
+        tv_free(ref);
+    }
+    if (list == NULL)
+        return ok;
+    return ok && json_object_set_new(to, "calibration", list) == 0;
+}
+
 static const char *dtype_text(enum tv_dtype t)
 {
     return t == TV_DTYPE_NONE ? "" : tv_dtype_torch_name(t);
@@ -379,6 +403,9 @@ static bool uses_blas(const struct tvm_plan *plan)
     for (size_t i = 0; i < plan->n_tensors; i++)
         if (plan->tensors[i].action == TVM_MERGE && plan->tensors[i].method &&
             plan->tensors[i].method->work)
+            return true;
+    for (size_t i = 0; i < plan->n_inputs; i++)
+        if (plan->inputs[i].calibrated)
             return true;
     return false;
 }
@@ -411,6 +438,10 @@ enum tv_err plan_identity_make(struct planner *pl)
                             "UTF-8");
     if (o->compat_mergekit &&
         json_object_set_new(root, "compat", json_string("mergekit")) != 0) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    if (!put_calibration(root, plan)) {
         rc = plan_oom(pl);
         goto out;
     }

@@ -10,6 +10,7 @@
  *   plan_layout.c    experts stored in another way than the output's
  *   plan_ties.c      does the output have a head of its own?
  *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
+ *   plan_calibration.c  texts for methods that look at the inputs of layers
  *   plan_files.c     side files, config.json edits
  *   plan_stack.c     what config.json says about layers by number
  *   plan_identity.c  what the bytes depend on, as JSON and hash
@@ -164,6 +165,9 @@ TV_NODISCARD enum tv_err plan_views_equal(struct planner *pl,
                                           const struct tvm_source *b,
                                           struct tv_error *err, bool *equal);
 TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
+/* Which text calibrates what; files are read and hashed. */
+TV_NODISCARD enum tv_err plan_calibration_find(struct planner *pl);
+TV_NODISCARD enum tv_err plan_calibration_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
 /* config.json of input `from` for the stack that the output is; *out owned,
  * NULL when nothing changes. */

@@ -807,6 +807,16 @@ static bool is_linear(const struct tv_arch_tensor *a, unsigned rank)
     }
 }
 
+/* Is it the weight of a linear layer of a block? */
+static void describe_inputs(struct build *b)
+{
+    const enum tv_role role = b->like->role;
+
+    b->t->has_inputs = b->t->rank == 2 && b->like->layer >= 0 &&
+                       !b->like->is_bias && role >= TV_ROLE_ATTN_Q &&
+                       role <= TV_ROLE_MLP_DOWN;
+}
+
 static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
                                 size_t n, struct tvm_tensor *t)
 {
@@ -848,6 +858,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     t->is_linear = is_linear(b.like, t->rank);
     t->in_first =
         pl->plan->inputs[slice->input[cands[0].source]].arch->linear_transposed;
+    describe_inputs(&b);
     TV_TRY(align_rows(&b));
     TV_TRY(resolve_parameters(&b, cands[0].k, cands[0].n_k));
     compat_arithmetic(&b);

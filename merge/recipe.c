@@ -292,23 +292,105 @@ static void read_range(struct reader *rd, const struct tvm_node *map,
     s->has_range = true;
 }
 
+static bool read_count(struct reader *rd, const struct tvm_node *map,
+                       const char *key, uint64_t least, uint64_t *out)
+{
+    const struct tvm_node *const e = given(map, key);
+    char message[120];
+    int64_t n = 0;
+    if (e == NULL)
+        return true;
+    if (read_layer(e, &n) && n >= (int64_t)least && n <= 1 << 24) {
+        *out = (uint64_t)n;
+        return true;
+    }
+    (void)snprintf(message, sizeof(message),
+                   "'%s' must be a whole number from %llu to 16777216", key,
+                   (unsigned long long)least);
+    error_node(rd, e, message);
+    return false;
+}
+
+static void read_texts(struct reader *rd, const struct tvm_node *node,
+                       struct tvm_calibration *c)
+{
+    const size_t n = node->kind == TVM_NODE_LIST ? node->n : 1;
+    const struct tvm_node *e = node->kind == TVM_NODE_LIST ? node->first : node;
+    c->texts = tvm_arena_get(&rd->r->arena, n + 1, sizeof(*c->texts));
+    if (c->texts == NULL) {
+        rd->oom = true;
+        return;
+    }
+    for (size_t i = 0; i < n; i++, e = e->next) {
+        if (!is_text(e)) {
+            error_node(rd, e, "'text' is the name of a file or a list of them");
+            return;
+        }
+        c->texts[c->n_texts++] = e->text;
+    }
+    if (n == 0)
+        error_node(rd, node, "'text' names no file");
+}
+
+/* calibration: {text: FILE | [FILE, ...], samples, context} or {random: true}
+ */
+static const struct tvm_calibration *
+read_calibration(struct reader *rd, const struct tvm_node *map)
+{
+    static const char *const keys[] = {"text", "samples", "context", "random"};
+    const struct tvm_node *const node = given(map, "calibration");
+    struct tvm_calibration *c = NULL;
+    if (node == NULL)
+        return NULL;
+    if (node->kind != TVM_NODE_MAP) {
+        error_node(rd, node,
+                   "'calibration' is a map: {text: [FILE, ...], samples: 128, "
+                   "context: 512}");
+        return NULL;
+    }
+    unknown_keys(rd, node, keys, N_OF(keys));
+    c = tvm_arena_get(&rd->r->arena, 1, sizeof(*c));
+    if (c == NULL) {
+        rd->oom = true;
+        return NULL;
+    }
+    const struct tvm_node *const text = given(node, "text");
+    const struct tvm_node *const random = given(node, "random");
+    if (random != NULL && !tvm_node_bool(random, &c->random))
+        error_node(rd, random, "'random' is true or false");
+    if (text != NULL)
+        read_texts(rd, text, c);
+    if ((text != NULL) == c->random)
+        error_node(rd, node,
+                   c->random ? "'calibration' has either 'text' or 'random: "
+                               "true', not both"
+                             : "'calibration' needs 'text': the name of a file "
+                               "or a list of them");
+    if (!read_count(rd, node, "samples", 1, &c->samples) ||
+        !read_count(rd, node, "context", 2, &c->context))
+        return NULL;
+    return c;
+}
+
 /* ---- models and slices ----------------------------------------------------
  */
 
 static void read_source(struct reader *rd, const struct tvm_node *node,
                         bool whole, struct tvm_recipe_source *out)
 {
-    static const char *const keys[] = {"model", "parameters", "layer_range"};
+    static const char *const keys[] = {"model", "parameters", "calibration",
+                                       "layer_range"};
     const struct tvm_node *model = NULL;
     if (node->kind != TVM_NODE_MAP) {
         error_node(rd, node, "an entry is a map: '- model: NAME'");
         return;
     }
     for (const struct tvm_node *e = node->first; e != NULL; e = e->next) {
-        if (strcmp(e->key, "model") == 0 || strcmp(e->key, "parameters") == 0)
+        if (strcmp(e->key, "model") == 0 || strcmp(e->key, "parameters") == 0 ||
+            strcmp(e->key, "calibration") == 0)
             continue;
         if (strcmp(e->key, "layer_range") != 0) {
-            unknown_key(rd, e, keys, whole ? 2 : 3);
+            unknown_key(rd, e, keys, whole ? 3 : 4);
         } else if (whole) {
             char where[TVM_WHERE_MAX];
             tvm_problem_add(rd->problems, false, TV_OK,
@@ -326,6 +408,7 @@ static void read_source(struct reader *rd, const struct tvm_node *node,
     if (!whole)
         read_range(rd, node, out);
     out->parameters = read_parameters(rd, node, &out->bad_parameters);
+    out->calibration = read_calibration(rd, node);
 }
 
 /* The list of one slice; duplicates are found here since references compare as
@@ -702,12 +785,12 @@ static bool mergekit_knows(const char *method)
 
 static void read_document(struct reader *rd, const struct tvm_node *root)
 {
-    static const char *const keys[] = {"merge_method", "models", "slices",
-                                       "modules", "base_model", "dtype",
-                                       "out_dtype", "parameters", "tokenizer",
-                                       "chat_template", "tokenizer_source",
-                                       /* of adapters, adapter_merge.c */
-                                       "output", "rank"};
+    static const char *const keys[] = {
+        "merge_method", "models", "slices", "modules", "base_model", "dtype",
+        "out_dtype", "parameters", "tokenizer", "chat_template",
+        "tokenizer_source", "calibration",
+        /* of adapters, adapter_merge.c */
+        "output", "rank"};
     struct tvm_recipe *const r = rd->r;
     const struct tvm_node *models = NULL;
     const struct tvm_node *slices = NULL;
@@ -752,6 +835,7 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         r->bad_dtype = r->bad_dtype || r->out_dtype == TV_DTYPE_NONE;
     }
     r->parameters = read_parameters(rd, root, &r->bad_parameters);
+    r->calibration = read_calibration(rd, root);
 }
 
 /* ---- another method in the same text --------------------------------------

@@ -24,8 +24,9 @@ struct tvm_recipe_source {
     bool has_range;
     int64_t from, to; /* layers [from, to) */
     unsigned range_line, range_col;
-    const struct tvm_node *parameters; /* map, or NULL */
-    bool bad_parameters;               /* given, but no map */
+    const struct tvm_node *parameters;         /* map, or NULL */
+    bool bad_parameters;                       /* given, but no map */
+    const struct tvm_calibration *calibration; /* NULL: not given */
 };
 
 struct tvm_recipe_slice {
@@ -86,6 +87,7 @@ struct tvm_recipe {
     enum tv_dtype dtype, out_dtype; /* TV_DTYPE_NONE: not given */
     const struct tvm_node *parameters;
     bool bad_parameters;
+    const struct tvm_calibration *calibration; /* of models without their own */
     bool bad_dtype;    /* dtype or out_dtype is given, but none */
     bool has_errors;   /* some of the above is not as written */
     bool whole_models; /* written as `models:` */

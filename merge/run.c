@@ -84,6 +84,7 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
     result->t_write = stats.t_write;
     result->t_sync = stats.t_sync;
     result->cache = stats.cache;
+    result->calibration = stats.calibration;
     TV_TRY(rc);
     TV_TRY(add_up(p, sink->done, &totals, err));
     const double t0 = now();

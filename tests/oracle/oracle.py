@@ -295,8 +295,10 @@ def della_mask(d, density, eps, seed, donor, name):
         d.shape)
 
 
-def gta(method, b, donors, get, name, seed):
+def gta(method, b, donors, get, name, seed, chosen):
     consensus, sparsifier, norm_default, rescale_default = METHODS[method]
+    if chosen is not None:
+        sparsifier = None if chosen == "none" else chosen
     normalize = bool(get("normalize", None, norm_default))
     rescale = bool(get("rescale", None, rescale_default))
     lam = get("lambda", None, 1.0)
@@ -573,7 +575,8 @@ def expected(recipe, root, seed):
 
         b = xs[bi] if bi is not None else None
         if method in METHODS:
-            y = gta(method, b, [xs[i] for i in donors], get, out, seed)
+            y = gta(method, b, [xs[i] for i in donors], get, out, seed,
+                    (recipe.get("parameters") or {}).get("sparsify"))
         elif method == "linear":
             w = [get("weight", i, None) for i in range(len(xs))]
             y = sum(wi * x for wi, x in zip(w, xs))

@@ -55,7 +55,7 @@ enum tv_err tvm_problems_code(const struct tvm_problems *p);
  * ------------------------------------------------------------------ */
 
 enum tvm_scope { TVM_SHARED = 0, TVM_INPUT = 1, TVM_NON_BASE = 2 };
-enum tvm_type { TVM_FLOAT = 0, TVM_INT = 1, TVM_BOOL = 2 };
+enum tvm_type { TVM_FLOAT = 0, TVM_INT = 1, TVM_BOOL = 2, TVM_CHOICE = 3 };
 enum tvm_base {
     TVM_BASE_NONE = 0,
     TVM_BASE_OPTIONAL = 1,
@@ -68,8 +68,9 @@ struct tvm_param {
     enum tvm_scope scope;
     enum tvm_type type;
     bool required, has_default;
-    double fallback; /* default; bools 0/1 */
+    double fallback; /* default; bools 0/1, choices their index */
     const char *help;
+    const char *const *choices; /* TVM_CHOICE: names, NULL at the end */
 };
 
 struct tvm_method; /* merge/method.h */
@@ -114,6 +115,9 @@ const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 /* ---- plan
  * --------------------------------------------------------------------- */
 
+struct tvm_text { /* calibration text of the model NAME */
+    const char *name, *path;
+};
 struct tvm_options {
     tv_store *store;       /* for store:NAME and --into; may be NULL */
     const char *out_dir;   /* NULL when planning only or --into */
@@ -136,6 +140,9 @@ struct tvm_options {
     bool no_cache;            /* leave masks and task vectors of the store
                                * alone */
     bool compat_mergekit;     /* its arithmetic, roundings and random stream */
+    const struct tvm_text *texts; /* [n_texts] --text NAME=FILE; borrowed */
+    size_t n_texts;
+    bool keep_statistics;     /* --keep-statistics: in the store */
     enum tv_dtype lora_dtype; /* with it: what adapters are merged into;
                                * TV_DTYPE_NONE: the model's own */
 };
@@ -185,15 +192,27 @@ struct tvm_tensor {
     uint64_t draw_at, n_draws;
     unsigned rank;
     uint64_t shape[TV_RANK_MAX];
+    bool has_inputs; /* the weight of a linear layer of a block, whose inputs
+                      * calibration can look at */
     uint64_t n_elems, bytes;
     size_t shard; /* place in the output directory */
     uint64_t offset;
     uint64_t name_hash; /* XXH3-64 of name, for Philox */
 };
 
+struct tvm_calibration { /* text of a model's task; strings borrowed */
+    const char **texts;  /* [n_texts] files */
+    size_t n_texts;
+    bool random;               /* tokens drawn at random instead */
+    uint64_t samples, context; /* 0: defaults */
+};
+
 struct tvm_plan_input {
-    const char *ref; /* as written in the recipe */
-    tv_input *input; /* the model without adapters */
+    const char *ref;                           /* as written in the recipe */
+    const struct tvm_calibration *calibration; /* NULL: none */
+    bool calibrated;                           /* some tensor needs it; then: */
+    struct tv_hash calibration_hash; /* of the texts and how they are cut */
+    tv_input *input;                 /* the model without adapters */
     struct tv_arch *arch;
     struct tv_hash fingerprint; /* of model and adapters */
     tv_adapter **adapters;      /* of ref+adapter */
@@ -262,6 +281,9 @@ struct tvm_progress {
 struct tvm_run_hooks {
     void (*progress)(void *arg, const struct tvm_progress *p); /* may be NULL;
                                     called from one thread at a time */
+    /* A model running over its calibration text, in tokens; may be NULL. */
+    void (*calibrating)(void *arg, const char *model, uint64_t done,
+                        uint64_t total);
     void *arg;
     const volatile int *cancel; /* non-zero: commit the group and stop */
 };
@@ -269,10 +291,22 @@ struct tvm_cache_use { /* masks and task vectors of the store */
     size_t masks_used, masks_stored;
     size_t task_vectors_used, task_vectors_stored;
 };
+struct tvm_calibration_use { /* masks by input statistics */
+    size_t n_models;         /* that ran over their text */
+    uint64_t n_tokens;       /* of them all */
+    size_t n_made, n_found;  /* masks made, masks that the store had */
+    size_t n_statistics_found, n_statistics_kept; /* inputs, in the store */
+    size_t n_damped;      /* layers that took more damping ... */
+    double most_damping;  /* ... at most so much */
+    size_t n_uncorrected; /* ... or were not corrected in the end */
+    double seconds;
+    bool random; /* random tokens instead of text */
+};
 struct tvm_result {
     size_t n_tensors, n_resumed;
     size_t n_remade; /* of an earlier run, with bytes that it did not write:
                         merged again */
+    struct tvm_calibration_use calibration;
     uint64_t bytes_read, bytes_written;
     double seconds;
     uint64_t peak_scratch_bytes;

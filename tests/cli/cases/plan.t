@@ -2,7 +2,7 @@
 $ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-prose\n  parameters: {weight: 0.5, density: 0.2}\n- model: %s/ft-code\n  parameters: {weight: 0.3}\n' $DATA $DATA $DATA > r.yml
 $ tvmerge plan r.yml out
 TENSORS    BYTES  METHOD  DTYPE  INPUTS <*>
-     38  1.9 MiB  ties    BF16   <*>/ft-prose, <*>/ft-code, <*>/base (base)  weight=0.5,0.3 density=0.2,1 normalize=true rescale=false lambda=1 int8_mask=false
+     38  1.9 MiB  ties    BF16   <*>/ft-prose, <*>/ft-code, <*>/base (base)  weight=0.5,0.3 density=0.2,1 normalize=true rescale=false lambda=1 int8_mask=false <*>
 <>
 method         ties
 input          <*>/ft-prose (fingerprint <x>)

@@ -1,0 +1,862 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * calibrated.c - see calibrated.h.
+ *
+ *   plan entries (tensor, source) with a calibrated rule
+ *     - in the sink or the store already: nothing to do
+ *     - else grouped by (model that runs, whose text, kind of statistics): one
+ * pass of the model over the windows; per input of linear layers, every entry
+ * that has it:
+ *
+ *         statistics + T -> prune -> mask words [+ values] -> store or scratch
+ *
+ * The scratch file has no name, is mapped read-only once all is written, and
+ * ends with the run. Memory: one layer's task vector and statistics; the model
+ * gets what the budget leaves.
+ */
+#include "calibrated.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <sys/mman.h>
+
+#include "prune.h"
+#include "source.h"
+#include "tv/alloc.h"
+#include "tv/calibrate.h"
+#include "tv/checked.h"
+#include "tv/eval.h"
+#include "tv/linalg.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+#define TEXT_BYTES_MAX ((uint64_t)1 << 32)
+#define MODEL_LEAST    ((uint64_t)16 << 20)
+#define SCRATCH_ALIGN  4096u
+
+struct entry {
+    size_t tensor, source;
+    struct tvm_trim_rule rule;
+    size_t model, owner; /* inputs */
+    bool made;           /* or not needed */
+    bool in_scratch, has_values;
+    uint64_t words_at, before_at, values_at; /* in the scratch file */
+};
+
+struct tvm_calibrated {
+    struct entry *entries; /* by tensor, source */
+    size_t n;
+    size_t *first; /* [n_tensors + 1] */
+    int fd;
+    uint64_t used;
+    const unsigned char *map;
+};
+
+struct work { /* of one group */
+    struct tvm_calibrated *c;
+    const struct tvm_plan *p;
+    struct tvm_cache *cache;
+    const struct tvm_sink *sink;
+    const struct tvm_run_hooks *hooks;
+    struct tvm_calibration_use *use;
+    size_t model, owner;
+    bool gram;
+    const char *ref;
+};
+
+struct layer { /* one entry at work */
+    const struct tvm_plan *p;
+    const struct tvm_tensor *t;
+    const struct tvk_table *k;
+    struct tvm_reader base, donor;
+    float *l_scratch, *block; /* [2][TVM_BLOCK] */
+    size_t rows, cols;        /* outputs, inputs */
+};
+
+static double now(void)
+{
+    struct timespec ts;
+    (void)clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+/* ---- entries ------------------------------------------------------------- */
+
+const char *tvm_rule_name(const struct tvm_trim_rule *r)
+{
+    static const char *const masks[] = {"magnitude", "importance", "sparsegpt"};
+    static const char *const corrected[][4] = {
+        {"", "", "magnitude+cg", ""},
+        {"", "", "importance+cg", ""},
+        {"", "sparsegpt+obs", "sparsegpt+cg", "sparsegpt+obs+cg"}};
+
+    if (!r->calibrated || r->correct == TVM_CORRECT_NONE)
+        return masks[r->score];
+    return corrected[r->score][r->correct];
+}
+
+static bool rule_of(const struct tvm_tensor *t, size_t source,
+                    struct tvm_trim_rule *rule)
+{
+    return t->action == TVM_MERGE && t->n_elems > 0 && t->method &&
+           t->method->trims && t->method->trims(t, source, rule) &&
+           rule->calibrated;
+}
+
+static void shape_of(const struct tvm_tensor *t, size_t *rows, size_t *cols)
+{
+    *rows = (size_t)t->shape[t->in_first ? 1 : 0];
+    *cols = (size_t)t->shape[t->in_first ? 0 : 1];
+}
+
+size_t tvm_calibration_owner(const struct tvm_plan *p,
+                             const struct tvm_tensor *t, size_t source,
+                             const struct tvm_trim_rule *r, size_t *model)
+{
+    const size_t own = t->sources[source].input;
+    const size_t base = t->sources[t->base].input;
+
+    *model = r->inputs == TVM_INPUTS_BASE ? base : own;
+    if (p->inputs[own].calibration)
+        return own;
+    if (r->inputs == TVM_INPUTS_BASE && p->inputs[base].calibration)
+        return base;
+    return p->n_inputs;
+}
+
+enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
+                               const struct tvm_tensor *t, size_t source,
+                               const struct tvm_trim_rule *r, struct tv_buf *to,
+                               struct tv_error *err)
+{
+    size_t model = 0;
+    const size_t owner = tvm_calibration_owner(p, t, source, r, &model);
+
+    if (owner >= p->n_inputs)
+        return tv_error_set(err, TV_E_INTERNAL, "%s: no calibration text",
+                            t->name);
+    tv_buf_le64(to, p->inputs[model].fingerprint.lo);
+    tv_buf_le64(to, p->inputs[model].fingerprint.hi);
+    tv_buf_le64(to, p->inputs[owner].calibration_hash.lo);
+    tv_buf_le64(to, p->inputs[owner].calibration_hash.hi);
+    tv_buf_str(to, tva_linalg_core());
+    return TV_OK;
+}
+
+static uint64_t kept_most(const struct tvm_trim_rule *r, uint64_t n)
+{
+    const double kept = r->density * (double)n + 65536.0;
+    return kept < (double)n ? (uint64_t)kept : n;
+}
+
+/* Bytes for one entry; statistics as tvm_prune takes them included. */
+static uint64_t entry_bytes(const struct tvm_tensor *t,
+                            const struct tvm_trim_rule *r)
+{
+    size_t rows = 0;
+    size_t cols = 0;
+
+    shape_of(t, &rows, &cols);
+    uint64_t bytes = t->n_elems * sizeof(float) + t->n_elems / 8 +
+                     tvm_prune_bytes(r, rows, cols) +
+                     2 * TVM_BLOCK * sizeof(float);
+    if (tvm_rule_makes_values(r))
+        bytes += kept_most(r, t->n_elems) * sizeof(float) +
+                 (t->n_elems / TV_DELTA_BLOCK + 2) * sizeof(uint64_t);
+    for (size_t s = 0; s < t->n_sources; s++)
+        bytes +=
+            tvm_source_bytes(t, s) + tvm_source_l_floats(t, s) * sizeof(float);
+    return bytes;
+}
+
+static uint64_t stat_bytes(const struct tvm_tensor *t,
+                           const struct tvm_trim_rule *r)
+{
+    size_t rows = 0;
+    size_t cols = 0;
+
+    shape_of(t, &rows, &cols);
+    return tvm_rule_needs_gram(r) ? (uint64_t)cols * (cols + 1) / 2 * 12
+                                  : cols * sizeof(double);
+}
+
+bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
+                           uint64_t *disk)
+{
+    bool any = false;
+    uint64_t most_entry = 0;
+    uint64_t most_stat = 0;
+
+    *disk = 0;
+    for (size_t i = 0; i < p->n_tensors; i++) {
+        const struct tvm_tensor *t = &p->tensors[i];
+        struct tvm_trim_rule r;
+        for (size_t s = 0; s < t->n_sources; s++) {
+            if (!rule_of(t, s, &r))
+                continue;
+            any = true;
+            if (entry_bytes(t, &r) > most_entry)
+                most_entry = entry_bytes(t, &r);
+            if (stat_bytes(t, &r) > most_stat)
+                most_stat = stat_bytes(t, &r);
+            *disk += t->n_elems / 8 + SCRATCH_ALIGN;
+            if (tvm_rule_makes_values(&r))
+                *disk += kept_most(&r, t->n_elems) * sizeof(float) +
+                         t->n_elems / 64 + 2 * SCRATCH_ALIGN;
+        }
+    }
+    *needed = most_entry + most_stat + MODEL_LEAST;
+    return any;
+}
+
+static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
+                           const struct tvm_sink *sink, struct tvm_cache *cache,
+                           struct tvm_calibration_use *use,
+                           struct tv_error *err)
+{
+    size_t n = 0;
+    struct tvm_trim_rule r;
+
+    for (size_t i = 0; i < p->n_tensors; i++)
+        for (size_t s = 0; s < p->tensors[i].n_sources; s++)
+            n += rule_of(&p->tensors[i], s, &r);
+    c->entries = tv_calloc(n + 1, sizeof *c->entries);
+    c->first = tv_calloc(p->n_tensors + 1, sizeof *c->first);
+    if (!c->entries || !c->first)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (size_t i = 0; i < p->n_tensors; i++) {
+        const struct tvm_tensor *t = &p->tensors[i];
+        c->first[i] = c->n;
+        for (size_t s = 0; s < t->n_sources; s++) {
+            struct entry *e = &c->entries[c->n];
+            if (!rule_of(t, s, &e->rule))
+                continue;
+            e->tensor = i;
+            e->source = s;
+            e->owner = tvm_calibration_owner(p, t, s, &e->rule, &e->model);
+            const bool found = tvm_cache_has(cache, i, s);
+            e->made = sink->done[i].done || found;
+            use->n_found += found;
+            c->n++;
+        }
+    }
+    c->first[p->n_tensors] = c->n;
+    return TV_OK;
+}
+
+/* ---- scratch ------------------------------------------------------------- */
+
+static enum tv_err open_scratch(struct tvm_calibrated *c,
+                                const struct tvm_plan *p, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const char *tmp = getenv("TMPDIR");
+    char *path = NULL;
+
+    if (c->fd >= 0)
+        return TV_OK;
+    if (p->options.out_dir && !p->options.into)
+        path = tv_asprintf("%s/.tvmerge/calibrated.%ld", p->options.out_dir,
+                           (long)getpid());
+    else
+        path = tv_asprintf("%s/tvmerge-calibrated.%ld.%p",
+                           tmp && *tmp ? tmp : P_tmpdir, (long)getpid(),
+                           (void *)c);
+    if (!path)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    c->fd = tv_sys()->open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (c->fd < 0)
+        rc = tv_error_sys(err, errno, "cannot create scratch file %s", path);
+    else
+        (void)tv_sys()->unlink(path);
+    tv_free(path);
+    return rc;
+}
+
+/* Appends; *at is where it begins. */
+static enum tv_err put_scratch(struct tvm_calibrated *c, const void *data,
+                               uint64_t n, uint64_t *at, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    *at = c->used;
+    TV_TRY(tv_pwrite_all(c->fd, data, (size_t)n, c->used,
+                         "the scratch file of masks", err));
+    c->used = (c->used + n + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+out:
+    return rc;
+}
+
+static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
+{
+    if (c->fd < 0 || c->used == 0)
+        return TV_OK;
+    /* Whole pages: readers may look past the last word of a mask. */
+    if (tv_sys()->ftruncate(c->fd, (off_t)c->used) != 0)
+        return tv_error_sys(err, errno, "the scratch file of masks");
+    void *at =
+        tv_sys()->mmap(NULL, (size_t)c->used, PROT_READ, MAP_SHARED, c->fd, 0);
+    if (at == MAP_FAILED)
+        return tv_error_sys(err, errno, "mapping the scratch file of masks");
+    c->map = at;
+    return TV_OK;
+}
+
+/* ---- one layer ----------------------------------------------------------- */
+
+/* fp32 differences of n stored elements from start, into dst. */
+static void read_delta(const struct layer *l, uint64_t start, size_t n,
+                       float *dst)
+{
+    for (size_t done = 0; done < n; done += TVM_BLOCK) {
+        const size_t some = n - done < TVM_BLOCK ? n - done : TVM_BLOCK;
+        const float *b = tvm_reader_block(&l->base, l->k, start + done, some,
+                                          l->block, l->l_scratch, NULL);
+        const float *x =
+            tvm_reader_block(&l->donor, l->k, start + done, some,
+                             l->block + TVM_BLOCK, l->l_scratch, NULL);
+        for (size_t i = 0; i < some; i++)
+            dst[done + i] = x[i] - b[i];
+    }
+}
+
+/* Rows [row, row + n) of T [out, in]. */
+static void read_rows(void *arg, size_t row, size_t n, float *dst)
+{
+    struct layer *const l = arg;
+    float some[TVM_BLOCK];
+
+    if (!l->t->in_first) {
+        read_delta(l, (uint64_t)row * l->cols, n * l->cols, dst);
+        return;
+    }
+    /* Stored [in, out]: row r of T is column r. */
+    for (size_t c = 0; c < l->cols; c++)
+        for (size_t r = 0; r < n; r += TVM_BLOCK) {
+            const size_t part = n - r < TVM_BLOCK ? n - r : TVM_BLOCK;
+            read_delta(l, (uint64_t)c * l->rows + row + r, part, some);
+            for (size_t i = 0; i < part; i++)
+                dst[(r + i) * l->cols + c] = some[i];
+        }
+}
+
+/* Of element i as it is stored. */
+static float pruned_at(const struct layer *l, const float *t, uint64_t i)
+{
+    if (!l->t->in_first)
+        return t[i];
+    return t[(size_t)(i % l->rows) * l->cols + (size_t)(i / l->rows)];
+}
+
+static void take_words(const struct layer *l, const float *t, uint64_t *words)
+{
+    for (uint64_t i = 0; i < l->t->n_elems; i++)
+        if (pruned_at(l, t, i) != 0.0f)
+            words[i / 64] |= (uint64_t)1 << (i % 64);
+}
+
+/* The donor that has these differences; packed, in stored order. */
+static void take_values(const struct layer *l, const float *t,
+                        const uint64_t *words, float *values, uint64_t *before)
+{
+    uint64_t at = 0;
+
+    for (uint64_t from = 0; from < l->t->n_elems; from += TV_DELTA_BLOCK) {
+        const uint64_t left = l->t->n_elems - from;
+        const size_t n = left < TV_DELTA_BLOCK ? (size_t)left : TV_DELTA_BLOCK;
+        const float *b = tvm_reader_block(&l->base, l->k, from, n, l->block,
+                                          l->l_scratch, NULL);
+        before[from / TV_DELTA_BLOCK] = at;
+        for (size_t i = 0; i < n; i++)
+            if (words[(from + i) / 64] >> ((from + i) % 64) & 1u)
+                values[at++] = b[i] + pruned_at(l, t, from + i);
+    }
+    before[(l->t->n_elems + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK] = at;
+}
+
+static enum tv_err open_layer(struct layer *l, const struct tvm_plan *p,
+                              const struct entry *e, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_tensor *t = &p->tensors[e->tensor];
+    const bool verify = p->options.verify_reads;
+    size_t floats = tvm_source_l_floats(t, e->source);
+
+    *l = (struct layer){.p = p, .t = t};
+    l->k = p->options.kernels ? p->options.kernels : tvk_table_best();
+    if (tvm_source_l_floats(t, (size_t)t->base) > floats)
+        floats = tvm_source_l_floats(t, (size_t)t->base);
+    shape_of(t, &l->rows, &l->cols);
+    l->block = tv_alloc_aligned((2 * TVM_BLOCK + floats + 16) * sizeof(float));
+    if (!l->block)
+        return tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
+    l->l_scratch = l->block + 2 * TVM_BLOCK;
+    TV_TRY(tvm_reader_open(&l->base, p, t, (size_t)t->base, l->k, verify, err));
+    TV_TRY(tvm_reader_open(&l->donor, p, t, e->source, l->k, verify, err));
+out:
+    return rc;
+}
+
+static void close_layer(struct layer *l)
+{
+    tvm_reader_close(&l->donor);
+    tvm_reader_close(&l->base);
+    tv_free(l->block);
+}
+
+static enum tv_err keep(struct work *w, struct entry *e, const uint64_t *words,
+                        uint64_t n_words, const float *values,
+                        const uint64_t *before, uint64_t n_blocks,
+                        struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    e->made = true;
+    w->use->n_made++;
+    if (!w->sink->busy &&
+        tvm_cache_add(w->cache, e->tensor, e->source, words, values, before))
+        goto out;
+    TV_TRY(open_scratch(w->c, w->p, err));
+    TV_TRY(
+        put_scratch(w->c, words, n_words * sizeof *words, &e->words_at, err));
+    if (values) {
+        TV_TRY(put_scratch(w->c, before, (n_blocks + 1) * sizeof *before,
+                           &e->before_at, err));
+        TV_TRY(put_scratch(w->c, values, before[n_blocks] * sizeof *values,
+                           &e->values_at, err));
+        e->has_values = true;
+    }
+    e->in_scratch = true;
+out:
+    return rc;
+}
+
+static void note(struct work *w, const struct entry *e,
+                 const struct tvm_pruned *got)
+{
+    if (!tvm_rule_needs_gram(&e->rule))
+        return;
+    w->use->n_uncorrected += got->uncorrected;
+    if (!got->uncorrected && got->damping > e->rule.damping) {
+        w->use->n_damped++;
+        if (got->damping > w->use->most_damping)
+            w->use->most_damping = got->damping;
+    }
+}
+
+static enum tv_err make(struct work *w, struct entry *e,
+                        const struct tvm_stats *stats, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_tensor *t = &w->p->tensors[e->tensor];
+    const uint64_t n_words = (t->n_elems + 63) / 64;
+    const uint64_t n_blocks =
+        (t->n_elems + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK;
+    struct layer l;
+    struct tvm_pruned got;
+    float *delta = NULL;
+    float *values = NULL;
+    uint64_t *words = NULL;
+    uint64_t *before = NULL;
+
+    TV_TRY(open_layer(&l, w->p, e, err));
+    if (stats->n != l.cols) {
+        rc = tv_error_set(err, TV_E_INTERNAL,
+                          "%s: statistics of %zu inputs for %zu columns",
+                          t->name, stats->n, l.cols);
+        goto out;
+    }
+    delta = tv_alloc_aligned((size_t)t->n_elems * sizeof *delta);
+    words = tv_calloc((size_t)n_words, sizeof *words);
+    if (!delta || !words)
+        goto no_memory;
+    if (w->p->options.verify_reads) {
+        TV_TRY(tvm_reader_verify(&l.base, 0, l.base.view.bytes, err));
+        TV_TRY(tvm_reader_verify(&l.donor, 0, l.donor.view.bytes, err));
+    }
+    const struct tvm_prune_again again = {read_rows, &l};
+    read_rows(&l, 0, l.rows, delta);
+    TV_TRY(
+        tvm_prune(&e->rule, delta, l.rows, l.cols, stats, &again, &got, err));
+    note(w, e, &got);
+    take_words(&l, delta, words);
+    if (tvm_rule_makes_values(&e->rule)) {
+        values = tv_alloc((size_t)(got.n_kept + 1) * sizeof *values);
+        before = tv_calloc((size_t)n_blocks + 1, sizeof *before);
+        if (!values || !before)
+            goto no_memory;
+        take_values(&l, delta, words, values, before);
+    }
+    TV_TRY(keep(w, e, words, n_words, values, before, n_blocks, err));
+    goto out;
+no_memory:
+    rc = tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
+out:
+    if (rc != TV_OK)
+        tv_error_context(err, "calibration");
+    tv_free(before);
+    tv_free(values);
+    tv_free(words);
+    tv_free(delta);
+    close_layer(&l);
+    return rc;
+}
+
+static bool wants(const struct work *w, const struct entry *e)
+{
+    /* A diagonal by itself is fp64, that of a Gram matrix fp32. */
+    return !e->made && e->model == w->model && e->owner == w->owner &&
+           tvm_rule_needs_gram(&e->rule) == w->gram;
+}
+
+static const char *weight_name(const struct work *w, const struct entry *e)
+{
+    const struct tvm_tensor *t = &w->p->tensors[e->tensor];
+    const size_t s =
+        e->rule.inputs == TVM_INPUTS_BASE ? (size_t)t->base : e->source;
+    return t->sources[s].tensor->name;
+}
+
+static enum tv_err see(void *arg, const struct tvm_stats *stats,
+                       const char *const *tensors, size_t n_tensors,
+                       struct tv_error *err)
+{
+    struct work *const w = arg;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < n_tensors; i++)
+        for (size_t k = 0; k < w->c->n; k++) {
+            struct entry *e = &w->c->entries[k];
+            if (wants(w, e) && strcmp(weight_name(w, e), tensors[i]) == 0)
+                TV_TRY(make(w, e, stats, err));
+        }
+out:
+    return rc;
+}
+
+/* ---- windows of text ----------------------------------------------------- */
+
+/* Of the model, else of any input: they were made from one base. */
+static enum tv_err find_tokenizer(const struct tvm_plan *p, size_t model,
+                                  int32_t *bos, tve_tokenizer **out,
+                                  struct tv_error *err)
+{
+    enum tv_err rc =
+        tve_tokenizer_of(p->inputs[model].input, NULL, bos, err, out);
+
+    for (size_t i = 0; rc == TV_E_INPUT && i < p->n_inputs; i++)
+        if (i != model && tve_tokenizer_of(p->inputs[i].input, NULL, bos, NULL,
+                                           out) == TV_OK) {
+            tv_error_clear(err);
+            rc = TV_OK;
+        }
+    return rc;
+}
+
+static enum tv_err read_texts(const struct tvm_calibration *cal,
+                              tve_tokenizer *tokenizer, struct tve_ids *ids,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *text = NULL;
+    size_t n = 0;
+
+    for (size_t i = 0; i < cal->n_texts; i++) {
+        TV_TRY(tv_file_read(cal->texts[i], TEXT_BYTES_MAX, err, &text, &n));
+        rc = tve_tokenizer_encode(tokenizer, text, n, false, &ids[i], err);
+        if (rc != TV_OK) {
+            tv_error_context(err, "%s", cal->texts[i]);
+            goto out;
+        }
+        tv_free(text);
+        text = NULL;
+    }
+out:
+    tv_free(text);
+    return rc;
+}
+
+static enum tv_err make_samples(const struct work *w, const tve_model *m,
+                                struct tve_samples *out, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_calibration *cal = w->p->inputs[w->owner].calibration;
+    struct tve_sampling how = {.samples = (size_t)cal->samples,
+                               .context = (size_t)cal->context,
+                               .positions = tve_model_positions(m),
+                               .bos = -1};
+    tve_tokenizer *tokenizer = NULL;
+    struct tve_ids *ids = NULL;
+
+    if (cal->random) {
+        TV_TRY(tve_bos_of(w->p->inputs[w->model].input, &how.bos, err));
+        rc = tve_samples_random(tve_model_vocab(m), w->p->options.seed, &how,
+                                err, out);
+        goto out;
+    }
+    TV_TRY(find_tokenizer(w->p, w->model, &how.bos, &tokenizer, err));
+    ids = tv_calloc(cal->n_texts + 1, sizeof *ids);
+    if (!ids) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    TV_TRY(read_texts(cal, tokenizer, ids, err));
+    TV_TRY(tve_samples_text(ids, cal->n_texts, &how, err, out));
+out:
+    if (rc != TV_OK)
+        tv_error_context(err, "calibration of '%s'", w->ref);
+    for (size_t i = 0; ids && i < cal->n_texts; i++)
+        tve_ids_free(&ids[i]);
+    tv_free(ids);
+    tve_tokenizer_close(tokenizer);
+    return rc;
+}
+
+/* ---- running a model ----------------------------------------------------- */
+
+static enum tv_err open_model(const struct tvm_plan *p, size_t input,
+                              uint64_t memory, struct tv_error *err,
+                              tve_model **out)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_plan_input *in = &p->inputs[input];
+    const char *tmp = getenv("TMPDIR");
+    char *scratch = NULL;
+    struct tve_model_adapter *adapters = NULL;
+    struct tve_model_options opt = {
+        .n_threads = p->options.threads,
+        .memory_bytes = memory,
+        .kernels = p->options.kernels,
+        .scratch_dir = tmp && *tmp ? tmp : NULL,
+        .skip_verify = !p->options.verify_reads,
+    };
+
+    *out = NULL;
+    adapters = tv_calloc(in->n_adapters + 1, sizeof *adapters);
+    if (p->options.out_dir && !p->options.into)
+        scratch = tv_asprintf("%s/.tvmerge", p->options.out_dir);
+    if (!adapters) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    if (scratch && tv_path_is_dir(scratch))
+        opt.scratch_dir = scratch;
+    for (size_t i = 0; i < in->n_adapters; i++)
+        adapters[i] =
+            (struct tve_model_adapter){in->adapters[i], in->adapter_weights[i]};
+    rc = tve_model_open(in->input, adapters, in->n_adapters, &opt, err, out);
+    if (rc != TV_OK)
+        tv_error_context(err, "calibration of '%s'", in->ref);
+out:
+    tv_free(scratch);
+    tv_free(adapters);
+    return rc;
+}
+
+enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
+                                 struct tv_error *err)
+{
+    tve_model *m = NULL;
+    const enum tv_err rc = open_model(p, input, MODEL_LEAST, err, &m);
+
+    tve_model_close(m);
+    return rc;
+}
+
+static enum tv_err on_input(void *arg, const struct tve_stat_input *in,
+                            struct tv_error *err)
+{
+    const struct tvm_stats stats = {
+        .n = in->n, .diag = in->sums, .gram = in->gram};
+
+    return see(arg, &stats, in->tensors, in->n_tensors, err);
+}
+
+static void on_step(void *arg, uint64_t done, uint64_t total)
+{
+    const struct work *const w = arg;
+
+    if (w->hooks && w->hooks->calibrating)
+        w->hooks->calibrating(w->hooks->arg, w->ref, done, total);
+}
+
+/* Inputs that entries of the group need. */
+static enum tv_err mark_wanted(const struct work *w, const tve_calibration *c,
+                               bool **out, struct tv_error *err)
+{
+    const size_t n = tve_calibration_count(c);
+    bool *want = tv_calloc(n + 1, sizeof *want);
+
+    *out = want;
+    if (!want)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (size_t i = 0; i < w->c->n; i++) {
+        const struct entry *e = &w->c->entries[i];
+        if (!wants(w, e))
+            continue;
+        const size_t at = tve_calibration_find(c, weight_name(w, e));
+        if (at == n)
+            return tv_error_set(
+                err, TV_E_UNSUPPORTED,
+                "%s: running '%s' does not show the inputs of this tensor",
+                w->p->tensors[e->tensor].name, w->ref);
+        want[at] = true;
+    }
+    return TV_OK;
+}
+
+static enum tv_err run_group(struct work *w, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_plan *p = w->p;
+    uint64_t most = 0;
+    struct tve_samples samples = {.n = 0};
+    struct tve_calibration_use use = {.n_found = 0};
+    struct tve_calibration_options opt = {.store = p->options.store};
+    tve_calibration *c = NULL;
+    tve_model *m = NULL;
+    bool *want = NULL;
+
+    if (p->options.no_cache)
+        opt.store = NULL;
+    w->ref = p->inputs[w->model].ref;
+    for (size_t i = 0; i < w->c->n; i++) {
+        const struct entry *e = &w->c->entries[i];
+        if (!wants(w, e))
+            continue;
+        const uint64_t bytes = entry_bytes(&p->tensors[e->tensor], &e->rule);
+        most = bytes > most ? bytes : most;
+    }
+    if (most + MODEL_LEAST > p->options.memory_bytes) {
+        rc = tv_error_set(err, TV_E_BUDGET,
+                          "calibration needs %llu bytes of memory, --memory "
+                          "allows %llu",
+                          (unsigned long long)(most + MODEL_LEAST),
+                          (unsigned long long)p->options.memory_bytes);
+        goto out;
+    }
+    opt.kind = w->gram ? TVE_STAT_GRAM : TVE_STAT_DIAG;
+    if (p->options.keep_statistics && !w->sink->busy &&
+        tvm_cache_hold(w->cache, true))
+        opt.keep = TVE_KEEP_IF_ROOM;
+    TV_TRY(open_model(p, w->model, p->options.memory_bytes - most, err, &m));
+    TV_TRY(make_samples(w, m, &samples, err));
+    TV_TRY(tve_calibration_open(m, &samples, &opt, err, &c));
+    TV_TRY(mark_wanted(w, c, &want, err));
+    const struct tve_progress progress = {on_step, w,
+                                          w->hooks ? w->hooks->cancel : NULL};
+    TV_TRY(tve_calibration_run(c, want, &progress, on_input, w, &use, err));
+    w->use->n_statistics_found += use.n_found;
+    w->use->n_statistics_kept += use.n_kept;
+    w->use->n_models += use.n_computed > 0;
+    w->use->n_tokens += use.n_computed > 0 ? samples.n_tokens : 0;
+    w->use->random = w->use->random || samples.random;
+out:
+    if (opt.keep != TVE_KEEP_NOT)
+        tvm_cache_hold(w->cache, false);
+    tv_free(want);
+    tve_calibration_close(c);
+    tve_samples_free(&samples);
+    tve_model_close(m);
+    return rc;
+}
+
+/* ---- all ----------------------------------------------------------------- */
+
+void tvm_calibrated_free(struct tvm_calibrated *c)
+{
+    if (!c)
+        return;
+    if (c->map)
+        (void)tv_sys()->munmap((void *)(uintptr_t)c->map, (size_t)c->used);
+    if (c->fd >= 0)
+        (void)tv_sys()->close(c->fd);
+    tv_free(c->entries);
+    tv_free(c->first);
+    tv_free(c);
+}
+
+enum tv_err
+tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
+                    struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
+                    struct tvm_calibration_use *use, struct tv_error *err,
+                    struct tvm_calibrated **out)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_calibrated *c = NULL;
+    uint64_t needed = 0;
+    uint64_t disk = 0;
+    const double t0 = now();
+
+    *out = NULL;
+    if (!tvm_calibrated_wanted(p, &needed, &disk))
+        return TV_OK;
+    c = tv_calloc(1, sizeof *c);
+    if (!c)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    c->fd = -1;
+    TV_TRY(collect(c, p, sink, cache, use, err));
+    struct work w = {.c = c,
+                     .p = p,
+                     .cache = cache,
+                     .sink = sink,
+                     .hooks = hooks,
+                     .use = use};
+    for (size_t i = 0; i < c->n; i++) {
+        if (c->entries[i].made)
+            continue;
+        w.model = c->entries[i].model;
+        w.owner = c->entries[i].owner;
+        w.gram = tvm_rule_needs_gram(&c->entries[i].rule);
+        TV_TRY(run_group(&w, err));
+    }
+    TV_TRY(map_scratch(c, err));
+    use->seconds = now() - t0;
+    *out = c;
+    c = NULL;
+out:
+    tvm_calibrated_free(c);
+    return rc;
+}
+
+enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
+                                  const struct tvm_plan *p, size_t tensor,
+                                  struct tvm_cached *to, struct tv_error *err)
+{
+    const struct tvm_tensor *t = &p->tensors[tensor];
+
+    if (!c || c->first[tensor] == c->first[tensor + 1])
+        return TV_OK;
+    if (to->n == 0) {
+        to->src = tv_calloc(t->n_sources, sizeof *to->src);
+        to->trim = tv_calloc(t->n_sources, sizeof *to->trim);
+        to->n = t->n_sources;
+        if (!to->src || !to->trim)
+            return tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
+    }
+    for (size_t i = c->first[tensor]; i < c->first[tensor + 1]; i++) {
+        const struct entry *e = &c->entries[i];
+        struct tvm_cached_source *s = &to->src[e->source];
+        if (e->in_scratch) {
+            const unsigned char *m = c->map;
+            s->fixed_words = (const void *)(m + e->words_at);
+            if (e->has_values) {
+                s->fixed_before = (const void *)(m + e->before_at);
+                s->fixed_values = (const void *)(m + e->values_at);
+            }
+            to->trim[e->source] = (struct tvm_trim){.known = true};
+        }
+        if (!to->trim[e->source].known)
+            return tv_error_set(err, TV_E_INTERNAL,
+                                "%s: the mask that was made is gone from the "
+                                "store; run again",
+                                t->name);
+    }
+    return TV_OK;
+}

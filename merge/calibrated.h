@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * calibrated.h - masks that depend on the inputs of layers, made before the
+ * tiles of a run (private to merge/).
+ *
+ * A model runs over its task's text; for each of its linear layers the task
+ * vector is pruned with the statistics of the layer's inputs while these are in
+ * memory (prune.h). What comes out, a mask and for error correction the values
+ * that it leaves, is the same whatever it is merged with: it goes into the
+ * store, where later runs find it, and what finds no room there into a scratch
+ * file of this run. From then on such a mask is one that is known.
+ */
+#ifndef TVM_CALIBRATED_H
+#define TVM_CALIBRATED_H
+
+#include "cache.h"
+#include "method.h"
+#include "sink.h"
+#include "tv/text.h"
+
+/* Of what a mask means; part of its key. */
+#define TVM_CALIBRATED_VERSION 1u
+
+struct tvm_calibrated;
+
+const char *tvm_rule_name(const struct tvm_trim_rule *r);
+/* Adds what the statistics depend on: model, text, how it is cut. */
+TV_NODISCARD enum tv_err
+tvm_calibrated_key(const struct tvm_plan *p, const struct tvm_tensor *t,
+                   size_t source, const struct tvm_trim_rule *r,
+                   struct tv_buf *to, struct tv_error *err);
+/* Does the plan need any? Then *needed: least bytes of memory. */
+bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
+                           uint64_t *disk);
+/* Input of the plan whose calibration text counts for a source; n_inputs: none.
+ * *model: the one that runs over it. */
+size_t tvm_calibration_owner(const struct tvm_plan *p,
+                             const struct tvm_tensor *t, size_t source,
+                             const struct tvm_trim_rule *r, size_t *model);
+/* Can the model be run at all? Reads no weights. UNSUPPORTED, INPUT. */
+TV_NODISCARD enum tv_err tvm_calibrated_check(const struct tvm_plan *p,
+                                              size_t input,
+                                              struct tv_error *err);
+
+/* Makes what neither the sink nor the store has. *out NULL: nothing needed. */
+TV_NODISCARD enum tv_err
+tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
+                    struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
+                    struct tvm_calibration_use *use, struct tv_error *err,
+                    struct tvm_calibrated **out);
+void tvm_calibrated_free(struct tvm_calibrated *c); /* NULL allowed */
+/* Gives a tensor in work its masks; INTERNAL when one is nowhere. */
+TV_NODISCARD enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
+                                               const struct tvm_plan *p,
+                                               size_t tensor,
+                                               struct tvm_cached *to,
+                                               struct tv_error *err);
+#endif

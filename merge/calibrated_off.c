@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * calibrated_off.c - calibrated.h in a build without the forward pass (no
+ * OpenBLAS, PCRE2 or utf8proc): planning refuses what would need it.
+ */
+#include "calibrated.h"
+
+const char *tvm_rule_name(const struct tvm_trim_rule *r)
+{
+    return r->calibrated ? "importance" : "magnitude";
+}
+
+enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
+                               const struct tvm_tensor *t, size_t source,
+                               const struct tvm_trim_rule *r, struct tv_buf *to,
+                               struct tv_error *err)
+{
+    (void)p;
+    (void)source;
+    (void)r;
+    (void)to;
+    return tv_error_set(err, TV_E_UNSUPPORTED,
+                        "%s: calibration is not built in", t->name);
+}
+
+bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
+                           uint64_t *disk)
+{
+    (void)p;
+    *needed = 0;
+    *disk = 0;
+    return false;
+}
+
+size_t tvm_calibration_owner(const struct tvm_plan *p,
+                             const struct tvm_tensor *t, size_t source,
+                             const struct tvm_trim_rule *r, size_t *model)
+{
+    (void)r;
+    *model = t->sources[source].input;
+    return p->n_inputs;
+}
+
+enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
+                                 struct tv_error *err)
+{
+    (void)p;
+    (void)input;
+    return tv_error_set(err, TV_E_UNSUPPORTED,
+                        "calibration is not built in: it needs OpenBLAS, PCRE2 "
+                        "and utf8proc");
+}
+
+enum tv_err
+tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
+                    struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
+                    struct tvm_calibration_use *use, struct tv_error *err,
+                    struct tvm_calibrated **out)
+{
+    (void)p;
+    (void)sink;
+    (void)cache;
+    (void)hooks;
+    (void)use;
+    (void)err;
+    *out = NULL;
+    return TV_OK;
+}
+
+void tvm_calibrated_free(struct tvm_calibrated *c)
+{
+    (void)c;
+}
+
+enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
+                                  const struct tvm_plan *p, size_t tensor,
+                                  struct tvm_cached *to, struct tv_error *err)
+{
+    (void)c;
+    (void)p;
+    (void)tensor;
+    (void)to;
+    (void)err;
+    return TV_OK;
+}

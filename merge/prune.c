@@ -1,0 +1,405 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * prune.c - see prune.h.
+ *
+ * Scores are t^2 w_j with a weight per input channel: 1, the diagonal of X^T X
+ * (removing t when nothing else moves costs t^2 H_jj / 2) or 1 / U_jj^2 (when
+ * the columns to its right may still make up for it). They are compared as fp32
+ * bit patterns, which order like them: two histograms give the exact k-th.
+ *
+ * SparseGPT (Frantar and Alistarh, arXiv 2301.00774) on T in place of the
+ * weights, and conjugate gradients on the kept values, are in kernels/layer.c.
+ * A Gram matrix that is not positive definite in fp32 gets ten times the
+ * damping, up to four times; then the layer is masked by the diagonal alone.
+ */
+#include "prune.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "select.h"
+#include "tv/alloc.h"
+#include "tv/layer.h"
+
+#define LADDER_MAX 4u /* times that damping is raised */
+#define HI_BUCKETS 65536u
+#define BLOCK_COLS 128u
+
+struct prune {
+    const struct tvm_trim_rule *rule;
+    float *t;
+    size_t rows, cols;
+    const struct tvm_stats *stats;
+    const struct tvm_prune_again *again;
+    double *weight;    /* [cols] of scores */
+    uint32_t *buckets; /* [HI_BUCKETS] */
+    float *h;          /* [cols, cols]: H or U */
+    float *work;
+};
+
+struct rect { /* entries that compete */
+    size_t row, rows, col, cols;
+};
+
+/* ---- memory -------------------------------------------------------------- */
+
+static bool corrects_by_obs(const struct tvm_trim_rule *r)
+{
+    return r->correct == TVM_CORRECT_OBS || r->correct == TVM_CORRECT_OBS_CG;
+}
+
+/* SparseGPT's loop chooses, but what it leaves is T's own values. */
+static bool masks_by_obs(const struct tvm_trim_rule *r)
+{
+    return !corrects_by_obs(r) && r->score == TVM_SCORE_CHOLESKY &&
+           r->compare == TVM_COMPARE_LOOP;
+}
+
+static uint64_t work_floats(const struct tvm_trim_rule *r, size_t rows,
+                            size_t cols)
+{
+    const bool obs = corrects_by_obs(r) || masks_by_obs(r);
+    /* Rows of T and marks of what is kept beside those of CG. */
+    const uint64_t cg = 2 * TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols);
+    const uint64_t most = obs ? tvk_obs_work(rows, cols) : 0;
+
+    if (r->correct < TVM_CORRECT_CG && !r->rescale && !masks_by_obs(r))
+        return most;
+    return most > cg ? most : cg;
+}
+
+uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
+                         size_t cols)
+{
+    uint64_t bytes =
+        cols * sizeof(double) + (uint64_t)HI_BUCKETS * sizeof(uint32_t);
+
+    if (tvm_rule_needs_gram(r) && tvk_layer_built())
+        bytes += ((uint64_t)cols * cols + work_floats(r, rows, cols)) *
+                 sizeof(float);
+    return bytes;
+}
+
+/* ---- masks --------------------------------------------------------------- */
+
+/* Not negative, so the bits order like the value; NaN above all. */
+static uint32_t score_bits(float t, double weight)
+{
+    const float score = (float)((double)t * (double)t * weight);
+    uint32_t bits = 0;
+
+    memcpy(&bits, &score, sizeof bits);
+    bits &= 0x7fffffffu;
+    /* What underflows still comes before nothing. */
+    return bits == 0 && t != 0.0f ? 1u : bits;
+}
+
+static uint32_t bits_at(const struct prune *p, size_t row, size_t col)
+{
+    return score_bits(p->t[row * p->cols + col], p->weight[col]);
+}
+
+/* Sets all but the k highest scores of a part to 0. */
+static void keep_highest(const struct prune *p, const struct rect *of,
+                         uint64_t k)
+{
+    const uint64_t n = (uint64_t)of->rows * of->cols;
+    const size_t row_end = of->row + of->rows;
+    const size_t col_end = of->col + of->cols;
+    uint64_t count = 0;
+    uint64_t left = k;
+
+    if (k >= n)
+        return;
+    memset(p->buckets, 0, HI_BUCKETS * sizeof *p->buckets);
+    for (size_t r = of->row; r < row_end; r++)
+        for (size_t c = of->col; c < col_end; c++)
+            p->buckets[bits_at(p, r, c) >> 16]++;
+    const uint32_t hi =
+        (uint32_t)tvm_hist_find(p->buckets, HI_BUCKETS, &left, &count);
+    memset(p->buckets, 0, HI_BUCKETS * sizeof *p->buckets);
+    for (size_t r = of->row; r < row_end; r++)
+        for (size_t c = of->col; c < col_end; c++) {
+            const uint32_t bits = bits_at(p, r, c);
+            if (bits >> 16 == hi)
+                p->buckets[bits & 0xffffu]++;
+        }
+    const uint32_t limit =
+        hi << 16 |
+        (uint32_t)tvm_hist_find(p->buckets, HI_BUCKETS, &left, &count);
+    for (size_t r = of->row; r < row_end; r++)
+        for (size_t c = of->col; c < col_end; c++) {
+            const uint32_t bits = bits_at(p, r, c);
+            if (bits > limit)
+                continue;
+            if (bits == limit && left > 0)
+                left--;
+            else
+                p->t[r * p->cols + c] = 0.0f;
+        }
+}
+
+/* n_kept of every group columns of a row. */
+static void keep_pattern(const struct prune *p)
+{
+    const size_t group = p->rule->group;
+    const unsigned n_pruned = p->rule->group - p->rule->n_kept;
+
+    for (size_t r = 0; r < p->rows; r++)
+        for (size_t c = 0; c < p->cols; c += group) {
+            const size_t n = p->cols - c < group ? p->cols - c : group;
+            const struct rect of = {r, 1, c, n};
+            uint32_t bits[64];
+            bool drop[64] = {false};
+            assert(n <= 64);
+            for (size_t i = 0; i < n; i++)
+                bits[i] = bits_at(p, of.row, c + i);
+            for (size_t i = 0; i < n; i++) {
+                unsigned n_less = 0;
+                for (size_t j = 0; j < n; j++)
+                    n_less +=
+                        bits[j] < bits[i] || (bits[j] == bits[i] && j > i);
+                drop[i] = n_less < n_pruned;
+            }
+            for (size_t i = 0; i < n; i++)
+                if (drop[i])
+                    p->t[r * p->cols + c + i] = 0.0f;
+        }
+}
+
+static uint64_t kept_count(double density, uint64_t n)
+{
+    const uint64_t k = (uint64_t)(density * (double)n);
+    return k > 0 ? k : 1;
+}
+
+static void mask(const struct prune *p)
+{
+    struct rect of = {0, p->rows, 0, p->cols};
+
+    if (p->rule->group > 0) {
+        keep_pattern(p);
+        return;
+    }
+    switch (p->rule->compare) {
+    case TVM_COMPARE_LAYER:
+        keep_highest(p, &of,
+                     kept_count(p->rule->density, (uint64_t)p->rows * p->cols));
+        break;
+    case TVM_COMPARE_ROW:
+        of.rows = 1;
+        for (; of.row < p->rows; of.row++)
+            keep_highest(p, &of, kept_count(p->rule->density, p->cols));
+        break;
+    case TVM_COMPARE_BLOCK:
+        for (; of.col < p->cols; of.col += BLOCK_COLS) {
+            of.cols =
+                p->cols - of.col < BLOCK_COLS ? p->cols - of.col : BLOCK_COLS;
+            keep_highest(
+                p, &of,
+                kept_count(p->rule->density, (uint64_t)p->rows * of.cols));
+        }
+        break;
+    case TVM_COMPARE_LOOP: /* without its factor */
+        keep_highest(p, &of,
+                     kept_count(p->rule->density, (uint64_t)p->rows * p->cols));
+        break;
+    }
+}
+
+/* ---- statistics ---------------------------------------------------------- */
+
+void tvm_gram_unpack(float *h, const float *gram, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        memcpy(h + i * n + i, gram, (n - i) * sizeof *h);
+        gram += n - i;
+    }
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < i; j++)
+            h[i * n + j] = h[j * n + i];
+}
+
+static double diagonal(const struct tvm_stats *s, size_t j)
+{
+    /* Row j of the triangle begins behind j rows of n, n - 1, ... entries. */
+    return s->diag ? s->diag[j] : (double)s->gram[j * s->n - j * (j - 1) / 2];
+}
+
+/* An input that was never seen weighs as much as the others do on average: its
+ * entries compete by magnitude, and rare features are not lost. */
+static void weigh_by_diagonal(const struct prune *p)
+{
+    double sum = 0;
+    size_t n_live = 0;
+
+    for (size_t j = 0; j < p->cols; j++) {
+        p->weight[j] = diagonal(p->stats, j);
+        if (p->weight[j] > 0) {
+            sum += p->weight[j];
+            n_live++;
+        }
+    }
+    for (size_t j = 0; j < p->cols; j++)
+        if (!(p->weight[j] > 0))
+            p->weight[j] = n_live > 0 ? sum / (double)n_live : 1.0;
+}
+
+/* p->h becomes U. Returns the damping that it took, 0 when none did. */
+static double factor(const struct prune *p)
+{
+    double damping = p->rule->damping;
+
+    for (unsigned i = 0; i <= LADDER_MAX; i++, damping *= 10.0) {
+        tvm_gram_unpack(p->h, p->stats->gram, p->cols);
+        (void)tvk_gram_damp(p->h, p->cols, damping);
+        if (tvk_gram_factor(p->h, p->cols) == 0)
+            return damping;
+    }
+    return 0;
+}
+
+/* ---- correction ---------------------------------------------------------- */
+
+/* T's own values where something is kept. */
+static void restore(const struct prune *p)
+{
+    float *const t = p->work;
+
+    for (size_t row = 0; row < p->rows; row += TVK_CG_ROWS) {
+        const size_t n =
+            p->rows - row < TVK_CG_ROWS ? p->rows - row : TVK_CG_ROWS;
+        float *const kept = p->t + row * p->cols;
+        p->again->rows(p->again->arg, row, n, t);
+        for (size_t i = 0; i < n * p->cols; i++)
+            kept[i] = kept[i] != 0.0f ? t[i] : 0.0f;
+    }
+}
+
+/* Rows [row, row + n) of T to work, marks of what is kept behind them. */
+static void refine(const struct prune *p)
+{
+    float *const t = p->work;
+    uint8_t *const keep = (uint8_t *)(t + TVK_CG_ROWS * p->cols);
+    float *const work = t + 2 * TVK_CG_ROWS * p->cols;
+
+    for (size_t row = 0; row < p->rows; row += TVK_CG_ROWS) {
+        const size_t n =
+            p->rows - row < TVK_CG_ROWS ? p->rows - row : TVK_CG_ROWS;
+        float *const kept = p->t + row * p->cols;
+        p->again->rows(p->again->arg, row, n, t);
+        for (size_t i = 0; i < n * p->cols; i++)
+            keep[i] = kept[i] != 0.0f;
+        tvk_cg_rows(kept, t, keep, p->h, n, p->cols, p->rule->cg_steps, work);
+    }
+}
+
+/* The factor for which what is kept comes nearest to T. */
+static void rescale(const struct prune *p)
+{
+    float *const t = p->work;
+    float *const work = t + 2 * TVK_CG_ROWS * p->cols;
+    double tt = 0, tp = 0, pp = 0;
+
+    for (size_t row = 0; row < p->rows; row += TVK_CG_ROWS) {
+        const size_t n =
+            p->rows - row < TVK_CG_ROWS ? p->rows - row : TVK_CG_ROWS;
+        p->again->rows(p->again->arg, row, n, t);
+        tvk_gram_product(t, p->t + row * p->cols, p->h, n, p->cols, &tt, &tp,
+                         &pp, work);
+    }
+    if (!(pp > 0.0) || !(tp > 0.0))
+        return;
+    const double g = tp / pp;
+    for (size_t i = 0; i < p->rows * p->cols; i++)
+        p->t[i] = (float)((double)p->t[i] * g);
+}
+
+static void prune_with_gram(const struct prune *p, struct tvm_pruned *out)
+{
+    const struct tvm_trim_rule *const r = p->rule;
+    const bool obs = corrects_by_obs(r) || masks_by_obs(r);
+
+    out->damping = r->damping;
+    if (obs || r->score == TVM_SCORE_CHOLESKY)
+        out->damping = factor(p);
+    if (out->damping == 0) {
+        out->uncorrected = true;
+        weigh_by_diagonal(p);
+        mask(p);
+        return;
+    }
+    if (obs) {
+        const struct tvk_obs how = {
+            .density = r->density,
+            .n_pruned = r->group > 0 ? r->group - r->n_kept : 0,
+            .group = r->group,
+        };
+        (void)tvk_obs_prune(p->t, p->h, p->rows, p->cols, &how, p->work);
+        if (masks_by_obs(r))
+            restore(p);
+    } else {
+        for (size_t j = 0; j < p->cols && r->score == TVM_SCORE_CHOLESKY; j++) {
+            const double u = (double)p->h[j * p->cols + j];
+            p->weight[j] = 1.0 / (u * u);
+        }
+        mask(p);
+    }
+    if (r->correct < TVM_CORRECT_CG && !r->rescale)
+        return;
+    tvm_gram_unpack(p->h, p->stats->gram, p->cols);
+    (void)tvk_gram_damp(p->h, p->cols, out->damping);
+    if (r->correct >= TVM_CORRECT_CG)
+        refine(p);
+    if (r->rescale)
+        rescale(p);
+}
+
+enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
+                      size_t cols, const struct tvm_stats *stats,
+                      const struct tvm_prune_again *again,
+                      struct tvm_pruned *out, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const bool gram = tvm_rule_needs_gram(r);
+    struct prune p = {.rule = r,
+                      .t = t,
+                      .rows = rows,
+                      .cols = cols,
+                      .stats = stats,
+                      .again = again};
+
+    *out = (struct tvm_pruned){.n_kept = 0};
+    assert(stats->n == cols && (!gram || stats->gram));
+    p.weight = tv_calloc(cols + 1, sizeof *p.weight);
+    p.buckets = tv_calloc(HI_BUCKETS, sizeof *p.buckets);
+    if (!p.weight || !p.buckets)
+        goto no_memory;
+    if (gram) {
+        p.h = tv_alloc_aligned(cols * cols * sizeof *p.h);
+        p.work = tv_alloc_aligned(
+            (size_t)work_floats(r, rows, cols) * sizeof *p.work + 64);
+        if (!p.h || !p.work)
+            goto no_memory;
+    }
+    for (size_t j = 0; j < cols; j++)
+        p.weight[j] = 1.0;
+    if (r->score == TVM_SCORE_DIAGONAL)
+        weigh_by_diagonal(&p);
+    if (gram)
+        prune_with_gram(&p, out);
+    else
+        mask(&p);
+    for (size_t i = 0; i < rows * cols; i++)
+        out->n_kept += t[i] != 0.0f;
+    goto out;
+no_memory:
+    rc = tv_error_set(err, TV_E_NOMEM, "out of memory for a layer [%zu, %zu]",
+                      rows, cols);
+out:
+    tv_free(p.work);
+    tv_free(p.h);
+    tv_free(p.buckets);
+    tv_free(p.weight);
+    return rc;
+}

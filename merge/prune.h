@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * prune.h - which entries of one layer's task vector are kept, and what becomes
+ * of them (private to merge/).
+ *
+ * T [rows, cols] as y = T x uses it, fp32, row-major; the inputs' statistics
+ * are the diagonal of X^T X or all of it. Pure functions of their arguments but
+ * for the heap; one thread. Of equal scores the entry with the lowest index is
+ * kept; entries that are 0 never are.
+ */
+#ifndef TVM_PRUNE_H
+#define TVM_PRUNE_H
+
+#include "method.h"
+#include "tv/error.h"
+
+struct tvm_stats { /* of one input; any positive factor is the same to all */
+    size_t n;
+    const double *diag; /* [n], or NULL: */
+    const float *gram;  /* [n (n + 1) / 2]: upper triangle, row by row */
+};
+
+/* Rows [row, row + n) of T once more, into dst [n, cols]. */
+struct tvm_prune_again {
+    void (*rows)(void *arg, size_t row, size_t n, float *dst);
+    void *arg;
+};
+
+struct tvm_pruned {
+    uint64_t n_kept;
+    double damping;   /* that it took; 0: none was asked for */
+    bool uncorrected; /* no damping was enough: a mask by the diagonal */
+};
+
+/* Bytes of heap that tvm_prune takes, T not counted. */
+uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
+                         size_t cols);
+/* t in: T; out: what is kept, else +0. NOMEM. */
+TV_NODISCARD enum tv_err
+tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows, size_t cols,
+          const struct tvm_stats *stats, const struct tvm_prune_again *again,
+          struct tvm_pruned *out, struct tv_error *err);
+/* The upper triangle as h [n, n], both triangles. */
+void tvm_gram_unpack(float *h, const float *gram, size_t n);
+
+#endif

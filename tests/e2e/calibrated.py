@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""calibrated.py BIN_DIR QUICKSTART
+
+Merges whose masks depend on the inputs of layers: counts of what is kept, the
+same bytes for threads, memory, cold and warm store, statistics kept or not,
+killed and repeated; a second run calibrates nothing; errors.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from common import check, finish, read_safetensors, run, run_json, temp
+
+BIN = os.path.abspath(sys.argv[1])
+MODELS = os.path.abspath(sys.argv[2])
+TVMERGE = os.path.join(BIN, "tvmerge")
+TVSTORE = os.path.join(BIN, "tvstore")
+TEXT = {m: os.path.join(MODELS, "text", f"{m}.calib.txt")
+        for m in ("code", "prose")}
+CAL = "calibration: {text: %s, samples: 4, context: 48}"
+
+
+def recipe(path, method, density, weight=1.0, extra="", donors=("code",),
+           calibrated=True):
+    lines = [f"merge_method: {method}", f"base_model: {MODELS}/base",
+             "models:"]
+    for d in donors:
+        lines += [f"- model: {MODELS}/ft-{d}",
+                  f"  parameters: {{weight: {weight}, density: {density}}}"]
+        if calibrated:
+            lines += ["  " + CAL % TEXT[d]]
+    lines += ["dtype: float32"] + ([f"parameters: {{{extra}}}"] if extra else [])
+    with open(path, "w") as f:
+        f.write("\n".join(lines) + "\n")
+    return path
+
+
+def values(path):
+    return {name: np.frombuffer(raw, np.float32).reshape(shape).astype(float)
+            if dtype == "F32" else
+            (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16)
+            .view(np.float32).reshape(shape).astype(float)
+            for name, (dtype, shape, raw) in read_safetensors(path).items()}
+
+
+def merge(r, out, *options, **kw):
+    return run_json(TVMERGE, "run", r, out, "--json", *options, **kw)
+
+
+def linear(name):
+    return ".layers." in name and "_proj." in name
+
+
+def kept(base, out):
+    return {n: out[n] != base[n] for n in out}
+
+
+def masks(where):
+    base = values(f"{MODELS}/base/model.safetensors")
+    ft = values(f"{MODELS}/ft-code/model.safetensors")
+    before = None
+    for density in (0.1, 0.4):
+        r = recipe(f"{where}/m.yml", "task_arithmetic", density,
+                   extra="sparsify: importance")
+        merge(r, f"{where}/m{density}")
+        out = values(f"{where}/m{density}/model.safetensors")
+        k = kept(base, out)
+        for n, mask in k.items():
+            if not linear(n):
+                check(np.array_equal(out[n], ft[n]), f"{n} is the fine-tune's")
+                continue
+            check(mask.sum() == int(density * mask.size),
+                  f"{n} at {density}: {mask.sum()} of {mask.size}")
+            check(np.array_equal(out[n][mask], ft[n][mask]), f"{n} unchanged")
+            check(before is None or not (before[n] & ~mask).any(),
+                  f"{n}: nested in density")
+        before = k
+    r = recipe(f"{where}/p.yml", "sparsegpt_linear", 1,
+               extra="pattern: 2:4, error_correction: obs+cg")
+    merge(r, f"{where}/p")
+    out = values(f"{where}/p/model.safetensors")
+    for n, mask in kept(base, out).items():
+        if linear(n):
+            groups = mask.reshape(-1, 4).sum(axis=1)
+            check((groups <= 2).all() and (groups == 2).mean() > 0.9,
+                  f"{n}: 2 of 4")
+
+
+def same_bytes(where):
+    for i, (method, extra) in enumerate((
+            ("ties", "sparsify: importance"),
+            ("sparsegpt_ties", ""),
+            ("dare_sparsegpt", "error_correction: cg, statistics: base"))):
+        r = recipe(f"{where}/r{i}.yml", method, 0.2, 0.5, extra,
+                   ("code", "prose"))
+        o = f"{where}/o{i}"
+        store = f"{where}/s{i}"
+        run(TVSTORE, "init", store, code=0)
+        first = merge(r, o, "--threads", "1")
+        want = first["digest"]
+        check(first["calibration"]["models"] > 0, f"{method}: calibrates")
+        cold = merge(r, o + "c", "--store", store, "--threads", "2",
+                     "--memory", "24MiB")
+        check(cold["digest"] == want, f"{method}: the same with a store")
+        warm = merge(r, o + "w", "--store", store)
+        use = warm["calibration"]
+        check(warm["digest"] == want and use["models"] == 0 and
+              use["masks_found"] == cold["calibration"]["masks_made"] > 0,
+              f"{method}: masks from the store {use}")
+        r = recipe(f"{where}/q{i}.yml", method, 0.2, 0.9, extra,
+                   ("code", "prose"))
+        other = merge(r, o + "v", "--store", store)
+        check(other["calibration"]["models"] == 0,
+              f"{method}: other weights, no calibration")
+        check(other["digest"] == merge(r, o + "x")["digest"],
+              f"{method}: other weights, the same bytes")
+
+
+def statistics(where):
+    store = f"{where}/ks"
+    run(TVSTORE, "init", store, code=0)
+    a = recipe(f"{where}/ka.yml", "sparsegpt_linear", 0.2)
+    b = recipe(f"{where}/kb.yml", "sparsegpt_linear", 0.3)
+    merge(a, f"{where}/ka", "--store", store, "--keep-statistics")
+    again = merge(b, f"{where}/kb", "--store", store)
+    check(again["calibration"]["models"] == 0 and
+          again["calibration"]["statistics_found"] > 0,
+          f"another density from kept statistics: {again['calibration']}")
+    check(again["digest"] == merge(b, f"{where}/kc")["digest"],
+          "and the same bytes")
+
+
+def killed(where):
+    r = recipe(f"{where}/kill.yml", "sparsegpt_ties", 0.3, 0.5, "",
+               ("code", "prose"))
+    want = merge(r, f"{where}/whole")["digest"]
+    store = f"{where}/kills"
+    run(TVSTORE, "init", store, code=0)
+    argv = [TVMERGE, "run", r, f"{where}/parts", "--store", store, "-q"]
+    for delay in (0.05, 0.15, 0.3):
+        p = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    done = merge(r, f"{where}/parts", "--store", store)
+    check(done["digest"] == want, "killed and repeated: the same bytes")
+    check(run(TVSTORE, "verify", store).returncode == 0, "the store is whole")
+
+
+def errors(where):
+    r = recipe(f"{where}/none.yml", "ties", 0.2, 0.5, "sparsify: importance",
+               ("code", "prose"), calibrated=False)
+    e = run(TVMERGE, "run", r, f"{where}/none", code=2)
+    check(e.stderr.count("no calibration text for") == 2 and
+          "--text" in e.stderr, f"both models are named: {e.stderr}")
+    check(not os.path.exists(f"{where}/none"), "nothing written")
+    texts = [x for d in ("code", "prose")
+             for x in ("--text", f"ft-{d}={TEXT[d]}")]
+    run(TVMERGE, "plan", r, *texts, code=0)
+    e = run(TVMERGE, "plan", r, *texts, "--text", "nobody=x", code=2)
+    check("no model 'nobody'" in e.stderr, e.stderr)
+    e = run(TVMERGE, "plan", r, *texts[:2], "--text", "ft-prose=missing.txt",
+            code=4)
+    check("missing.txt" in e.stderr, e.stderr)
+    e = run(TVMERGE, "plan", r, *texts, "--memory", "16MiB", code=5)
+    check("--memory" in e.stderr, e.stderr)
+    e = run(TVMERGE, "plan", r, *texts, "--compat", "mergekit", code=4)
+    for bad, what in (("error_correction: obs", "sparsify: sparsegpt"),
+                      ("sparsify: importanc", "did you mean 'importance'"),
+                      ("damping: 0", "damping")):
+        r = recipe(f"{where}/bad.yml", "ties", 0.2, 0.5,
+                   bad if bad[0] == "s" else "sparsify: importance, " + bad)
+        e = run(TVMERGE, "plan", r, code=2)
+        check(what in e.stderr, f"{bad}: {e.stderr}")
+
+
+def main():
+    where = temp()
+    errors(where)
+    masks(where)
+    same_bytes(where)
+    statistics(where)
+    killed(where)
+    finish("calibrated")
+
+
+main()
