@@ -11,7 +11,7 @@
 
 static const struct tvc_command *const commands[] = {
     &tvc_cmd_run,     &tvc_cmd_plan,    &tvc_cmd_status,
-    &tvc_cmd_methods, &tvc_cmd_extract,
+    &tvc_cmd_methods, &tvc_cmd_extract, &tvc_cmd_layers,
 #ifdef TVC_HAVE_EVAL
     &tvc_cmd_compare,
 #endif

@@ -158,7 +158,7 @@ static error_t option_lora_dtype(struct tvc *c, const char *arg)
                    arg);
 }
 
-static error_t option_text(struct tvc *c, const char *arg)
+error_t tvc_option_text(struct tvc *c, const char *arg)
 {
     struct tvc_merge_opts *o = c->opt;
     const char *const at = strchr(arg, '=');
@@ -279,7 +279,7 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
     case KEY_LOCK_TIMEOUT:
         return tvc_parse_ms(c, "--lock-timeout", arg, &m->lock_timeout_ms);
     case KEY_TEXT:
-        return option_text(c, arg);
+        return tvc_option_text(c, arg);
     case KEY_COMPAT:
         return option_compat(c, arg);
     case KEY_LORA_DTYPE:

@@ -10,7 +10,7 @@
 #include "tv/merge.h"
 
 extern const struct tvc_command tvc_cmd_run, tvc_cmd_plan, tvc_cmd_status,
-    tvc_cmd_methods, tvc_cmd_extract, tvc_cmd_compare;
+    tvc_cmd_methods, tvc_cmd_extract, tvc_cmd_layers, tvc_cmd_compare;
 
 struct tvc_merge_opts {
     struct tvm_options options; /* store and kernels are set by _prepare */
@@ -31,6 +31,8 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg);
  * the caller (options.store). */
 TV_NODISCARD enum tv_err tvc_merge_prepare(struct tvc *c, bool planning);
 
+/* --text NAME=FILE */
+error_t tvc_option_text(struct tvc *c, const char *arg);
 void tvc_merge_opts_free(struct tvc_merge_opts *o);
 
 /* The recipe and plan of a command line, with everything found wrong. */

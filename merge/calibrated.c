@@ -26,6 +26,7 @@
 
 #include <sys/mman.h>
 
+#include "calibrated_parts.h"
 #include "prune.h"
 #include "source.h"
 #include "tv/alloc.h"
@@ -70,15 +71,6 @@ struct work { /* of one group */
     const char *ref;
 };
 
-struct layer { /* one entry at work */
-    const struct tvm_plan *p;
-    const struct tvm_tensor *t;
-    const struct tvk_table *k;
-    struct tvm_reader base, donor;
-    float *l_scratch, *block; /* [2][TVM_BLOCK] */
-    size_t rows, cols;        /* outputs, inputs */
-};
-
 static double now(void)
 {
     struct timespec ts;
@@ -109,7 +101,7 @@ static bool rule_of(const struct tvm_tensor *t, size_t source,
            rule->calibrated;
 }
 
-static void shape_of(const struct tvm_tensor *t, size_t *rows, size_t *cols)
+void tvm_layer_shape(const struct tvm_tensor *t, size_t *rows, size_t *cols)
 {
     *rows = (size_t)t->shape[t->in_first ? 1 : 0];
     *cols = (size_t)t->shape[t->in_first ? 0 : 1];
@@ -162,7 +154,7 @@ static uint64_t entry_bytes(const struct tvm_tensor *t,
     size_t rows = 0;
     size_t cols = 0;
 
-    shape_of(t, &rows, &cols);
+    tvm_layer_shape(t, &rows, &cols);
     uint64_t bytes = t->n_elems * sizeof(float) + t->n_elems / 8 +
                      tvm_prune_bytes(r, rows, cols) +
                      2 * TVM_BLOCK * sizeof(float);
@@ -181,7 +173,7 @@ static uint64_t stat_bytes(const struct tvm_tensor *t,
     size_t rows = 0;
     size_t cols = 0;
 
-    shape_of(t, &rows, &cols);
+    tvm_layer_shape(t, &rows, &cols);
     return tvm_rule_needs_gram(r) ? (uint64_t)cols * (cols + 1) / 2 * 12
                                   : cols * sizeof(double);
 }
@@ -311,7 +303,7 @@ static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
 /* ---- one layer ----------------------------------------------------------- */
 
 /* fp32 differences of n stored elements from start, into dst. */
-static void read_delta(const struct layer *l, uint64_t start, size_t n,
+static void read_delta(const struct tvm_layer *l, uint64_t start, size_t n,
                        float *dst)
 {
     for (size_t done = 0; done < n; done += TVM_BLOCK) {
@@ -327,9 +319,9 @@ static void read_delta(const struct layer *l, uint64_t start, size_t n,
 }
 
 /* Rows [row, row + n) of T [out, in]. */
-static void read_rows(void *arg, size_t row, size_t n, float *dst)
+void tvm_layer_rows(void *arg, size_t row, size_t n, float *dst)
 {
-    struct layer *const l = arg;
+    struct tvm_layer *const l = arg;
     float some[TVM_BLOCK];
 
     if (!l->t->in_first) {
@@ -347,14 +339,15 @@ static void read_rows(void *arg, size_t row, size_t n, float *dst)
 }
 
 /* Of element i as it is stored. */
-static float pruned_at(const struct layer *l, const float *t, uint64_t i)
+static float pruned_at(const struct tvm_layer *l, const float *t, uint64_t i)
 {
     if (!l->t->in_first)
         return t[i];
     return t[(size_t)(i % l->rows) * l->cols + (size_t)(i / l->rows)];
 }
 
-static void take_words(const struct layer *l, const float *t, uint64_t *words)
+static void take_words(const struct tvm_layer *l, const float *t,
+                       uint64_t *words)
 {
     for (uint64_t i = 0; i < l->t->n_elems; i++)
         if (pruned_at(l, t, i) != 0.0f)
@@ -362,7 +355,7 @@ static void take_words(const struct layer *l, const float *t, uint64_t *words)
 }
 
 /* The donor that has these differences; packed, in stored order. */
-static void take_values(const struct layer *l, const float *t,
+static void take_values(const struct tvm_layer *l, const float *t,
                         const uint64_t *words, float *values, uint64_t *before)
 {
     uint64_t at = 0;
@@ -380,30 +373,30 @@ static void take_values(const struct layer *l, const float *t,
     before[(l->t->n_elems + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK] = at;
 }
 
-static enum tv_err open_layer(struct layer *l, const struct tvm_plan *p,
-                              const struct entry *e, struct tv_error *err)
+enum tv_err tvm_layer_open(struct tvm_layer *l, const struct tvm_plan *p,
+                           const struct tvm_tensor *t, size_t source,
+                           struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_tensor *t = &p->tensors[e->tensor];
     const bool verify = p->options.verify_reads;
-    size_t floats = tvm_source_l_floats(t, e->source);
+    size_t floats = tvm_source_l_floats(t, source);
 
-    *l = (struct layer){.p = p, .t = t};
+    *l = (struct tvm_layer){.p = p, .t = t};
     l->k = p->options.kernels ? p->options.kernels : tvk_table_best();
     if (tvm_source_l_floats(t, (size_t)t->base) > floats)
         floats = tvm_source_l_floats(t, (size_t)t->base);
-    shape_of(t, &l->rows, &l->cols);
+    tvm_layer_shape(t, &l->rows, &l->cols);
     l->block = tv_alloc_aligned((2 * TVM_BLOCK + floats + 16) * sizeof(float));
     if (!l->block)
         return tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
     l->l_scratch = l->block + 2 * TVM_BLOCK;
     TV_TRY(tvm_reader_open(&l->base, p, t, (size_t)t->base, l->k, verify, err));
-    TV_TRY(tvm_reader_open(&l->donor, p, t, e->source, l->k, verify, err));
+    TV_TRY(tvm_reader_open(&l->donor, p, t, source, l->k, verify, err));
 out:
     return rc;
 }
 
-static void close_layer(struct layer *l)
+void tvm_layer_close(struct tvm_layer *l)
 {
     tvm_reader_close(&l->donor);
     tvm_reader_close(&l->base);
@@ -458,14 +451,14 @@ static enum tv_err make(struct work *w, struct entry *e,
     const uint64_t n_words = (t->n_elems + 63) / 64;
     const uint64_t n_blocks =
         (t->n_elems + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK;
-    struct layer l;
+    struct tvm_layer l;
     struct tvm_pruned got;
     float *delta = NULL;
     float *values = NULL;
     uint64_t *words = NULL;
     uint64_t *before = NULL;
 
-    TV_TRY(open_layer(&l, w->p, e, err));
+    TV_TRY(tvm_layer_open(&l, w->p, t, e->source, err));
     if (stats->n != l.cols) {
         rc = tv_error_set(err, TV_E_INTERNAL,
                           "%s: statistics of %zu inputs for %zu columns",
@@ -480,8 +473,8 @@ static enum tv_err make(struct work *w, struct entry *e,
         TV_TRY(tvm_reader_verify(&l.base, 0, l.base.view.bytes, err));
         TV_TRY(tvm_reader_verify(&l.donor, 0, l.donor.view.bytes, err));
     }
-    const struct tvm_prune_again again = {read_rows, &l};
-    read_rows(&l, 0, l.rows, delta);
+    const struct tvm_prune_again again = {tvm_layer_rows, &l};
+    tvm_layer_rows(&l, 0, l.rows, delta);
     TV_TRY(
         tvm_prune(&e->rule, delta, l.rows, l.cols, stats, &again, &got, err));
     note(w, e, &got);
@@ -504,7 +497,7 @@ out:
     tv_free(values);
     tv_free(words);
     tv_free(delta);
-    close_layer(&l);
+    tvm_layer_close(&l);
     return rc;
 }
 
@@ -582,11 +575,12 @@ out:
     return rc;
 }
 
-static enum tv_err make_samples(const struct work *w, const tve_model *m,
-                                struct tve_samples *out, struct tv_error *err)
+enum tv_err tvm_layer_samples(const struct tvm_plan *p, size_t model,
+                              const tve_model *m,
+                              const struct tvm_calibration *cal,
+                              struct tve_samples *out, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_calibration *cal = w->p->inputs[w->owner].calibration;
     struct tve_sampling how = {.samples = (size_t)cal->samples,
                                .context = (size_t)cal->context,
                                .positions = tve_model_positions(m),
@@ -595,12 +589,12 @@ static enum tv_err make_samples(const struct work *w, const tve_model *m,
     struct tve_ids *ids = NULL;
 
     if (cal->random) {
-        TV_TRY(tve_bos_of(w->p->inputs[w->model].input, &how.bos, err));
-        rc = tve_samples_random(tve_model_vocab(m), w->p->options.seed, &how,
-                                err, out);
+        TV_TRY(tve_bos_of(p->inputs[model].input, &how.bos, err));
+        rc = tve_samples_random(tve_model_vocab(m), p->options.seed, &how, err,
+                                out);
         goto out;
     }
-    TV_TRY(find_tokenizer(w->p, w->model, &how.bos, &tokenizer, err));
+    TV_TRY(find_tokenizer(p, model, &how.bos, &tokenizer, err));
     ids = tv_calloc(cal->n_texts + 1, sizeof *ids);
     if (!ids) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -610,7 +604,7 @@ static enum tv_err make_samples(const struct work *w, const tve_model *m,
     TV_TRY(tve_samples_text(ids, cal->n_texts, &how, err, out));
 out:
     if (rc != TV_OK)
-        tv_error_context(err, "calibration of '%s'", w->ref);
+        tv_error_context(err, "calibration of '%s'", p->inputs[model].ref);
     for (size_t i = 0; ids && i < cal->n_texts; i++)
         tve_ids_free(&ids[i]);
     tv_free(ids);
@@ -620,9 +614,9 @@ out:
 
 /* ---- running a model ----------------------------------------------------- */
 
-static enum tv_err open_model(const struct tvm_plan *p, size_t input,
-                              uint64_t memory, struct tv_error *err,
-                              tve_model **out)
+enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,
+                            uint64_t memory, struct tv_error *err,
+                            tve_model **out)
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan_input *in = &p->inputs[input];
@@ -663,7 +657,7 @@ enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
                                  struct tv_error *err)
 {
     tve_model *m = NULL;
-    const enum tv_err rc = open_model(p, input, MODEL_LEAST, err, &m);
+    const enum tv_err rc = tvm_layer_model(p, input, MODEL_LEAST, err, &m);
 
     tve_model_close(m);
     return rc;
@@ -745,8 +739,10 @@ static enum tv_err run_group(struct work *w, struct tv_error *err)
     if (p->options.keep_statistics && !w->sink->busy &&
         tvm_cache_hold(w->cache, true))
         opt.keep = TVE_KEEP_IF_ROOM;
-    TV_TRY(open_model(p, w->model, p->options.memory_bytes - most, err, &m));
-    TV_TRY(make_samples(w, m, &samples, err));
+    TV_TRY(
+        tvm_layer_model(p, w->model, p->options.memory_bytes - most, err, &m));
+    TV_TRY(tvm_layer_samples(p, w->model, m, p->inputs[w->owner].calibration,
+                             &samples, err));
     TV_TRY(tve_calibration_open(m, &samples, &opt, err, &c));
     TV_TRY(mark_wanted(w, c, &want, err));
     const struct tve_progress progress = {on_step, w,

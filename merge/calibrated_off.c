@@ -83,3 +83,18 @@ enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
     (void)err;
     return TV_OK;
 }
+
+enum tv_err tvm_layers(const struct tvm_plan *p,
+                       const struct tvm_layers_options *o,
+                       const struct tvm_run_hooks *hooks, tvm_layer_fn fn,
+                       void *arg, struct tv_error *err)
+{
+    (void)p;
+    (void)o;
+    (void)hooks;
+    (void)fn;
+    (void)arg;
+    return tv_error_set(err, TV_E_UNSUPPORTED,
+                        "calibration is not built in: it needs OpenBLAS, PCRE2 "
+                        "and utf8proc");
+}

@@ -78,7 +78,9 @@ struct tvm_trim_rule {
     enum tvm_compare compare;
     unsigned n_kept, group; /* n:m patterns; 0: none */
     enum tvm_correct correct;
-    bool rescale; /* by the least-squares factor */
+    bool rescale;      /* by the least-squares factor */
+    bool as_sparsegpt; /* counts and ties: n - floor(n (1 - density)) are kept,
+                        * of equal ones the last */
     double damping;
     unsigned cg_steps;
     enum tvm_inputs_of inputs;

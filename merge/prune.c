@@ -15,6 +15,7 @@
 #include "prune.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 #include "select.h"
@@ -127,15 +128,18 @@ static void keep_highest(const struct prune *p, const struct rect *of,
     const uint32_t limit =
         hi << 16 |
         (uint32_t)tvm_hist_find(p->buckets, HI_BUCKETS, &left, &count);
+    uint64_t skip = p->rule->as_sparsegpt ? count - left : 0;
     for (size_t r = of->row; r < row_end; r++)
         for (size_t c = of->col; c < col_end; c++) {
             const uint32_t bits = bits_at(p, r, c);
             if (bits > limit)
                 continue;
-            if (bits == limit && left > 0)
+            if (bits == limit && skip == 0 && left > 0) {
                 left--;
-            else
-                p->t[r * p->cols + c] = 0.0f;
+                continue;
+            }
+            skip -= bits == limit && skip > 0;
+            p->t[r * p->cols + c] = 0.0f;
         }
 }
 
@@ -167,8 +171,11 @@ static void keep_pattern(const struct prune *p)
         }
 }
 
-static uint64_t kept_count(double density, uint64_t n)
+static uint64_t kept_count(const struct prune *p, uint64_t n)
 {
+    const double density = p->rule->density;
+    if (p->rule->as_sparsegpt)
+        return n - (uint64_t)floor((double)n * (1.0 - density));
     const uint64_t k = (uint64_t)(density * (double)n);
     return k > 0 ? k : 1;
 }
@@ -183,26 +190,22 @@ static void mask(const struct prune *p)
     }
     switch (p->rule->compare) {
     case TVM_COMPARE_LAYER:
-        keep_highest(p, &of,
-                     kept_count(p->rule->density, (uint64_t)p->rows * p->cols));
+        keep_highest(p, &of, kept_count(p, (uint64_t)p->rows * p->cols));
         break;
     case TVM_COMPARE_ROW:
         of.rows = 1;
         for (; of.row < p->rows; of.row++)
-            keep_highest(p, &of, kept_count(p->rule->density, p->cols));
+            keep_highest(p, &of, kept_count(p, p->cols));
         break;
     case TVM_COMPARE_BLOCK:
         for (; of.col < p->cols; of.col += BLOCK_COLS) {
             of.cols =
                 p->cols - of.col < BLOCK_COLS ? p->cols - of.col : BLOCK_COLS;
-            keep_highest(
-                p, &of,
-                kept_count(p->rule->density, (uint64_t)p->rows * of.cols));
+            keep_highest(p, &of, kept_count(p, (uint64_t)p->rows * of.cols));
         }
         break;
     case TVM_COMPARE_LOOP: /* without its factor */
-        keep_highest(p, &of,
-                     kept_count(p->rule->density, (uint64_t)p->rows * p->cols));
+        keep_highest(p, &of, kept_count(p, (uint64_t)p->rows * p->cols));
         break;
     }
 }

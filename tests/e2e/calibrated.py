@@ -152,6 +152,31 @@ def killed(where):
     check(run(TVSTORE, "verify", store).returncode == 0, "the store is whole")
 
 
+def layers(where):
+    r = recipe(f"{where}/l.yml", "ties", 0.2)
+    doc = run_json(TVMERGE, "layers", r, "--densities", "0.1,0.5", "--layer",
+                   "model.layers.1.", "--other-text", TEXT["prose"], "--json")
+    check(doc["schema"] == "tvmerge.layers/1", "schema")
+    seen = {}
+    for e in doc["layers"]:
+        seen[e["name"], e["density"], e["method"]] = e
+        check(e["name"].startswith("model.layers.1.") and e["error"] > 0 and
+              e["error_other_text"] > 0 and 0 < e["relative"] < 1.5 and
+              e["donor"].endswith("ft-code"), f"{e}")
+    check(len(seen) == len(doc["layers"]) == 7 * 2 * 8, "every combination")
+    for (name, density, method), e in seen.items():
+        other = seen[name, density, "importance"]
+        if method in ("cg", "obs", "obs+cg"):
+            check(e["error"] < other["error"], f"{name} {density} {method}")
+        if method == "random":
+            check(e["error"] > other["error"], f"{name} {density} random")
+    e = run(TVMERGE, "layers", r, "--densities", "2", code=2)
+    check("--densities" in e.stderr, e.stderr)
+    r = recipe(f"{where}/ln.yml", "task_arithmetic", 0.2, calibrated=False)
+    e = run(TVMERGE, "layers", r, code=2)
+    check("no calibration text" in e.stderr, e.stderr)
+
+
 def errors(where):
     r = recipe(f"{where}/none.yml", "ties", 0.2, 0.5, "sparsify: importance",
                ("code", "prose"), calibrated=False)
@@ -182,6 +207,7 @@ def errors(where):
 def main():
     where = temp()
     errors(where)
+    layers(where)
     masks(where)
     same_bytes(where)
     statistics(where)

@@ -326,6 +326,35 @@ TV_NODISCARD enum tv_err tvm_run(struct tvm_plan *p,
                                  struct tvm_result *result,
                                  struct tv_error *err);
 
+/* ---- layers -----------------------------------------------------------------
+ * What each way to prune costs a layer: ||X (T - P)^T||_F^2 over the inputs X
+ * of its calibration text, and of another text that chose nothing. */
+struct tvm_layers_options {
+    const double *densities; /* [n_densities] */
+    size_t n_densities;
+    const char *prefix; /* tensors whose names begin so; NULL: all */
+    const char *other;  /* file; NULL: none */
+};
+struct tvm_layer_error {
+    const char *name, *donor, *method; /* magnitude, random, importance, obs,
+                                        * cg, obs+cg; sparsegpt: the mask of
+                                        * obs; cholesky: t^2 / U_jj^2 */
+    double density, error, relative;   /* relative to ||X T^T||_F^2 */
+    bool has_other;
+    double error_other;
+    uint64_t kept;
+    double damping; /* that it took; 0: none needed */
+};
+typedef void (*tvm_layer_fn)(void *arg, const struct tvm_layer_error *one);
+/* Calls fn for every layer, donor, density and method, in the order of layers
+ * of one donor after the other. Nothing is written. USAGE when a donor has no
+ * calibration text, BUDGET. */
+TV_NODISCARD enum tv_err tvm_layers(const struct tvm_plan *p,
+                                    const struct tvm_layers_options *o,
+                                    const struct tvm_run_hooks *hooks,
+                                    tvm_layer_fn fn, void *arg,
+                                    struct tv_error *err);
+
 struct tvm_status {
     enum { TVM_ABSENT = 0, TVM_UNFINISHED = 1, TVM_FINISHED = 2 } state;
     size_t n_done, n_tensors;

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * calibrated_parts.h - what making masks (calibrated.c) and measuring them
+ * (layers.c) share: task vectors of one layer, windows of text, models that
+ * run (private to these two files).
+ */
+#ifndef TVM_CALIBRATED_PARTS_H
+#define TVM_CALIBRATED_PARTS_H
+
+#include "source.h"
+#include "tv/calibrate.h"
+#include "tv/eval.h"
+#include "tv/merge.h"
+
+struct tvm_layer { /* task vector of a source, read when asked for */
+    const struct tvm_plan *p;
+    const struct tvm_tensor *t;
+    const struct tvk_table *k;
+    struct tvm_reader base, donor;
+    float *l_scratch, *block; /* [2][TVM_BLOCK] */
+    size_t rows, cols;        /* outputs, inputs */
+};
+
+/* Outputs and inputs of a linear layer. */
+void tvm_layer_shape(const struct tvm_tensor *t, size_t *rows, size_t *cols);
+/* Closed by tvm_layer_close whatever the result. */
+TV_NODISCARD enum tv_err tvm_layer_open(struct tvm_layer *l,
+                                        const struct tvm_plan *p,
+                                        const struct tvm_tensor *t,
+                                        size_t source, struct tv_error *err);
+void tvm_layer_close(struct tvm_layer *l);
+/* arg: a struct tvm_layer. Rows [row, row + n) of T [out, in] into dst. */
+void tvm_layer_rows(void *arg, size_t row, size_t n, float *dst);
+
+/* A model of the plan with its adapters. */
+TV_NODISCARD enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,
+                                         uint64_t memory, struct tv_error *err,
+                                         tve_model **out);
+/* Windows of a calibration text for it. */
+TV_NODISCARD enum tv_err tvm_layer_samples(const struct tvm_plan *p,
+                                           size_t model, const tve_model *m,
+                                           const struct tvm_calibration *cal,
+                                           struct tve_samples *out,
+                                           struct tv_error *err);
+#endif

@@ -1,0 +1,495 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * layers.c - what each way to prune costs each layer (tvm_layers).
+ *
+ * Per model that runs: first over the other text, whose X^T X goes into a
+ * scratch file without a name; then over the calibration text, where each layer
+ * is pruned in every way and the errors under both matrices are taken. The
+ * error is tr(D H D^T) with D = T - P and H = X^T X, undamped.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <sys/mman.h>
+
+#include "calibrated.h"
+#include "calibrated_parts.h"
+#include "prune.h"
+#include "tv/alloc.h"
+#include "tv/checked.h"
+#include "tv/hash.h"
+#include "tv/layer.h"
+#include "tv/sys.h"
+#include "tv/text.h"
+
+#define MODEL_LEAST ((uint64_t)32 << 20)
+
+struct way {
+    const char *name;
+    bool random;
+    struct tvm_trim_rule rule; /* density is filled in */
+};
+
+/* What an option of the recipe may be called in each. */
+static const struct way ways[] = {
+    {"magnitude", false, {.calibrated = true, .score = TVM_SCORE_MAGNITUDE}},
+    {"random", true, {.calibrated = true}},
+    {"importance", false, {.calibrated = true, .score = TVM_SCORE_DIAGONAL}},
+    {"cholesky",
+     false,
+     {.calibrated = true,
+      .score = TVM_SCORE_CHOLESKY,
+      .compare = TVM_COMPARE_LAYER}},
+    {"sparsegpt",
+     false,
+     {.calibrated = true,
+      .score = TVM_SCORE_CHOLESKY,
+      .compare = TVM_COMPARE_LOOP}},
+    {"obs",
+     false,
+     {.calibrated = true,
+      .score = TVM_SCORE_CHOLESKY,
+      .correct = TVM_CORRECT_OBS}},
+    {"cg",
+     false,
+     {.calibrated = true,
+      .score = TVM_SCORE_DIAGONAL,
+      .correct = TVM_CORRECT_CG}},
+    {"obs+cg",
+     false,
+     {.calibrated = true,
+      .score = TVM_SCORE_CHOLESKY,
+      .correct = TVM_CORRECT_OBS_CG}},
+};
+#define N_WAYS (sizeof ways / sizeof *ways)
+
+struct scan {
+    const struct tvm_plan *p;
+    const struct tvm_layers_options *o;
+    const struct tvm_run_hooks *hooks;
+    tvm_layer_fn fn;
+    void *arg;
+    size_t donor, model; /* inputs */
+    const char *ref;
+    bool other; /* the pass over the other text */
+    const tve_calibration *c;
+    uint64_t *at; /* [inputs]: in the file; UINT64_MAX: not there */
+    int fd;
+    uint64_t used;
+    const unsigned char *map;
+};
+
+static double setting(const struct tvm_tensor *t, const char *name,
+                      double fallback)
+{
+    for (size_t i = 0; i < t->method->n_params; i++)
+        if (strcmp(t->method->params[i].name, name) == 0)
+            return t->shared_set[i] ? t->shared[i] : fallback;
+    return fallback;
+}
+
+static bool is_measured(const struct scan *s, const struct tvm_tensor *t)
+{
+    return t->has_inputs && t->base >= 0 && t->n_elems > 0 &&
+           (!s->o->prefix ||
+            strncmp(t->name, s->o->prefix, strlen(s->o->prefix)) == 0);
+}
+
+static size_t model_of(const struct tvm_tensor *t, size_t source)
+{
+    const bool base = setting(t, "statistics", 0) == (double)TVM_INPUTS_BASE;
+    return t->sources[base ? (size_t)t->base : source].input;
+}
+
+static const char *weight_of(const struct scan *s, const struct tvm_tensor *t,
+                             size_t source)
+{
+    const bool own = t->sources[source].input == s->model;
+    return t->sources[own ? source : (size_t)t->base].tensor->name;
+}
+
+/* The next source of this pass at or behind (*i, *k). */
+static bool next(const struct scan *s, size_t *i, size_t *k)
+{
+    for (; *i < s->p->n_tensors; (*i)++, *k = 0) {
+        const struct tvm_tensor *t = &s->p->tensors[*i];
+        for (; is_measured(s, t) && *k < t->n_sources; (*k)++)
+            if ((int)*k != t->base && t->sources[*k].input == s->donor &&
+                model_of(t, *k) == s->model)
+                return true;
+    }
+    return false;
+}
+
+/* ---- errors -------------------------------------------------------------- */
+
+struct measured {
+    struct tvm_layer *l;
+    float *t, *p, *d, *work; /* T, P [rows, cols]; rows of D */
+    const float *gram, *other;
+    float *h;
+};
+
+/* tr(D H D^T), D = T - P, or T for p NULL. */
+static double error_under(const struct measured *m, const float *gram,
+                          const float *p)
+{
+    const size_t cols = m->l->cols;
+    double dd = 0, unused = 0;
+
+    tvm_gram_unpack(m->h, gram, cols);
+    for (size_t row = 0; row < m->l->rows; row += TVK_CG_ROWS) {
+        const size_t left = m->l->rows - row;
+        const size_t n = left < TVK_CG_ROWS ? left : TVK_CG_ROWS;
+        const float *t = m->t + row * cols;
+        for (size_t i = 0; i < n * cols; i++)
+            m->d[i] = p ? t[i] - p[row * cols + i] : t[i];
+        tvk_gram_product(m->d, m->d, m->h, n, cols, &dd, &unused, &unused,
+                         m->work);
+    }
+    return dd;
+}
+
+/* The mask that DARE draws, without its factor. */
+static uint64_t thin(const struct scan *s, const struct measured *m,
+                     size_t source, double density)
+{
+    const struct tvm_tensor *t = m->l->t;
+    unsigned char bytes[12];
+    uint64_t words[TVM_BLOCK / 64];
+    uint64_t kept = 0;
+
+    tv_put_le64(bytes, s->p->options.seed);
+    tv_put_le32(bytes + 8, (uint32_t)t->sources[source].position);
+    const uint64_t key = tv_hash64(bytes, sizeof bytes);
+    for (uint64_t from = 0; from < t->n_elems; from += TVM_BLOCK) {
+        const uint64_t left = t->n_elems - from;
+        const size_t n = left < TVM_BLOCK ? (size_t)left : TVM_BLOCK;
+        (void)m->l->k->philox_mask(words, from, key, t->name_hash,
+                                   (uint64_t)(density * 4294967296.0 + 0.5), n);
+        for (size_t i = 0; i < n; i++) {
+            const uint64_t e = from + i;
+            const size_t at = t->in_first
+                                  ? (size_t)(e % m->l->rows) * m->l->cols +
+                                        (size_t)(e / m->l->rows)
+                                  : (size_t)e;
+            const bool keep = words[i / 64] >> (i % 64) & 1u;
+            m->p[at] = keep ? m->t[at] : 0.0f;
+            kept += m->p[at] != 0.0f;
+        }
+    }
+    return kept;
+}
+
+static enum tv_err measure_way(const struct scan *s, const struct measured *m,
+                               size_t source, const struct way *way,
+                               double density, double whole,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_tensor *t = m->l->t;
+    const size_t n = m->l->rows * m->l->cols;
+    const struct tvm_stats stats = {.n = m->l->cols, .gram = m->gram};
+    const struct tvm_prune_again again = {tvm_layer_rows, m->l};
+    struct tvm_trim_rule rule = way->rule;
+    struct tvm_pruned got = {.n_kept = 0};
+    struct tvm_layer_error e = {.name = t->name,
+                                .donor = s->p->inputs[s->donor].ref,
+                                .method = way->name,
+                                .density = density};
+
+    rule.density = density;
+    rule.as_sparsegpt = true; /* so that all keep as much as the loop */
+    rule.damping = setting(t, "damping", 0.01);
+    rule.cg_steps = (unsigned)setting(t, "cg_steps", 3);
+    if (density >= 1.0) {
+        memcpy(m->p, m->t, n * sizeof *m->p);
+        for (size_t i = 0; i < n; i++)
+            got.n_kept += m->t[i] != 0.0f;
+    } else if (way->random) {
+        got.n_kept = thin(s, m, source, density);
+    } else {
+        memcpy(m->p, m->t, n * sizeof *m->p);
+        TV_TRY(tvm_prune(&rule, m->p, m->l->rows, m->l->cols, &stats, &again,
+                         &got, err));
+    }
+    e.kept = got.n_kept;
+    e.damping = got.damping > rule.damping ? got.damping : 0;
+    e.error = error_under(m, m->gram, m->p);
+    e.relative = whole > 0 ? e.error / whole : 0;
+    e.has_other = m->other != NULL;
+    if (m->other)
+        e.error_other = error_under(m, m->other, m->p);
+    s->fn(s->arg, &e);
+out:
+    return rc;
+}
+
+static uint64_t layer_bytes(const struct tvm_tensor *t)
+{
+    size_t rows = 0;
+    size_t cols = 0;
+    uint64_t most = 0;
+
+    tvm_layer_shape(t, &rows, &cols);
+    for (size_t i = 0; i < N_WAYS; i++) {
+        const uint64_t b = tvm_prune_bytes(&ways[i].rule, rows, cols);
+        most = b > most ? b : most;
+    }
+    return most + (2 * t->n_elems + (uint64_t)cols * cols +
+                   TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols)) *
+                      sizeof(float);
+}
+
+static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
+                           size_t source, const struct tve_stat_input *in,
+                           struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_layer l;
+    struct measured m = {.l = &l, .gram = in->gram};
+    const size_t at = tve_calibration_find(s->c, in->tensors[0]);
+
+    TV_TRY(tvm_layer_open(&l, s->p, t, source, err));
+    if (in->n != l.cols) {
+        rc = tv_error_set(err, TV_E_INTERNAL, "%s: %zu inputs for %zu columns",
+                          t->name, in->n, l.cols);
+        goto out;
+    }
+    m.t = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
+    m.p = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
+    m.h = tv_alloc_aligned(l.cols * l.cols * sizeof(float));
+    m.d = tv_alloc_aligned(TVK_CG_ROWS * l.cols * sizeof(float));
+    m.work = tv_alloc_aligned(tvk_cg_work(l.cols) * sizeof(float));
+    if (!m.t || !m.p || !m.h || !m.d || !m.work) {
+        rc = tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
+        goto out;
+    }
+    if (s->map && s->at[at] != UINT64_MAX)
+        m.other = (const float *)(const void *)(s->map + s->at[at]);
+    tvm_layer_rows(&l, 0, l.rows, m.t);
+    const double whole = error_under(&m, m.gram, NULL);
+    for (size_t d = 0; d < s->o->n_densities; d++)
+        for (size_t w = 0; w < N_WAYS; w++)
+            TV_TRY(measure_way(s, &m, source, &ways[w], s->o->densities[d],
+                               whole, err));
+out:
+    tv_free(m.work);
+    tv_free(m.d);
+    tv_free(m.h);
+    tv_free(m.p);
+    tv_free(m.t);
+    tvm_layer_close(&l);
+    return rc;
+}
+
+/* ---- passes -------------------------------------------------------------- */
+
+static enum tv_err put_other(struct scan *s, const struct tve_stat_input *in,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t n = tve_stat_size(TVE_STAT_GRAM, in->n) * sizeof(float);
+
+    TV_TRY(tv_pwrite_all(s->fd, in->gram, n, s->used, "the scratch file", err));
+    s->at[tve_calibration_find(s->c, in->tensors[0])] = s->used;
+    s->used = (s->used + n + 63) / 64 * 64;
+out:
+    return rc;
+}
+
+static enum tv_err on_input(void *arg, const struct tve_stat_input *in,
+                            struct tv_error *err)
+{
+    struct scan *const s = arg;
+    enum tv_err rc = TV_OK;
+    size_t i = 0;
+    size_t k = 0;
+
+    if (s->other)
+        return put_other(s, in, err);
+    for (; next(s, &i, &k); k++)
+        for (size_t n = 0; n < in->n_tensors; n++)
+            if (strcmp(in->tensors[n], weight_of(s, &s->p->tensors[i], k)) == 0)
+                TV_TRY(measure(s, &s->p->tensors[i], k, in, err));
+out:
+    return rc;
+}
+
+static void on_step(void *arg, uint64_t done, uint64_t total)
+{
+    const struct scan *const s = arg;
+
+    if (s->hooks && s->hooks->calibrating)
+        s->hooks->calibrating(s->hooks->arg, s->ref, done, total);
+}
+
+static enum tv_err pass(struct scan *s, const struct tvm_calibration *cal,
+                        uint64_t memory, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_calibration_options opt = {
+        .kind = TVE_STAT_GRAM,
+        .store = s->p->options.no_cache ? NULL : s->p->options.store};
+    const struct tve_progress progress = {on_step, s,
+                                          s->hooks ? s->hooks->cancel : NULL};
+    struct tve_samples samples = {.n = 0};
+    tve_calibration *c = NULL;
+    tve_model *m = NULL;
+    bool *want = NULL;
+    size_t i = 0;
+    size_t k = 0;
+
+    TV_TRY(tvm_layer_model(s->p, s->model, memory, err, &m));
+    TV_TRY(tvm_layer_samples(s->p, s->model, m, cal, &samples, err));
+    TV_TRY(tve_calibration_open(m, &samples, &opt, err, &c));
+    const size_t n = tve_calibration_count(c);
+    want = tv_calloc(n + 1, sizeof *want);
+    if (want && !s->at) {
+        s->at = tv_alloc((n + 1) * sizeof *s->at);
+        for (size_t j = 0; s->at && j < n; j++)
+            s->at[j] = UINT64_MAX;
+    }
+    if (!want || !s->at) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    for (; next(s, &i, &k); k++) {
+        const char *name = weight_of(s, &s->p->tensors[i], k);
+        const size_t at = tve_calibration_find(c, name);
+        if (at == n) {
+            rc = tv_error_set(err, TV_E_UNSUPPORTED,
+                              "%s: running '%s' does not show the inputs of "
+                              "this tensor",
+                              name, s->ref);
+            goto out;
+        }
+        want[at] = true;
+    }
+    s->c = c;
+    TV_TRY(tve_calibration_run(c, want, &progress, on_input, s, NULL, err));
+out:
+    s->c = NULL;
+    tv_free(want);
+    tve_calibration_close(c);
+    tve_samples_free(&samples);
+    tve_model_close(m);
+    return rc;
+}
+
+static enum tv_err open_scratch(struct scan *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const char *tmp = getenv("TMPDIR");
+    char *path =
+        tv_asprintf("%s/tvmerge-layers.%ld.%p", tmp && *tmp ? tmp : P_tmpdir,
+                    (long)getpid(), (void *)s);
+
+    if (!path)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    s->fd = tv_sys()->open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (s->fd < 0)
+        rc = tv_error_sys(err, errno, "cannot create scratch file %s", path);
+    else
+        (void)tv_sys()->unlink(path);
+    tv_free(path);
+    return rc;
+}
+
+static enum tv_err map_scratch(struct scan *s, struct tv_error *err)
+{
+    if (s->used == 0)
+        return TV_OK;
+    void *at =
+        tv_sys()->mmap(NULL, (size_t)s->used, PROT_READ, MAP_SHARED, s->fd, 0);
+    if (at == MAP_FAILED)
+        return tv_error_sys(err, errno, "mapping a scratch file");
+    s->map = at;
+    return TV_OK;
+}
+
+/* Both texts of one donor. */
+static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_plan_input *in = &s->p->inputs[s->donor];
+    const char *texts[] = {s->o->other};
+    uint64_t most = 0;
+    size_t i = 0;
+    size_t k = 0;
+
+    s->ref = s->p->inputs[s->model].ref;
+    for (; next(s, &i, &k); k++) {
+        const uint64_t b = layer_bytes(&s->p->tensors[i]);
+        most = b > most ? b : most;
+    }
+    if (!in->calibration) {
+        rc = tv_error_set(err, TV_E_USAGE,
+                          "no calibration text for '%s': add 'calibration: "
+                          "{text: FILE}' to the model, or --text %s=FILE",
+                          in->ref, in->ref);
+        goto out;
+    }
+    if (most + MODEL_LEAST > s->p->options.memory_bytes) {
+        rc = tv_error_set(err, TV_E_BUDGET,
+                          "measuring these layers needs %llu bytes of memory, "
+                          "--memory allows %llu",
+                          (unsigned long long)(most + MODEL_LEAST),
+                          (unsigned long long)s->p->options.memory_bytes);
+        goto out;
+    }
+    if (s->o->other) {
+        struct tvm_calibration other = *in->calibration;
+        other.random = false;
+        other.texts = texts;
+        other.n_texts = 1;
+        TV_TRY(open_scratch(s, err));
+        s->other = true;
+        TV_TRY(pass(s, &other, s->p->options.memory_bytes - most, err));
+        TV_TRY(map_scratch(s, err));
+    }
+    s->other = false;
+    TV_TRY(pass(s, in->calibration, s->p->options.memory_bytes - most, err));
+out:
+    if (s->map)
+        (void)tv_sys()->munmap((void *)(uintptr_t)s->map, (size_t)s->used);
+    if (s->fd >= 0)
+        (void)tv_sys()->close(s->fd);
+    tv_free(s->at);
+    s->at = NULL;
+    s->map = NULL;
+    s->fd = -1;
+    s->used = 0;
+    return rc;
+}
+
+enum tv_err tvm_layers(const struct tvm_plan *p,
+                       const struct tvm_layers_options *o,
+                       const struct tvm_run_hooks *hooks, tvm_layer_fn fn,
+                       void *arg, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct scan s = {
+        .p = p, .o = o, .hooks = hooks, .fn = fn, .arg = arg, .fd = -1};
+    bool any = false;
+
+    for (s.donor = 0; s.donor < p->n_inputs; s.donor++)
+        for (s.model = 0; s.model < p->n_inputs; s.model++) {
+            size_t i = 0;
+            size_t k = 0;
+            if (!next(&s, &i, &k))
+                continue;
+            any = true;
+            TV_TRY(scan_donor(&s, err));
+        }
+    if (!any)
+        rc = tv_error_set(
+            err, TV_E_INPUT, "the recipe has no linear layers with a base%s%s",
+            o->prefix ? " below " : "", o->prefix ? o->prefix : "");
+out:
+    return rc;
+}
