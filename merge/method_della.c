@@ -269,6 +269,13 @@ static const struct entry *sort_row(struct entry *entries, const float *x,
     return from;
 }
 
+/* round() of a number from 0 to 2^32, without the call. */
+static uint64_t rounded(double v)
+{
+    const uint64_t whole = (uint64_t)v;
+    return whole + (v - (double)whole >= 0.5);
+}
+
 /* The entries of donor j that stay in a row. */
 static void thin(const struct tvm_job *job, const struct tvm_tile *tile,
                  size_t j, uint64_t row, const float *x, const float *base,
@@ -280,14 +287,14 @@ static void thin(const struct tvm_job *job, const struct tvm_tile *tile,
     const struct entry *sorted = sort_row(entries, x, base, n);
     const double least = st->density[j] - st->epsilon[j];
 
-    tvk_philox_words(words, row * n, st->key[j], job->tensor->name_hash, n);
+    job->k->philox_words(words, row * n, st->key[j], job->tensor->name_hash, n);
     memset(mask, 0, mask_words(n) * sizeof *mask);
     for (size_t r = 0; r < n; r++) {
         const double p =
             n == 1 ? st->density[j]
                    : least + 2.0 * st->epsilon[j] * (double)r / (double)(n - 1);
         const uint32_t at = sorted[r].at;
-        if (words[at] < (uint64_t)round(p * 4294967296.0))
+        if (words[at] < rounded(p * 4294967296.0))
             mask[at / 64] |= UINT64_C(1) << (at % 64);
     }
 }

@@ -62,4 +62,5 @@ void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
 void tvk_ref_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
+    t->philox_words = tvk_philox_words;
 }

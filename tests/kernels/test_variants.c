@@ -591,6 +591,14 @@ static void one_philox(const struct tvk_table *k, const struct place *p)
         ref()->philox_mask(want_mask, start, key, name, threshold, p->n);
     assert_same_bytes("philox_mask", mask, want_mask, words(p->n) * 8);
     guard_buffer_check(&out);
+    uint32_t want_words[N_LARGEST];
+    uint32_t *const got_words =
+        put_out(p, p->n * sizeof(uint32_t), sizeof(uint32_t));
+    start += rng_below(&rng, 64);
+    k->philox_words(got_words, start, key, name, p->n);
+    ref()->philox_words(want_words, start, key, name, p->n);
+    assert_same_bytes("philox_words", got_words, want_words, p->n * 4);
+    guard_buffer_check(&out);
     assert_true(got == expected);
 }
 

@@ -168,6 +168,10 @@ struct tvk_table {
                             uint64_t key, uint64_t name_hash,
                             uint64_t threshold, size_t n);
 
+    /* The words themselves, of elements [start, start + n), any start. */
+    void (*philox_words)(uint32_t *TVK_RESTRICT dst, uint64_t start,
+                         uint64_t key, uint64_t name_hash, size_t n);
+
     /* ---- reductions -------------------------------------------------------
      * One leaf: n <= TVK_LEAF elements. Sixteen fp64 lanes, element i into lane
      * i & 15 in index order, lanes added pairwise (0+8, 1+9, ...; then 0+4,
@@ -209,7 +213,7 @@ const char *tvk_cpu_features(char *dst, size_t cap);
  * two below n. Independent of who computed which leaf. */
 struct tvk_dots tvk_dots_tree(const struct tvk_dots *leaves, size_t n);
 double tvk_sum_tree(const double *leaves, size_t n);
-/* The words of philox_mask themselves, of elements [start, start + n). */
+/* table.philox_words of the reference row. */
 void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
                       uint64_t name_hash, size_t n);
 void tvk_stats_merge(struct tvk_stats *into, const struct tvk_stats *more);

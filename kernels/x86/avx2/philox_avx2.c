@@ -104,7 +104,38 @@ static uint64_t philox_mask(uint64_t *TVK_RESTRICT mask, uint64_t start,
     return kept;
 }
 
+static void philox_words(uint32_t *TVK_RESTRICT dst, uint64_t start,
+                         uint64_t key, uint64_t name_hash, size_t n)
+{
+    const __m256i lane = _mm256_setr_epi64x(0, 2, 1, 3);
+    const __m256i c2 = set64((uint32_t)name_hash);
+    const __m256i c3 = set64((uint32_t)(name_hash >> 32));
+    /* Up to a multiple of 16, so adding a lane number never carries. */
+    size_t i = (size_t)(-start & 15);
+
+    if (i > n)
+        i = n;
+    tvk_philox_words(dst, start, key, name_hash, i);
+    for (; i + 16 <= n; i += 16) {
+        const uint64_t c = (start + i) >> 2;
+        struct state s = {_mm256_add_epi64(set64((uint32_t)c), lane),
+                          set64((uint32_t)(c >> 32)), c2, c3};
+        for (uint32_t r = 0; r < ROUNDS; r++)
+            next_round(&s, set64((uint32_t)key + r * WEYL_0),
+                       set64((uint32_t)(key >> 32) + r * WEYL_1));
+        const __m256i a =
+            _mm256_blend_epi32(s.c0, _mm256_slli_epi64(s.c1, 32), 0xaa);
+        const __m256i b =
+            _mm256_blend_epi32(s.c2, _mm256_slli_epi64(s.c3, 32), 0xaa);
+        __m256i *const to = (__m256i *)(void *)(dst + i);
+        _mm256_storeu_si256(to, _mm256_unpacklo_epi64(a, b));
+        _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(a, b));
+    }
+    tvk_philox_words(dst + i, start + i, key, name_hash, n - i);
+}
+
 void tvk_avx2_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
+    t->philox_words = philox_words;
 }
