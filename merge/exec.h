@@ -18,6 +18,10 @@
 uint64_t tvm_exec_scratch(const struct tvm_plan *p, bool *fits,
                           uint64_t *needed);
 
+/* The same of a whole run (run.c): of that, and of what goes before it. */
+uint64_t tvm_run_scratch(const struct tvm_plan *p, bool *fits,
+                         uint64_t *needed);
+
 struct tvm_exec_stats {
     uint64_t bytes_read, bytes_written; /* by this run */
     double t_read, t_compute, t_write, t_sync;

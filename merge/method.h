@@ -119,6 +119,51 @@ struct tvm_tile {
     const uint64_t **made;
 };
 
+/* How much has to be looked at before a tensor is merged. */
+enum tvm_reach {
+    TVM_REACH_TENSOR = 0, /* only the tensor */
+    TVM_REACH_LAYER = 1,  /* all of its layer; outside layers: the tensor */
+    TVM_REACH_MODEL = 2   /* the whole output */
+};
+
+/* What that found out of one source. */
+struct tvm_cut {
+    uint32_t pattern;         /* of the smallest magnitude that is kept, ... */
+    uint64_t eq_limit;        /* ... the first so many of that one in this
+                                 tensor; UINT64_MAX: all */
+    double sum_all, sum_kept; /* of magnitudes, over the population */
+};
+
+/* A population while it is looked at (survey.c). */
+struct tvm_group {
+    const struct tvm_plan *plan;
+    const struct tvk_table *k;
+    const size_t *tensors; /* [n] index into plan->tensors, in output order */
+    size_t n;
+    uint64_t most_leaves; /* of the tensor that has the most */
+    unsigned n_workers;
+    unsigned phase;
+    void *state; /* survey_bytes() of zeroed memory */
+};
+
+/* Measuring a population: as state_bytes, next_phase and measure do for a
+ * tensor. Tensors come in order, one after the other; the tiles of one at the
+ * same time in different workers, each tile a run of whole leaves. */
+struct tvm_surveyor {
+    size_t (*bytes)(const struct tvm_group *g);
+    bool (*next)(struct tvm_group *g);
+    /* Does the pass to come look at this source (never asked of the base)? */
+    bool (*wants)(const struct tvm_group *g, const struct tvm_tensor *t,
+                  size_t source);
+    /* x[s] is NULL for what was not wanted. */
+    void (*measure)(struct tvm_group *g, size_t at, uint64_t start,
+                    unsigned worker, const float *const *x, size_t n);
+    /* All tiles of tensors[at] are done; may be NULL. */
+    void (*end_tensor)(struct tvm_group *g, size_t at);
+    /* After the last pass; cuts [n_sources] of tensors[at]. */
+    void (*give)(struct tvm_group *g, size_t at, struct tvm_cut *cuts);
+};
+
 struct tvm_method {
     const char *name, *summary, *paper;
     enum tvm_base base;
@@ -157,6 +202,9 @@ struct tvm_method {
      * others? *rule says how. NULL: none ever is. */
     bool (*trims)(const struct tvm_tensor *t, size_t source,
                   struct tvm_trim_rule *rule);
+    /* Methods that may look at several tensors first; NULL: never do. */
+    enum tvm_reach (*reach)(const struct tvm_tensor *t);
+    const struct tvm_surveyor *surveyor;
     /* Methods that need whole rows: elements of a row of this tensor (all rows
      * are as long), or 0 when it is fed in blocks after all. NULL: always 0.
      * In such a pass not measure and combine are called, but measure_row and

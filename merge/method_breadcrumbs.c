@@ -19,8 +19,9 @@ static const struct tvm_param params[GTA_N_PARAMS + 1] = {
         .has_default = true,
         .fallback = 0.01,
         .help = "fraction of the largest entries to drop"}};
-static const struct gta_detail linear = {GTA_OUTLIERS, false, false, false};
-static const struct gta_detail ties = {GTA_OUTLIERS, true, false, false};
+static const struct gta_detail linear = {GTA_OUTLIERS, false, false, false,
+                                         false};
+static const struct gta_detail ties = {GTA_OUTLIERS, true, false, false, false};
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {

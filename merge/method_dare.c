@@ -11,10 +11,13 @@
 #include "method_gta.h"
 
 static const struct tvm_param params[GTA_N_PARAMS] = GTA_PARAMS(0.0, 1.0);
-static const struct gta_detail linear = {GTA_RANDOM, false, false, false};
-static const struct gta_detail linear_compat = {GTA_RANDOM, false, true, false};
-static const struct gta_detail ties = {GTA_RANDOM, true, false, false};
-static const struct gta_detail ties_compat = {GTA_RANDOM, true, true, false};
+static const struct gta_detail linear = {GTA_RANDOM, false, false, false,
+                                         false};
+static const struct gta_detail linear_compat = {GTA_RANDOM, false, true, false,
+                                                false};
+static const struct gta_detail ties = {GTA_RANDOM, true, false, false, false};
+static const struct gta_detail ties_compat = {GTA_RANDOM, true, true, false,
+                                              false};
 
 static const struct tvm_method compat_linear = {
     .name = "dare_linear",

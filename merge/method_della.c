@@ -47,8 +47,8 @@ static const struct tvm_param params_summed[GTA_N_PARAMS + 1] = {
         .fallback = 0.15,
         .help = "how far the odds of smallest and largest are from density"}};
 
-static const struct gta_detail summed = {GTA_NONE, false, false, false};
-static const struct gta_detail elected = {GTA_NONE, true, false, false};
+static const struct gta_detail summed = {GTA_NONE, false, false, false, false};
+static const struct gta_detail elected = {GTA_NONE, true, false, false, false};
 
 struct entry {
     uint32_t key, at;

@@ -27,7 +27,9 @@
  * LOW and COUNT are left out for donors whose bucket or pattern is kept whole.
  * Outlier trimming (breadcrumbs) takes the largest entries off again: a second
  * selection from the same histogram. Zeros are never kept. Random thinning
- * needs no pass, nor does a donor whose mask is known from an earlier run.
+ * needs no pass, nor does a donor whose mask is known from an earlier run. With
+ * trim_scope the pattern is that of a layer or of the model, found before
+ * (gta_survey.c), and only COUNT is left.
  */
 #include "method_gta.h"
 
@@ -63,18 +65,17 @@ enum step {
     STEP_COUNT,
     STEP_KEPT
 };
-enum keep { KEEP_ALL, KEEP_NONE, KEEP_TOP, KEEP_KNOWN, KEEP_RANDOM };
 
 struct donor {
     size_t source; /* index into the tensor's sources */
-    enum keep keep;
-    size_t slot; /* KEEP_TOP: place in the arrays of struct gta_state */
+    enum gta_keep keep;
+    size_t slot; /* GTA_KEEP_TOP: place in the arrays of struct gta_state */
     size_t less; /* index of what is taken off the mask again, 0: none */
     bool found, needs_low, needs_count;
-    uint64_t key, threshold; /* KEEP_RANDOM */
+    uint64_t key, threshold; /* GTA_KEEP_RANDOM */
     float p;                 /* ... of mergekit's stream */
     size_t draw;             /* ... place in mt_tile */
-    uint64_t k; /* KEEP_TOP: entries still to be found at this step */
+    uint64_t k; /* GTA_KEEP_TOP: entries still to be found at this step */
     uint32_t hi, pattern, first; /* first: of its range */
     uint64_t eq_limit; /* of the entries equal to pattern, the first so many */
 };
@@ -83,9 +84,9 @@ struct gta_state {
     enum step step;
     size_t n_donors, n_top; /* n_top: with a slot */
     size_t n_select;        /* donors, then what is taken off again */
-    size_t n_hist;          /* KEEP_TOP at first: histograms */
-    size_t n_random;        /* KEEP_RANDOM from mergekit's stream */
-    size_t n_measured;      /* KEEP_TOP; the rest of n_top is KEEP_KNOWN */
+    size_t n_hist;          /* GTA_KEEP_TOP at first: histograms */
+    size_t n_random;        /* GTA_KEEP_RANDOM from mergekit's stream */
+    size_t n_measured; /* GTA_KEEP_TOP; the rest of n_top is GTA_KEEP_KNOWN */
     bool match_l1;
     struct tvk_gta call;
     double *coef, *weight; /* [n_donors] */
@@ -157,19 +158,35 @@ static double density_of(const struct tvm_tensor *t, size_t source)
     return tvm_of(t, source, GTA_DENSITY, t->method->n_params);
 }
 
-static enum keep keep_of(const struct tvm_tensor *t, size_t source)
+enum gta_keep gta_keep_of(const struct tvm_tensor *t, size_t source)
 {
     const double density = density_of(t, source);
 
     if (sparsify_of(t) == GTA_NONE || density >= 1.0)
-        return KEEP_ALL;
+        return GTA_KEEP_ALL;
     if (by_statistics(t) && !t->has_inputs && tvm_shared(t, GTA_OTHERS) == 0.0)
-        return KEEP_ALL;
+        return GTA_KEEP_ALL;
     if (!(density > 0.0))
-        return KEEP_NONE;
+        return GTA_KEEP_NONE;
     if (sparsify_of(t) == GTA_OUTLIERS && density * (double)t->n_elems < 1.0)
-        return KEEP_NONE;
-    return sparsify_of(t) == GTA_RANDOM ? KEEP_RANDOM : KEEP_TOP;
+        return GTA_KEEP_NONE;
+    return sparsify_of(t) == GTA_RANDOM ? GTA_KEEP_RANDOM : GTA_KEEP_TOP;
+}
+
+enum tvm_reach gta_reach(const struct tvm_tensor *t)
+{
+    if (!detail_of(t)->scoped || sparsify_of(t) != GTA_MAGNITUDE ||
+        tvm_shared(t, GTA_SCOPE) == 0.0)
+        return TVM_REACH_TENSOR;
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base && gta_keep_of(t, s) == GTA_KEEP_TOP)
+            return (enum tvm_reach)tvm_shared(t, GTA_SCOPE);
+    return TVM_REACH_TENSOR;
+}
+
+static bool is_scoped(const struct tvm_tensor *t)
+{
+    return gta_reach(t) != TVM_REACH_TENSOR;
 }
 
 /* Sources but the base. */
@@ -183,9 +200,9 @@ static size_t count_donors(const struct tvm_tensor *t, size_t *n_top,
         if ((int)s == t->base)
             continue;
         n++;
-        if (keep_of(t, s) == KEEP_TOP)
+        if (gta_keep_of(t, s) == GTA_KEEP_TOP)
             *n_top += sparsify_of(t) == GTA_OUTLIERS ? 2 : 1;
-        if (keep_of(t, s) == KEEP_RANDOM)
+        if (gta_keep_of(t, s) == GTA_KEEP_RANDOM)
             (*n_random)++;
     }
     return n;
@@ -233,7 +250,8 @@ void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
     (void)count_donors(t, &n_top, &n_random);
     for (size_t s = 0; s < t->n_sources; s++) {
         if ((int)s == t->base || detail_of(t)->mergekit ||
-            keep_of(t, s) != KEEP_RANDOM || tvm_shared(t, GTA_RESCALE) == 0.0)
+            gta_keep_of(t, s) != GTA_KEEP_RANDOM ||
+            tvm_shared(t, GTA_RESCALE) == 0.0)
             continue;
         tvm_problem_note(problems, t->name,
                          "rescale divides by density, as in the DARE paper; "
@@ -241,6 +259,10 @@ void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
         break;
     }
     check_statistics(t, problems);
+    if (detail_of(t)->mergekit && is_scoped(t))
+        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
+                        "mergekit has no trim_scope: it cannot be combined "
+                        "with --compat mergekit");
     /* The histograms count in 32 bits. */
     if (n_top > 0 && t->n_elems > UINT32_MAX)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
@@ -264,11 +286,12 @@ int gta_fold(const struct tvm_tensor *t)
             continue;
         n_donors++;
         donor = s;
-        none = none && (weight_of(t, s) == 0.0 || keep_of(t, s) == KEEP_NONE);
+        none = none &&
+               (weight_of(t, s) == 0.0 || gta_keep_of(t, s) == GTA_KEEP_NONE);
     }
     if (none || lambda == 0.0)
         return t->base;
-    if (n_donors != 1 || keep_of(t, donor) != KEEP_ALL)
+    if (n_donors != 1 || gta_keep_of(t, donor) != GTA_KEEP_ALL)
         return -1;
     const double w = weight_of(t, donor);
     if (normalize)
@@ -285,7 +308,7 @@ static size_t group_size(const struct gta_state *st)
 
 static bool in_group(const struct gta_state *st, const struct donor *d)
 {
-    return d->keep == KEEP_TOP && d->slot >= st->first &&
+    return d->keep == GTA_KEEP_TOP && d->slot >= st->first &&
            d->slot - st->first < GROUP_MAX;
 }
 
@@ -335,14 +358,16 @@ static void count_parts(const struct tvm_tensor *t, struct gta_state *st)
 {
     st->n_donors = count_donors(t, &st->n_hist, &st->n_random);
     st->n_top = st->n_hist;
+    if (is_scoped(t)) /* the thresholds are given */
+        st->n_hist = 0;
     st->n_select = st->n_donors;
     if (sparsify_of(t) == GTA_OUTLIERS)
-        st->n_select += st->n_hist / 2;
+        st->n_select += st->n_top / 2;
     if (detail_of(t)->mergekit)
         st->n_top += st->n_random;
     /* With statistics the factor is a least-squares one, made before. */
-    st->match_l1 =
-        st->n_top > 0 && tvm_shared(t, GTA_RESCALE) != 0.0 && !by_statistics(t);
+    st->match_l1 = st->n_top > 0 && !is_scoped(t) && !by_statistics(t) &&
+                   tvm_shared(t, GTA_RESCALE) != 0.0;
 }
 
 size_t gta_state_bytes(const struct tvm_job *job)
@@ -372,6 +397,31 @@ static void set_top(const struct tvm_job *job, struct donor *d, size_t *slot,
     if (d->k == 0)
         d->k = 1;
     d->eq_limit = UINT64_MAX;
+}
+
+/* The factor that gives what is kept the magnitude of the whole. */
+static double rescaled(double weight, double all, double kept)
+{
+    /* Not finite: an infinite entry must not turn the others into NaN. */
+    if (all >= RESCALE_MIN && kept >= RESCALE_MIN && isfinite(all))
+        return weight * (all / kept);
+    return weight;
+}
+
+/* A threshold that several tensors have in common. */
+static void set_scoped(const struct tvm_job *job, struct donor *d, size_t j,
+                       size_t *slot)
+{
+    struct gta_state *st = job->state;
+    const struct tvm_cut *cut = &job->tensor->cuts[d->source];
+
+    d->slot = (*slot)++;
+    d->pattern = cut->pattern;
+    d->eq_limit = cut->eq_limit;
+    d->needs_count = cut->eq_limit != UINT64_MAX;
+    st->any_count = st->any_count || d->needs_count;
+    if (tvm_shared(job->tensor, GTA_RESCALE) != 0.0)
+        st->coef[j] = rescaled(st->weight[j], cut->sum_all, cut->sum_kept);
 }
 
 /* Ascending positions [bot, bot + target) of n, top above them: the target +
@@ -427,7 +477,7 @@ static void find_draws(const struct tvm_job *job)
         struct tvm_mt mt;
         if (!(density < 1.0))
             continue;
-        if (d->keep == KEEP_RANDOM) {
+        if (d->keep == GTA_KEEP_RANDOM) {
             d->draw = draw++;
             d->slot = d->draw;
             d->p = t->compute == TV_BF16
@@ -441,15 +491,6 @@ static void find_draws(const struct tvm_job *job)
         }
         at += t->n_elems;
     }
-}
-
-/* The factor that gives what is kept the magnitude of the whole. */
-static double rescaled(double weight, double all, double kept)
-{
-    /* Not finite: an infinite entry must not turn the others into NaN. */
-    if (all >= RESCALE_MIN && kept >= RESCALE_MIN && isfinite(all))
-        return weight * (all / kept);
-    return weight;
 }
 
 static enum tvm_correct correct_of(const struct tvm_tensor *t)
@@ -471,11 +512,13 @@ static enum tvm_compare compare_of(const struct tvm_tensor *t)
                                            : TVM_COMPARE_LAYER;
 }
 
+/* Not what several tensors trim together: masks are of one by itself. */
 bool gta_trims(const struct tvm_tensor *t, size_t source,
                struct tvm_trim_rule *rule)
 {
     if (t->base < 0 || (int)source == t->base ||
-        keep_of(t, source) != KEEP_TOP || sparsify_of(t) == GTA_OUTLIERS)
+        gta_keep_of(t, source) != GTA_KEEP_TOP ||
+        sparsify_of(t) == GTA_OUTLIERS || is_scoped(t))
         return false;
     *rule = (struct tvm_trim_rule){.density = density_of(t, source)};
     if (!by_statistics(t) || !t->has_inputs) {
@@ -514,28 +557,30 @@ static void set_up(struct tvm_job *job)
         struct donor *d = &st->donor[j];
         const double density = tvm_of(t, s, GTA_DENSITY, t->method->n_params);
         d->source = s;
-        d->keep = keep_of(t, s);
+        d->keep = gta_keep_of(t, s);
         st->weight[j] = weight_of(t, s);
         st->coef[j] = st->weight[j];
-        if (d->keep == KEEP_RANDOM && !detail_of(t)->mergekit) {
+        if (d->keep == GTA_KEEP_RANDOM && !detail_of(t)->mergekit) {
             set_random(job, d, t->sources[s].position, density);
             if (tvm_shared(t, GTA_RESCALE) != 0.0)
                 st->coef[j] = st->weight[j] / density;
         }
-        if (d->keep == KEEP_TOP && job->trim && job->trim[s].known) {
-            d->keep = KEEP_KNOWN;
+        if (d->keep == GTA_KEEP_TOP && job->trim && job->trim[s].known) {
+            d->keep = GTA_KEEP_KNOWN;
             if (st->match_l1)
                 st->coef[j] = rescaled(st->weight[j], job->trim[s].sum_all,
                                        job->trim[s].sum_kept);
         }
-        if (d->keep == KEEP_TOP && sparsify_of(t) == GTA_OUTLIERS)
+        if (d->keep == GTA_KEEP_TOP && is_scoped(t))
+            set_scoped(job, d, j, &slot);
+        else if (d->keep == GTA_KEEP_TOP && sparsify_of(t) == GTA_OUTLIERS)
             set_outliers(job, d, &st->donor[st->n_donors + slot / 2], &slot,
                          density);
-        else if (d->keep == KEEP_TOP)
+        else if (d->keep == GTA_KEEP_TOP)
             set_top(job, d, &slot, density);
         j++;
     }
-    st->n_measured = slot;
+    st->n_measured = is_scoped(t) ? 0 : slot;
     if (detail_of(t)->mergekit && st->n_random > 0)
         find_draws(job);
     st->call = (struct tvk_gta){
@@ -611,7 +656,7 @@ static bool after_sample(struct tvm_job *job)
 
     for (size_t j = 0; j < st->n_donors; j++) {
         struct donor *d = &st->donor[j];
-        if (d->keep != KEEP_TOP)
+        if (d->keep != GTA_KEEP_TOP)
             continue;
         const uint32_t *hist = joined(job, d->slot, TVK_HIST_HI);
         all = find_range(job, d, hist) && all;
@@ -648,7 +693,7 @@ static bool after_range(struct tvm_job *job)
         uint64_t above = 0;
         uint64_t count = 0;
         uint64_t within = 0;
-        if (d->keep != KEEP_TOP)
+        if (d->keep != GTA_KEEP_TOP)
             continue;
         const uint32_t *hist = joined(job, d->slot, RANGE_WIDTH);
         for (unsigned w = 0; w < job->n_workers; w++)
@@ -746,8 +791,8 @@ static enum tv_dtype thin_dtype(const struct tvm_tensor *t)
 
 static bool has_slot(const struct tvm_job *job, const struct donor *d)
 {
-    return d->keep == KEEP_TOP ||
-           (d->keep == KEEP_RANDOM && detail_of(job->tensor)->mergekit);
+    return d->keep == GTA_KEEP_TOP ||
+           (d->keep == GTA_KEEP_RANDOM && detail_of(job->tensor)->mergekit);
 }
 
 static void after_kept(struct tvm_job *job)
@@ -786,6 +831,10 @@ bool gta_next_phase(struct tvm_job *job)
                 job->sample =
                     job->tensor->n_elems < SAMPLE_ELEMS ? 2 * SAMPLE : SAMPLE;
             }
+            return true;
+        }
+        if (st->any_count) {
+            st->step = STEP_COUNT;
             return true;
         }
         if (!detail_of(job->tensor)->mergekit || !st->match_l1)
@@ -976,7 +1025,7 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                     k->count_eq(xj, base, d->pattern, n);
             break;
         case STEP_KEPT:
-            if (d->keep == KEEP_RANDOM) {
+            if (d->keep == GTA_KEEP_RANDOM) {
                 random_mask(job, tile, d, mask, n);
                 put_sum(job, tile, d->slot, st->sum_all,
                         k->abs_sum(xj, base, NULL, n), n);
@@ -1027,23 +1076,23 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
         uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
         donors[j] = donor_values(job, tile, j, x, n, &base);
         masks[j] = mask;
-        any = any || d->keep != KEEP_ALL;
+        any = any || d->keep != GTA_KEEP_ALL;
         switch (d->keep) {
-        case KEEP_ALL:
+        case GTA_KEEP_ALL:
             masks[j] = NULL;
             break;
-        case KEEP_NONE:
+        case GTA_KEEP_NONE:
             memset(mask, 0, BLOCK_WORDS * sizeof *mask);
             break;
-        case KEEP_TOP:
+        case GTA_KEEP_TOP:
             kept_mask(job, tile, d, mask, donors[j], base, n);
             if (tile->made && d->less == 0)
                 tile->made[d->source] = mask;
             break;
-        case KEEP_KNOWN:
+        case GTA_KEEP_KNOWN:
             masks[j] = tile->known[d->source];
             break;
-        case KEEP_RANDOM:
+        case GTA_KEEP_RANDOM:
             random_mask(job, tile, d, mask, n);
             break;
         }

@@ -23,6 +23,7 @@ struct gta_detail {
     bool consensus;
     bool mergekit; /* its roundings, L1 factors and random stream */
     bool choose;   /* the recipe says how to sparsify */
+    bool scoped;   /* has trim_scope, as parameter GTA_SCOPE */
 };
 
 enum {
@@ -42,7 +43,8 @@ enum {
     GTA_DAMPING,
     GTA_CG_STEPS,
     GTA_OTHERS,
-    GTA_N_CHOOSE
+    GTA_N_CHOOSE,
+    GTA_SCOPE = GTA_N_CHOOSE /* with gta_detail::scoped, behind the others */
 };
 
 enum gta_choice { /* of GTA_SPARSIFY */
@@ -57,6 +59,20 @@ extern const char *const gta_sparsifiers[],
     *const gta_corrections[],
         *const gta_compares[], *const gta_patterns[], *const gta_inputs[],
                                                           *const gta_others[];
+
+enum gta_keep {
+    GTA_KEEP_ALL,
+    GTA_KEEP_NONE,
+    GTA_KEEP_TOP,
+    GTA_KEEP_KNOWN,
+    GTA_KEEP_RANDOM
+};
+/* How a donor of the tensor is thinned (never KNOWN). */
+enum gta_keep gta_keep_of(const struct tvm_tensor *t, size_t source);
+
+/* trim_scope: one selection over a layer or the model (gta_survey.c). */
+enum tvm_reach gta_reach(const struct tvm_tensor *t);
+extern const struct tvm_surveyor gta_surveyor;
 
 /* The parameters with a method's own defaults; int8_mask saves memory in
  * mergekit and never changes a result, so it is accepted and ignored. */
@@ -103,70 +119,69 @@ extern const char *const gta_sparsifiers[],
 
 #define GTA_CHOOSE_PARAMS(normalize_default, sparsify_default)                 \
     {                                                                          \
-        GTA_PARAM_LIST(normalize_default, 0.0)                                 \
-        [GTA_SPARSIFY] = {.name = "sparsify",                                  \
-                          .scope = TVM_SHARED,                                 \
-                          .type = TVM_CHOICE,                                  \
-                          .has_default = true,                                 \
-                          .fallback = (sparsify_default),                      \
-                          .choices = gta_sparsifiers,                          \
-                          .help =                                              \
-                              "which entries of a task vector density keeps"}, \
-        [GTA_CORRECT] = {.name = "error_correction",                           \
-                         .scope = TVM_SHARED,                                  \
-                         .type = TVM_CHOICE,                                   \
-                         .has_default = true,                                  \
-                         .fallback = (0),                                      \
-                         .choices = gta_corrections,                           \
-                         .help = "importance, sparsegpt: change what is kept " \
-                                 "to make up for the rest"},                   \
-        [GTA_COMPARE] = {.name = "importance_scope",                           \
-                         .scope = TVM_SHARED,                                  \
-                         .type = TVM_CHOICE,                                   \
-                         .has_default = true,                                  \
-                         .fallback = (0),                                      \
-                         .choices = gta_compares,                              \
-                         .help =                                               \
-                             "importance: entries that compete for a place"},  \
-        [GTA_PATTERN] = {.name = "pattern",                                    \
-                         .scope = TVM_SHARED,                                  \
-                         .type = TVM_CHOICE,                                   \
-                         .has_default = true,                                  \
-                         .fallback = (0),                                      \
-                         .choices = gta_patterns,                              \
-                         .help = "importance, sparsegpt: keep n of every m "   \
-                                 "inputs instead of density"},                 \
-        [GTA_INPUTS] =                                                         \
-            {.name = "statistics",                                             \
-             .scope = TVM_SHARED,                                              \
-             .type = TVM_CHOICE,                                               \
-             .has_default = true,                                              \
-             .fallback = (0),                                                  \
-             .choices = gta_inputs,                                            \
-             .help =                                                           \
-                 "whose inputs are looked at: the model's own or the base's"}, \
-        [GTA_DAMPING] = {.name = "damping",                                    \
-                         .scope = TVM_SHARED,                                  \
-                         .type = TVM_FLOAT,                                    \
-                         .has_default = true,                                  \
-                         .fallback = 0.01,                                     \
-                         .help = "part of the mean of the diagonal of X^T X "  \
-                                 "that is added to it"},                       \
-        [GTA_CG_STEPS] = {.name = "cg_steps",                                  \
-                          .scope = TVM_SHARED,                                 \
-                          .type = TVM_INT,                                     \
-                          .has_default = true,                                 \
-                          .fallback = 3.0,                                     \
-                          .help = "steps of error_correction: cg"},            \
-        [GTA_OTHERS] = {.name = "others",                                      \
-                        .scope = TVM_SHARED,                                   \
-                        .type = TVM_CHOICE,                                    \
-                        .has_default = true,                                   \
-                        .fallback = (0),                                       \
-                        .choices = gta_others,                                 \
-                        .help = "importance, sparsegpt: tensors that are no "  \
-                                "linear layer of a block"},                    \
+        GTA_CHOOSE_LIST(normalize_default, sparsify_default)                   \
     }
+#define GTA_CHOOSE_LIST(normalize_default, sparsify_default)                   \
+    GTA_PARAM_LIST(normalize_default, 0.0)                                     \
+    [GTA_SPARSIFY] = {.name = "sparsify",                                      \
+                      .scope = TVM_SHARED,                                     \
+                      .type = TVM_CHOICE,                                      \
+                      .has_default = true,                                     \
+                      .fallback = (sparsify_default),                          \
+                      .choices = gta_sparsifiers,                              \
+                      .help = "which entries of a task vector density keeps"}, \
+    [GTA_CORRECT] = {.name = "error_correction",                               \
+                     .scope = TVM_SHARED,                                      \
+                     .type = TVM_CHOICE,                                       \
+                     .has_default = true,                                      \
+                     .fallback = (0),                                          \
+                     .choices = gta_corrections,                               \
+                     .help = "importance, sparsegpt: change what is kept "     \
+                             "to make up for the rest"},                       \
+    [GTA_COMPARE] = {.name = "importance_scope",                               \
+                     .scope = TVM_SHARED,                                      \
+                     .type = TVM_CHOICE,                                       \
+                     .has_default = true,                                      \
+                     .fallback = (0),                                          \
+                     .choices = gta_compares,                                  \
+                     .help = "importance: entries that compete for a place"},  \
+    [GTA_PATTERN] = {.name = "pattern",                                        \
+                     .scope = TVM_SHARED,                                      \
+                     .type = TVM_CHOICE,                                       \
+                     .has_default = true,                                      \
+                     .fallback = (0),                                          \
+                     .choices = gta_patterns,                                  \
+                     .help = "importance, sparsegpt: keep n of every m "       \
+                             "inputs instead of density"},                     \
+    [GTA_INPUTS] =                                                             \
+        {.name = "statistics",                                                 \
+         .scope = TVM_SHARED,                                                  \
+         .type = TVM_CHOICE,                                                   \
+         .has_default = true,                                                  \
+         .fallback = (0),                                                      \
+         .choices = gta_inputs,                                                \
+         .help = "whose inputs are looked at: the model's own or the base's"}, \
+    [GTA_DAMPING] = {.name = "damping",                                        \
+                     .scope = TVM_SHARED,                                      \
+                     .type = TVM_FLOAT,                                        \
+                     .has_default = true,                                      \
+                     .fallback = 0.01,                                         \
+                     .help = "part of the mean of the diagonal of X^T X "      \
+                             "that is added to it"},                           \
+    [GTA_CG_STEPS] = {.name = "cg_steps",                                      \
+                      .scope = TVM_SHARED,                                     \
+                      .type = TVM_INT,                                         \
+                      .has_default = true,                                     \
+                      .fallback = 3.0,                                         \
+                      .help = "steps of error_correction: cg"},                \
+    [GTA_OTHERS] = {.name = "others",                                          \
+                    .scope = TVM_SHARED,                                       \
+                    .type = TVM_CHOICE,                                        \
+                    .has_default = true,                                       \
+                    .fallback = (0),                                           \
+                    .choices = gta_others,                                     \
+                    .help = "importance, sparsegpt: tensors that are no "      \
+                            "linear layer of a block"},
 
 /* Random numbers that a tensor takes from mergekit's stream. */
 uint64_t gta_draws(const struct tvm_tensor *t);
@@ -201,6 +216,7 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
     .n_params = GTA_N_CHOOSE, GTA_COMPAT_SHARED_FUNCTIONS
 #define GTA_COMPAT_FUNCTIONS                                                   \
     .n_params = GTA_N_PARAMS, GTA_COMPAT_SHARED_FUNCTIONS
+
 #define GTA_COMPAT_SHARED_FUNCTIONS                                            \
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
     .check = gta_check, .state_bytes = gta_state_bytes,                        \

@@ -10,8 +10,9 @@
 
 static const struct tvm_param params[GTA_N_CHOOSE] =
     GTA_CHOOSE_PARAMS(0.0, GTA_CHOICE_NONE);
-static const struct gta_detail detail = {GTA_NONE, false, false, true};
-static const struct gta_detail compat_detail = {GTA_NONE, false, true, true};
+static const struct gta_detail detail = {GTA_NONE, false, false, true, false};
+static const struct gta_detail compat_detail = {GTA_NONE, false, true, true,
+                                                false};
 
 static const struct tvm_method compat = {
     .name = "task_arithmetic",
@@ -33,7 +34,7 @@ const struct tvm_method tvm_method_task_arithmetic = {
 static const struct tvm_param sparsegpt_params[GTA_N_CHOOSE] =
     GTA_CHOOSE_PARAMS(0.0, GTA_CHOICE_SPARSEGPT);
 static const struct gta_detail sparsegpt_detail = {GTA_SPARSEGPT, false, false,
-                                                   true};
+                                                   true, false};
 
 const struct tvm_method tvm_method_sparsegpt_linear = {
     .name = "sparsegpt_linear",

@@ -748,7 +748,7 @@ static enum tv_err check_room(struct planner *pl)
 
     plan->peak_disk_bytes = disk_bytes(plan);
     if (pl->r->method != NULL)
-        plan->peak_scratch_bytes = tvm_exec_scratch(plan, &fits, &needed);
+        plan->peak_scratch_bytes = tvm_run_scratch(plan, &fits, &needed);
     /* Tokenizers are gone before the run begins. */
     if (pl->vocab != NULL && pl->vocab->most_bytes + pl->vocab->kept_bytes >
                                  plan->peak_scratch_bytes)

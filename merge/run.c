@@ -10,6 +10,7 @@
 #include "room.h"
 #include "sink.h"
 #include "source.h"
+#include "survey.h"
 #include "tv/alloc.h"
 #include "tv/merge.h"
 
@@ -64,6 +65,7 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
 {
     enum tv_err rc = TV_OK;
     struct tvm_exec_stats stats = {.bytes_read = 0};
+    struct tvm_survey *survey = NULL;
     struct tvm_totals totals;
 
     if (sink->already_done) {
@@ -76,6 +78,7 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
         result->n_resumed += sink->done[i].done;
     result->n_remade = sink->n_remade;
     TV_TRY(tvm_room_into(p, sink->done, err));
+    TV_TRY(tvm_survey_run(p, sink->done, hooks, err, &survey));
     rc = tvm_exec(p, sink, hooks, &stats, err);
     result->bytes_read = stats.bytes_read;
     result->bytes_written = stats.bytes_written;
@@ -92,12 +95,25 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
     TV_TRY(sink->ops->finish(sink, &totals, err));
     result->t_sync += now() - t0;
 out:
+    tvm_survey_close(survey);
     if (rc == TV_OK) {
         result->digest = totals.digest;
         result->n_nonfinite_in = totals.n_nonfinite_in;
         result->n_nonfinite_out = totals.n_nonfinite_out;
     }
     return rc;
+}
+
+uint64_t tvm_run_scratch(const struct tvm_plan *p, bool *fits, uint64_t *needed)
+{
+    bool fits_survey = true;
+    uint64_t needed_survey = 0;
+    const uint64_t survey = tvm_survey_scratch(p, &fits_survey, &needed_survey);
+    const uint64_t exec = tvm_exec_scratch(p, fits, needed);
+
+    *fits = *fits && fits_survey;
+    *needed = needed_survey > *needed ? needed_survey : *needed;
+    return survey > exec ? survey : exec;
 }
 
 enum tv_err tvm_run(struct tvm_plan *p, const struct tvm_run_hooks *hooks,
@@ -113,7 +129,7 @@ enum tv_err tvm_run(struct tvm_plan *p, const struct tvm_run_hooks *hooks,
     memset(result, 0, sizeof *result);
     result->n_tensors = p->n_tensors;
     tv_alloc_peak_reset();
-    (void)tvm_exec_scratch(p, &fits, &needed);
+    (void)tvm_run_scratch(p, &fits, &needed);
     if (!fits) {
         rc = tv_error_set(err, TV_E_BUDGET,
                           "the merge needs %llu bytes of memory, --memory "

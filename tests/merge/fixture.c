@@ -175,6 +175,12 @@ static char *identity_of(const char *method, int base,
     return whole;
 }
 
+/* "l.7.w" is of layer 7. */
+static int64_t layer_of(const char *name)
+{
+    return strncmp(name, "l.", 2) == 0 ? strtol(name + 2, NULL, 10) : -1;
+}
+
 void fx_plan(struct fx *f, const char *method, int base,
              const struct fx_param *params, size_t n_params,
              enum tv_dtype dtype)
@@ -223,6 +229,7 @@ void fx_plan(struct fx *f, const char *method, int base,
         memcpy(t->shape, in->shape, sizeof t->shape);
         t->n_elems = in->n_elems;
         t->name_hash = tv_hash64(t->name, strlen(t->name));
+        t->layer = layer_of(t->name);
         assert_ok(tv_dtype_bytes(t->dtype, t->n_elems, &t->bytes, &err), &err);
         for (size_t s = 0; s < k; s++)
             t->sources[s] = (struct tvm_source){

@@ -198,6 +198,10 @@ struct tvm_tensor {
     size_t shard; /* place in the output directory */
     uint64_t offset;
     uint64_t name_hash; /* XXH3-64 of name, for Philox */
+    int64_t layer;      /* in the output, -1 outside layers */
+    /* [n_sources] what was found out of several tensors (merge/survey.h), set
+     * while a plan runs; NULL: nothing. */
+    const struct tvm_cut *cuts;
 };
 
 struct tvm_calibration { /* text of a model's task; strings borrowed */
