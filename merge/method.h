@@ -302,6 +302,8 @@ extern const struct tvm_method tvm_method_karcher;
 extern const struct tvm_method tvm_method_model_stock;
 extern const struct tvm_method tvm_method_sce;
 extern const struct tvm_method tvm_method_consensus;
+extern const struct tvm_method tvm_method_emr;
+extern const struct tvm_method tvm_method_cabs;
 extern const struct tvm_method tvm_method_ram;
 extern const struct tvm_method tvm_method_ramplus_tl;
 extern const struct tvm_method tvm_method_nearswap;

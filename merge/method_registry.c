@@ -40,6 +40,8 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_tsv,
     &tvm_method_iso_c,
     &tvm_method_wudi,
+    &tvm_method_emr,
+    &tvm_method_cabs,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

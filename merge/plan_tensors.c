@@ -844,6 +844,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     t->name = cands[0].name;
     t->method = pl->r->method;
     t->base = -1;
+    t->n_models = slice->n - (slice->base >= 0);
     t->layer = cands[0].k < 0 ? -1 : slice->out_from + cands[0].k;
     t->name_hash = tv_hash64(t->name, strlen(t->name));
     t->sources = tvm_arena_get(plan_arena(pl), slice->n, sizeof(*t->sources));

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""digests.py BIN_DIR SYNTH DATA [--kills N]
+"""digests.py BIN_DIR SYNTH DATA [--kills N] [--all | NAME...]
 
 The digest of `tvmerge run --json` does not depend on threads, instruction set,
 memory budget, where the inputs live (directory, copied or linked in a store),
 how the output is sharded, output into a directory or a store, nor on being
 killed with SIGKILL and resumed. A second identical command rewrites nothing.
+
+The default suite takes one recipe for each way in which the engine feeds a
+method; --all (cmake --build BUILD --target digests-all) one or more for every
+method.
 """
 import json
 import os
@@ -19,8 +23,9 @@ import time
 from common import check, finish, run, run_json, temp
 
 BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
-KILLS = int(sys.argv[5]) if len(sys.argv) > 5 and sys.argv[4] == "--kills" \
-    else 20
+REST = sys.argv[4:]
+KILLS = int(REST.pop(REST.index("--kills") + 1)) if "--kills" in REST else 20
+REST = [a for a in REST if a != "--kills"]
 TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
 SHAPE = ["--layers", "3", "--hidden", "512", "--kv", "128", "--inter", "1408",
          "--vocab", "4099"]
@@ -59,6 +64,15 @@ models:
   parameters: {{weight: 0.5, density: 0.35}}
 parameters: {{rescale: true}}
 """,
+    "ties-model": """merge_method: ties
+base_model: {p}base
+models:
+- model: {p}ft1
+  parameters: {{weight: 0.7, density: 0.2}}
+- model: {p}ft2
+  parameters: {{weight: 0.5, density: 0.35}}
+parameters: {{trim_scope: model, rescale: true}}
+""",
     "dare_linear": """merge_method: dare_linear
 base_model: {p}base
 models:
@@ -90,6 +104,73 @@ slices:
   - {{model: '{p}ft2', layer_range: [1, 3], parameters: {{scale: 0.5}}}}
 """,
 }
+DEFAULT = ("linear", "task_arithmetic", "ties", "ties-model", "dare_ties",
+           "slerp", "passthrough")
+
+
+def of(method, base, ft1="", ft2="", shared="", dtype=""):
+    """A recipe of both fine-tunes (ft2 None: of the first alone)."""
+    lines = [f"merge_method: {method}"]
+    if base:
+        lines.append("base_model: {p}base")
+    lines.append("models:")
+    for name, params in (("ft1", ft1), ("ft2", ft2)):
+        if params is None:
+            continue
+        lines.append("- model: {p}" + name)
+        if params:
+            lines.append(f"  parameters: {{{{{params}}}}}")
+    if shared:
+        lines.append(f"parameters: {{{{{shared}}}}}")
+    if dtype:
+        lines.append(f"dtype: {dtype}")
+    return "\n".join(lines) + "\n"
+
+
+TRIMMED = ("weight: 0.7, density: 0.4", "weight: [0.2, 0.6], density: 0.7")
+WEIGHTS = ("weight: 0.7", "weight: 0.4")
+RECIPES.update({
+    "ties-layer": of("ties", True, *TRIMMED, "trim_scope: layer"),
+    "breadcrumbs": of("breadcrumbs", True, *TRIMMED, "gamma: 0.03"),
+    "breadcrumbs_ties": of("breadcrumbs_ties", True, *TRIMMED,
+                           "rescale: true"),
+    "della": of("della", True, *TRIMMED, "epsilon: 0.1"),
+    "della_linear": of("della_linear", True, *TRIMMED, "epsilon: 0.2"),
+    "nuslerp": of("nuslerp", False, *WEIGHTS),
+    "nuslerp-rows": of("nuslerp", True, *WEIGHTS, "nuslerp_flatten: false"),
+    "nuslerp-columns": of("nuslerp", True, *WEIGHTS, "nuslerp_flatten: false,"
+                          " nuslerp_row_wise: true"),
+    "multislerp": of("multislerp", True, *WEIGHTS),
+    "karcher": of("karcher", False, dtype="float32"),
+    "model_stock": of("model_stock", True),
+    "model_stock-rows": of("model_stock", True, shared="filter_wise: true"),
+    "sce": of("sce", True, shared="select_topk: 0.3"),
+    "ram": of("ram", True, shared="epsilon: 1e-4"),
+    "ramplus_tl": of("ramplus_tl", True, shared="epsilon: 1e-4"),
+    "nearswap": of("nearswap", True, "", None, "t: 1e-3"),
+    "arcee_fusion": of("arcee_fusion", True, "", None),
+    "consensus": of("consensus", True, shared="agree: 1"),
+    "emr": of("emr", True),
+    "emr-task": of("emr", True, shared="task: 1"),
+    "tsv": of("tsv", True),
+    "iso_c": of("iso_c", True),
+    "wudi": of("wudi", True),
+    "cabs": of("cabs", True, *WEIGHTS, "n: 32, m: 128"),
+})
+
+
+def chosen():
+    if not REST:
+        return DEFAULT
+    return list(RECIPES) if REST == ["--all"] else REST
+
+
+def check_complete():
+    """Does the long run have a recipe for every method?"""
+    methods = run_json(TVMERGE, "methods", "--json")["methods"]
+    have = {t.split(None, 2)[1] for t in RECIPES.values()}
+    for m in methods:
+        check(m["name"] in have, f"no recipe of {m['name']}")
 
 
 def write(path, text):
@@ -123,7 +204,10 @@ def main():
                 code=0)
     rng = random.Random(20)
     seed = ["--random-seed", "7"]
-    for name, text in RECIPES.items():
+    if REST == ["--all"]:
+        check_complete()
+    for name in chosen():
+        text = RECIPES[name]
         recipe = write(os.path.join(work, name + ".yml"), text.format(p=""))
         stored = write(os.path.join(work, name + "-store.yml"),
                        text.format(p="store:"))
@@ -206,7 +290,7 @@ def main():
         shutil.rmtree(o, True)
 
     # another recipe, seed or input on an unfinished or finished output: exit 4
-    a = os.path.join(work, "ties.yml")
+    a = write(os.path.join(work, "ties1.yml"), RECIPES["ties"].format(p=""))
     out = os.path.join(work, "changed")
     merge(a, out, cwd=models)
     r = run(TVMERGE, "run", a, out, "--random-seed", "9", cwd=models)

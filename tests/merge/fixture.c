@@ -221,6 +221,7 @@ void fx_plan(struct fx *f, const char *method, int base,
         t->sources = f->sources + i * k;
         t->n_sources = k;
         t->base = base;
+        t->n_models = k - (base >= 0);
         t->per_source = f->values + i * k * TVM_PARAMS_MAX;
         t->per_source_set = f->set + i * k * TVM_PARAMS_MAX;
         t->dtype = dtype != TV_DTYPE_NONE && t->action == TVM_MERGE ? dtype

@@ -120,23 +120,114 @@ static void consensus_keeps_what_matters_to_several(void **state)
     expect(&f, all);
 }
 
+static void emr_elects_and_rebuilds(void **state)
+{
+    /* Sums 3, 4, -1, 6, 1: the largest of their sign. */
+    const double unified[8] = {1.5, 2, -1.5, 0, 1, 0, 0, 0.5};
+    /* Model 2 keeps 4, 2 and 1: |d| is 4 + 1 + 2 + 1 in v, u there 7. The
+     * factor is of the whole output: w and s count too. */
+    const struct fx_param p[] = {{"lambda", FX_ALL, 0.5}};
+    const struct fx_param task[] = {{"task", FX_ALL, 2}};
+    struct fx f;
+    uint64_t n = 0;
+    double all = 0;
+    double kept = 0;
+
+    (void)state;
+    merge(&f, 4, cases, "emr", 0, p, 1);
+    expect(&f, unified);
+    merge(&f, 4, cases, "emr", 0, task, 1);
+    for (size_t t = 0; t < N_SHAPES; t++) {
+        float *x[4];
+        for (size_t m = 0; m < 4; m++)
+            x[m] = fx_values(&f, m, shapes[t].name, &n);
+        for (uint64_t i = 0; i < n; i++) {
+            double d[4] = {0};
+            double sum = 0;
+            double u = 0;
+            for (size_t m = 1; m < 4; m++) {
+                d[m] = (double)x[m][i] - (double)x[0][i];
+                sum += d[m];
+            }
+            for (size_t m = 1; m < 4; m++)
+                if (d[m] * sum > 0 && fabs(d[m]) > fabs(u))
+                    u = d[m];
+            all += fabs(d[2]);
+            kept += d[2] * u > 0 ? fabs(u) : 0;
+        }
+        for (size_t m = 0; m < 4; m++)
+            tv_free(x[m]);
+    }
+    const double l = all / kept;
+    const double want[8] = {0, 4 * l, 0, 0, 2 * l, 0, 0, l};
+    expect(&f, want);
+}
+
+static void cabs_gives_each_place_to_one(void **state)
+{
+    /* Groups of 4, two places for model 1, one for the others. First group:
+     * model 1 takes 3 and 1, model 2 takes 4, model 3 finds nothing but 0.
+     * Second: model 1 takes 2, model 2 what is left, 1. */
+    const struct fx_param p[] = {{"weight", 1, 1.0}, {"weight", 2, 0.5},
+                                 {"weight", 3, 9.0}, {"m", FX_ALL, 4},
+                                 {"n", FX_ALL, 1},   {"n", 1, 2}};
+    const double want[8] = {3, 2, 1, 0, 2, 0, 0, 0.5};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, cases, "cabs", 0, p, 6);
+    expect(&f, want);
+}
+
+/* How many places of each group each model has. */
+static void cabs_is_balanced(void **state)
+{
+    const struct fx_param p[] = {
+        {"weight", FX_ALL, 1.0}, {"m", FX_ALL, 32}, {"n", 1, 5}, {"n", 2, 11}};
+    struct fx f;
+    float *x[3];
+    uint64_t n = 0;
+
+    (void)state;
+    merge(&f, 3, cases, "cabs", 0, p, 4);
+    float *y = fx_merged(&f, "w", &n);
+    for (size_t m = 0; m < 3; m++)
+        x[m] = fx_values(&f, m, "w", &n);
+    for (uint64_t g = 0; g < n; g += 32) {
+        const uint64_t len = n - g < 32 ? n - g : 32;
+        uint64_t count[3] = {0};
+        for (uint64_t i = g; i < g + len; i++)
+            count[y[i] == x[1][i] ? 1 : y[i] == x[2][i] ? 2 : 0]++;
+        assert_int_equal(count[1], 5 * len / 32);
+        assert_int_equal(count[2], 11 * len / 32);
+    }
+    tv_free(y);
+    for (size_t m = 0; m < 3; m++)
+        tv_free(x[m]);
+    fx_close(&f);
+}
+
 static float hole(size_t model, size_t tensor, uint64_t i)
 {
     return model == 1 && i % 8 == 3 ? NAN : cases(model, tensor, i);
 }
 
-static void consensus_does_not_hide_nan(void **state)
+static void nan_is_not_hidden(void **state)
 {
-    struct fx f;
-    uint64_t n = 0;
+    static const char *const names[] = {"consensus", "emr", "cabs"};
+    const struct fx_param p[] = {{"weight", FX_ALL, 1.0}};
 
     (void)state;
-    merge(&f, 3, hole, "consensus", 0, NULL, 0);
-    float *y = fx_merged(&f, "v", &n);
-    for (size_t i = 0; i < 8; i++)
-        assert_true((i == 3) == (isnan(y[i]) != 0));
-    tv_free(y);
-    fx_close(&f);
+    for (size_t k = 0; k < 3; k++) {
+        struct fx f;
+        uint64_t n = 0;
+        merge(&f, 3, hole, names[k], 0, p, 1);
+        float *y = fx_merged(&f, "v", &n);
+        for (size_t i = 0; i < 8; i++)
+            assert_true((i == 3) == (isnan(y[i]) != 0));
+        tv_free(y);
+        fx_close(&f);
+    }
 }
 
 static float doubled(size_t model, size_t tensor, uint64_t i)
@@ -437,6 +528,9 @@ struct subject {
 static const struct subject subjects[] = {
     {"nearswap", 2, 0, false, {{"t", FX_ALL, 0.001}}, 1},
     {"consensus", 4, 0, false, {{"mask_lambda", FX_ALL, 0.6}}, 1},
+    {"emr", 4, 0, true, {{"weight", FX_ALL, 1.0}}, 1},
+    {"emr", 4, 0, true, {{"task", FX_ALL, 2}}, 1},
+    {"cabs", 3, 0, false, {{"weight", FX_ALL, 1}, {"n", 2, 100}}, 2},
     {"ram", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
     {"ramplus_tl", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
     {"sce", 4, 0, true, {{"select_topk", FX_ALL, 1.0}}, 1},
@@ -552,7 +646,10 @@ int main(void)
         cmocka_unit_test(nearswap_moves_where_near),
         cmocka_unit_test(ram_averages_only_what_is_shared),
         cmocka_unit_test(consensus_keeps_what_matters_to_several),
-        cmocka_unit_test(consensus_does_not_hide_nan),
+        cmocka_unit_test(nan_is_not_hidden),
+        cmocka_unit_test(emr_elects_and_rebuilds),
+        cmocka_unit_test(cabs_gives_each_place_to_one),
+        cmocka_unit_test(cabs_is_balanced),
         cmocka_unit_test(consensus_scales_and_negates_exactly),
         cmocka_unit_test(ramplus_raises_what_is_alone),
         cmocka_unit_test(sce_selects_weighs_and_erases),

@@ -12,7 +12,9 @@ tensors hold, 1 otherwise; the last line is a summary.
 
 Conventions that this file pins (and tvmerge must share):
   * top-k keeps k = max(1, trunc(density * n)) entries by |fp32(x - base)|,
-    equal magnitudes in index order, zeros never count;
+    equal magnitudes in index order, zeros never count; with trim_scope layer
+    or model of all tensors of a layer or of the output together, in the order
+    of the output (numbers in names as numbers);
   * DARE keeps an element iff its Philox4x32-10 word is below
     round(density * 2^32) and divides by the density;
   * a reference base+adapter is W + scaling * B A.
@@ -24,6 +26,7 @@ here a second time. Needs numpy, PyYAML, xxhash.
 import argparse
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -44,7 +47,8 @@ METHODS = {
 
 
 # Methods whose parameters of an input are counted without the base.
-BY_DONOR = set(METHODS) | {"nuslerp", "multislerp"}
+BY_DONOR = set(METHODS) | {"nuslerp", "multislerp", "consensus", "emr",
+                           "cabs"}
 # Within 1e-6 of the delta or 1 ulp.
 REDUCING = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce",
             "arcee_fusion")
@@ -269,6 +273,39 @@ def topk(d, density):
     return keep.reshape(d.shape)
 
 
+def name_key(name):
+    """Layer order: runs of digits compare as numbers."""
+    return [(0, int(p), p) if p.isdigit() else (1, 0, p)
+            for p in re.split(r"(\d+)", name) if p]
+
+
+def scoped_masks(jobs, scope, get_of):
+    """{(output name, donor): (mask, factor)} for ties over several tensors.
+    jobs: (name, layer key, base, donors) in the order of the output."""
+    pools = {}
+    for name, layer, b, donors in jobs:
+        for i, (ref, x) in enumerate(donors):
+            density = get_of(name)("density", i, 1.0)
+            if 0 < density < 1:
+                key = (ref, layer if scope == "layer" else "")
+                pools.setdefault(key, []).append((name, i, x - b, density))
+    out = {}
+    for parts in pools.values():
+        densities = {p[3] for p in parts}
+        sizes = [p[2].size for p in parts]
+        k = densities.pop() * sum(sizes) if len(densities) == 1 else sum(
+            p[3] * n for p, n in zip(parts, sizes))
+        m = np.concatenate([np.abs(f32(p[2])).ravel() for p in parts])
+        keep = np.zeros(m.size, bool)
+        keep[np.argsort(-m, kind="stable")[:max(1, int(k))]] = True
+        keep &= m > 0
+        factor = m.sum() / m[keep].sum() if m[keep].sum() >= 1e-7 else 1.0
+        for (name, i, d, _), k in zip(parts, np.split(
+                keep, np.cumsum(sizes)[:-1])):
+            out[name, i] = (k.reshape(d.shape), factor)
+    return out
+
+
 def outliers(d, density, gamma):
     """Ascending by magnitude: without the largest and the smallest; ties go to
     the lowest index."""
@@ -295,7 +332,8 @@ def della_mask(d, density, eps, seed, donor, name):
         d.shape)
 
 
-def gta(method, b, donors, get, name, seed, chosen):
+def gta(method, b, donors, get, name, seed, chosen,
+        scoped=None):
     consensus, sparsifier, norm_default, rescale_default = METHODS[method]
     if chosen is not None:
         sparsifier = None if chosen == "none" else chosen
@@ -307,7 +345,10 @@ def gta(method, b, donors, get, name, seed, chosen):
         w = get("weight", i, None)
         density = get("density", i, 1.0)
         d = x - b
-        if sparsifier in ("magnitude", "outliers", "della") and density < 1:
+        if scoped and (name, i) in scoped:
+            mask, factor = scoped[name, i]
+            d = np.where(mask, d * factor if rescale else d, 0.0)
+        elif sparsifier in ("magnitude", "outliers", "della") and density < 1:
             if sparsifier == "magnitude":
                 mask = topk(d, density)
             elif sparsifier == "outliers":
@@ -479,6 +520,33 @@ def consensus(b, weighted, mask_lambda, lam, agree):
     return np.where(votes >= agree, b + lam * s, b)
 
 
+def emr_unified(ds):
+    s = sum(ds)
+    u = np.zeros_like(s)
+    for d in ds:
+        u = np.where((s > 0) & (d > u) | (s < 0) & (d < u), d, u)
+    return u
+
+
+def cabs(b, weighted, ns, m):
+    """weighted: (weight, x - b) of the models in turn."""
+    size = b.size
+    taken = np.zeros(size, bool)
+    out = np.zeros(size)
+    for (w, d), n in zip(weighted, ns):
+        flat = d.ravel()
+        mag = np.where(taken, 0.0, np.abs(f32(flat)))
+        for at in range(0, size, m):
+            g = mag[at:at + m]
+            k = n * g.size // m
+            k = 1 if k == 0 and n > 0 else k
+            top = at + np.argsort(-g, kind="stable")[:k]
+            top = top[mag[top] > 0]
+            out[top] = w * flat[top]
+            taken[top] = True
+    return out.reshape(b.shape)
+
+
 def nearswap(b, x, t):
     w = np.clip(t / np.maximum(np.abs(x - b), 1e-6), 0, 1)
     return w * x + (1 - w) * b
@@ -507,6 +575,22 @@ def slices_of(recipe, model):
         models.append({"model": base})
     return [{"sources": [dict(m, layer_range=[0, model(m["model"]).layers()])
                          for m in models]}]
+
+
+def parts_of(recipe, out, sl, t, srcs):
+    """(base, its index or None, indices of the others, parameter lookup)"""
+    base = sl.get("base_model", recipe.get("base_model"))
+    shared = [sl.get("parameters"), recipe.get("parameters")]
+    bi = next((i for i, (s, _) in enumerate(srcs) if s["model"] == base), None)
+    donors = [i for i in range(len(srcs)) if i != bi]
+
+    def get(key, donor, fallback):
+        if donor is None:
+            return lookup(shared, key, out, t, fallback)
+        s, n = srcs[donors[donor] if recipe["merge_method"] in BY_DONOR
+                    else donor]
+        return lookup([s.get("parameters")] + shared, key, n, t, fallback)
+    return base, bi, donors, get
 
 
 def expected(recipe, root, seed):
@@ -554,29 +638,42 @@ def expected(recipe, root, seed):
                      [(s, "model.embed_tokens.weight")
                       for s in slices[-1]["sources"]]))
     names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    scope = (recipe.get("parameters") or {}).get("trim_scope", "tensor")
+    task = (recipe.get("parameters") or {}).get("task", 0)
+    scoped, factor = None, 1.0
+    if method == "ties" and scope != "tensor" or method == "emr" and task:
+        gets, whole = {}, []
+        for out, sl, t, srcs in sorted(jobs, key=lambda j: name_key(j[0])):
+            base, bi, donors, get = parts_of(recipe, out, sl, t, srcs)
+            xs = [model(s["model"]).value(n) for s, n in srcs]
+            layer = layer_of(out)
+            gets[out] = get
+            whole.append((out, f"{layer[1]}.{layer[0]}" if layer else out,
+                          xs[bi], [(srcs[i][0]["model"], xs[i])
+                                   for i in donors]))
+        if method == "ties":
+            scoped = scoped_masks(whole, scope, gets.get)
+        else:
+            total = kept = 0.0
+            for out, _, b, donors in whole:
+                ds = [gets[out]("weight", i, 1.0) * (x - b)
+                      for i, (_, x) in enumerate(donors)]
+                u = emr_unified(ds)
+                total += np.abs(ds[task - 1]).sum()
+                kept += np.abs(u[ds[task - 1] * u > 0]).sum()
+            factor = total / kept
     for out, sl, t, srcs in jobs:
-        base = sl.get("base_model", recipe.get("base_model"))
+        base, bi, donors, get = parts_of(recipe, out, sl, t, srcs)
         xs = [model(s["model"]).value(n) for s, n in srcs]
         kinds = {model(s["model"]).dtype(n) for s, n in srcs}
         dtype = kinds.pop() if len(kinds) == 1 else "F32"
         for key in ("dtype", "out_dtype"):
             if recipe.get(key):
                 dtype = names[recipe[key].replace("torch.", "")]
-        shared = [sl.get("parameters"), recipe.get("parameters")]
-        bi = next((i for i, (s, _) in enumerate(srcs) if s["model"] == base),
-                  None)
-        donors = [i for i in range(len(srcs)) if i != bi]
-
-        def get(key, donor, fallback):
-            if donor is None:
-                return lookup(shared, key, out, t, fallback)
-            s, n = srcs[donors[donor] if method in BY_DONOR else donor]
-            return lookup([s.get("parameters")] + shared, key, n, t, fallback)
-
         b = xs[bi] if bi is not None else None
         if method in METHODS:
             y = gta(method, b, [xs[i] for i in donors], get, out, seed,
-                    (recipe.get("parameters") or {}).get("sparsify"))
+                    (recipe.get("parameters") or {}).get("sparsify"), scoped)
         elif method == "linear":
             w = [get("weight", i, None) for i in range(len(xs))]
             y = sum(wi * x for wi, x in zip(w, xs))
@@ -615,6 +712,19 @@ def expected(recipe, root, seed):
                               for i in donors],
                           [get("mask_lambda", i, 0.4) for i in donors],
                           get("lambda", None, 1.0), get("agree", None, 2))
+        elif method == "emr":
+            ds = [get("weight", i, 1.0) * (xs[d] - b)
+                  for i, d in enumerate(donors)]
+            u = emr_unified(ds)
+            if task:
+                u = np.where(ds[task - 1] * u > 0, factor * u, 0.0)
+            y = b + get("lambda", None, 1.0) * u
+        elif method == "cabs":
+            y = b + get("lambda", None, 1.0) * cabs(
+                b, [(get("weight", i, None), xs[d] - b)
+                    for i, d in enumerate(donors)],
+                [int(get("n", i, 64)) for i in range(len(donors))],
+                get("m", None, 256))
         elif method == "nearswap":
             y = nearswap(b, xs[donors[0]], get("t", None, None))
         elif method == "arcee_fusion":

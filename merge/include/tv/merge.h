@@ -174,7 +174,9 @@ struct tvm_tensor {
     size_t copy_of;             /* TVM_COPY: index into sources */
     struct tvm_source *sources; /* recipe order */
     size_t n_sources;
-    int base; /* index into sources, -1 when none */
+    int base;        /* index into sources, -1 when none */
+    size_t n_models; /* of the slice, without the base: with this tensor or
+                        without */
     /* values[p] of parameter p: SHARED in shared[p]; else of source s in
      * per_source[s * n_params + p]. Bools are 0/1. is-set flags beside. */
     double shared[TVM_PARAMS_MAX];
