@@ -280,7 +280,7 @@ static void run_tile(void *arg, size_t item, unsigned worker)
         const size_t n = end - at < TVM_BLOCK ? (size_t)(end - at) : TVM_BLOCK;
         for (size_t i = 0; i < t->n_sources; i++)
             x[i] = s->wanted[i] ? tvm_reader_block(&s->readers[i], s->k, at, n,
-                                                   src + i * TVM_BLOCK, l)
+                                                   src + i * TVM_BLOCK, l, NULL)
                                 : NULL;
         t->method->surveyor->measure(s->group, s->at, at, worker, x, n);
     }
