@@ -180,6 +180,9 @@ struct tvm_method {
 
     void (*check)(const struct tvm_tensor *t, struct tvm_problems *problems);
     int (*fold)(const struct tvm_tensor *t);
+    /* Is a source no model, but something about one? It then has no say in
+     * the dtype of the output. NULL: none is. */
+    bool (*aside)(const struct tvm_tensor *t, size_t source);
 
     /* Bytes of job->state and of tile_state; may be NULL for 0. The worst case
      * over phases; used by the plan's peak_scratch as well (n_workers given).
@@ -304,6 +307,7 @@ extern const struct tvm_method tvm_method_sce;
 extern const struct tvm_method tvm_method_consensus;
 extern const struct tvm_method tvm_method_emr;
 extern const struct tvm_method tvm_method_cabs;
+extern const struct tvm_method tvm_method_fisher;
 extern const struct tvm_method tvm_method_ram;
 extern const struct tvm_method tvm_method_ramplus_tl;
 extern const struct tvm_method tvm_method_nearswap;

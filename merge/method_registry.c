@@ -42,6 +42,7 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_wudi,
     &tvm_method_emr,
     &tvm_method_cabs,
+    &tvm_method_fisher,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

@@ -405,12 +405,17 @@ static bool all_math(const struct tvm_tensor *t)
 
 static enum tv_dtype promoted(const struct tvm_tensor *t)
 {
-    const enum tv_dtype first = t->sources[0].tensor->dtype;
-    for (size_t i = 1; i < t->n_sources; i++) {
-        if (t->sources[i].tensor->dtype != first)
+    enum tv_dtype all = TV_DTYPE_NONE;
+    for (size_t i = 0; i < t->n_sources; i++) {
+        const enum tv_dtype one = t->sources[i].tensor->dtype;
+        if (t->method != NULL && t->method->aside != NULL &&
+            t->method->aside(t, i))
+            continue;
+        if (all != TV_DTYPE_NONE && one != all)
             return TV_F32;
+        all = one;
     }
-    return first;
+    return all == TV_DTYPE_NONE ? TV_F32 : all;
 }
 
 enum tv_err plan_views_equal(struct planner *pl, const struct tvm_source *a,

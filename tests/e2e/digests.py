@@ -152,6 +152,7 @@ RECIPES.update({
     "consensus": of("consensus", True, shared="agree: 1"),
     "emr": of("emr", True),
     "emr-task": of("emr", True, shared="task: 1"),
+    "fisher": of("fisher", False, "weight: 0.7", "fisher_of: 1"),
     "tsv": of("tsv", True),
     "iso_c": of("iso_c", True),
     "wudi": of("wudi", True),

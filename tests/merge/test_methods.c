@@ -38,9 +38,12 @@ static float cases(size_t model, size_t tensor, uint64_t i)
     return 0.1f * noise(7, i) + (model > 0 ? noise(model, i) : 0.0f);
 }
 
+/* Of all models that are no base: */
+static size_t first_donor;
+
 static float same(size_t model, size_t tensor, uint64_t i)
 {
-    return cases(model > 0 ? 1 : 0, tensor, i);
+    return cases(model >= first_donor ? 1 : 0, tensor, i);
 }
 
 static float unchanged(size_t model, size_t tensor, uint64_t i)
@@ -207,6 +210,30 @@ static void cabs_is_balanced(void **state)
     fx_close(&f);
 }
 
+/* Models 0 and 1, then the Fisher information of 1 and of 0. */
+static float fishers(size_t model, size_t tensor, uint64_t i)
+{
+    static const float f[2][8] = {{1, 0, 2, 0, 3, 0, 0, 1},
+                                  {3, 1, 2, 0, 1, 0, -1, 0}};
+    if (tensor != 0)
+        return model < 2 ? cases(model + 1, tensor, i) : fabsf(noise(model, i));
+    return model < 2 ? rows[model + 1][i] : f[model - 2][i];
+}
+
+static void fisher_weighs_by_information(void **state)
+{
+    const struct fx_param p[] = {
+        {"fisher_of", 2, 2}, {"fisher_of", 3, 1}, {"weight", 1, 2}};
+    /* (F_a a + 2 F_b b) / (F_a + 2 F_b): a is rows[1] with {3, 1, ...}, b
+     * rows[2] with {1, 0, ...}. Without information (a + 2 b) / 3. */
+    const double want[8] = {9.0 / 5, 0, 1, 0, 2, 0, 0, 1};
+    struct fx f;
+
+    (void)state;
+    merge(&f, 4, fishers, "fisher", -1, p, 3);
+    expect(&f, want);
+}
+
 static float hole(size_t model, size_t tensor, uint64_t i)
 {
     return model == 1 && i % 8 == 3 ? NAN : cases(model, tensor, i);
@@ -238,37 +265,6 @@ static float doubled(size_t model, size_t tensor, uint64_t i)
 static float plain(size_t model, size_t tensor, uint64_t i)
 {
     return doubled(model, tensor, i) / 4.0f;
-}
-
-static float negated(size_t model, size_t tensor, uint64_t i)
-{
-    return -plain(model, tensor, i);
-}
-
-/* On a base of 0 the merged delta is the result itself. */
-static void consensus_scales_and_negates_exactly(void **state)
-{
-    static const fx_fill fills[3] = {plain, doubled, negated};
-    static const float factor[3] = {1.0f, 4.0f, -1.0f};
-    float *y[3];
-    uint64_t n = 0;
-    uint64_t kept = 0;
-
-    (void)state;
-    for (int k = 0; k < 3; k++) {
-        struct fx f;
-        merge(&f, 4, fills[k], "consensus", 0, NULL, 0);
-        y[k] = fx_merged(&f, "w", &n);
-        fx_close(&f);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        kept += y[0][i] != 0.0f;
-        assert_true(y[1][i] == factor[1] * y[0][i]);
-        assert_true(y[2][i] == factor[2] * y[0][i]);
-    }
-    assert_true(kept > n / 10 && kept < n);
-    for (int k = 0; k < 3; k++)
-        tv_free(y[k]);
 }
 
 static void ramplus_raises_what_is_alone(void **state)
@@ -516,65 +512,125 @@ static void della_keeps_large_entries_more_often(void **state)
 
 /* ---- properties ---------------------------------------------------------- */
 
+enum {             /* what holds, methods.md (e) */
+       BASED = 1,  /* no change gives the base, bit for bit */
+       EQUAL = 2,  /* equal donors give themselves */
+       SCALES = 4, /* 2^k times the changes, 2^k times the result */
+       NEGATES = 8,
+       ORDER = 16 /* of the donors does not matter */
+};
+
 struct subject {
     const char *name;
     size_t n_models;
     int base;
-    bool keeps_equal; /* equal donors give themselves */
+    unsigned holds;
     struct fx_param params[3];
     size_t n_params;
 };
 
+#define WEIGHT(w)                                                              \
+    {                                                                          \
+        "weight", FX_ALL, w                                                    \
+    }
+#define DENSITY(d)                                                             \
+    {                                                                          \
+        "density", FX_ALL, d                                                   \
+    }
+#define GTA (BASED | SCALES | NEGATES | ORDER)
 static const struct subject subjects[] = {
-    {"nearswap", 2, 0, false, {{"t", FX_ALL, 0.001}}, 1},
-    {"consensus", 4, 0, false, {{"mask_lambda", FX_ALL, 0.6}}, 1},
-    {"emr", 4, 0, true, {{"weight", FX_ALL, 1.0}}, 1},
-    {"emr", 4, 0, true, {{"task", FX_ALL, 2}}, 1},
-    {"cabs", 3, 0, false, {{"weight", FX_ALL, 1}, {"n", 2, 100}}, 2},
-    {"ram", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
-    {"ramplus_tl", 4, 0, true, {{"epsilon", FX_ALL, 0.0}}, 1},
-    {"sce", 4, 0, true, {{"select_topk", FX_ALL, 1.0}}, 1},
-    {"sce", 4, 0, false, {{"select_topk", FX_ALL, 0.3}}, 1},
-    {"model_stock", 4, 0, true, {{"filter_wise", FX_ALL, 0}}, 1},
-    {"model_stock", 4, 0, true, {{"filter_wise", FX_ALL, 1}}, 1},
+    {"linear", 3, -1, EQUAL | SCALES | NEGATES | ORDER, {WEIGHT(0.4)}, 1},
+    {"slerp", 2, 0, EQUAL, {{"t", FX_ALL, 0.3}}, 1},
+    {"passthrough", 1, -1, EQUAL | SCALES | NEGATES, {{NULL, 0, 0}}, 0},
+    {"karcher", 3, -1, EQUAL | NEGATES | ORDER, {{NULL, 0, 0}}, 0},
+    {"task_arithmetic", 3, 0, GTA | EQUAL, {WEIGHT(0.5)}, 1},
+    {"ties", 4, 0, GTA, {WEIGHT(0.5), DENSITY(0.3)}, 2},
+    {"ties", 4, 0, GTA, {WEIGHT(0.5), DENSITY(0.3), {"rescale", FX_ALL, 1}}, 3},
+    {"ties",
+     4,
+     0,
+     GTA,
+     {WEIGHT(0.5), DENSITY(0.3), {"trim_scope", FX_ALL, 2}},
+     3},
+    {"dare_linear",
+     3,
+     0,
+     BASED | SCALES | NEGATES,
+     {WEIGHT(0.5), DENSITY(0.3)},
+     2},
+    {"dare_ties",
+     4,
+     0,
+     BASED | SCALES | NEGATES,
+     {WEIGHT(0.5), DENSITY(0.6)},
+     2},
+    {"nearswap", 2, 0, BASED | NEGATES, {{"t", FX_ALL, 0.001}}, 1},
+    {"consensus", 4, 0, GTA, {{"mask_lambda", FX_ALL, 0.6}}, 1},
+    {"emr", 4, 0, GTA | EQUAL, {WEIGHT(1)}, 1},
+    {"emr", 4, 0, BASED | EQUAL | SCALES | NEGATES, {{"task", FX_ALL, 2}}, 1},
+    {"cabs",
+     3,
+     0,
+     BASED | SCALES | NEGATES,
+     {WEIGHT(0.5), {"n", FX_ALL, 100}},
+     2},
+    {"fisher", 4, -1, EQUAL, {{"fisher_of", 2, 1}, {"fisher_of", 3, 2}}, 2},
+    {"ram", 4, 0, GTA | EQUAL, {{"epsilon", FX_ALL, 0.0}}, 1},
+    {"ramplus_tl", 4, 0, GTA | EQUAL, {{"epsilon", FX_ALL, 0.0}}, 1},
+    {"sce",
+     4,
+     0,
+     BASED | EQUAL | NEGATES | ORDER,
+     {{"select_topk", FX_ALL, 1.0}},
+     1},
+    {"sce", 4, 0, BASED | NEGATES, {{"select_topk", FX_ALL, 0.3}}, 1},
+    {"model_stock",
+     4,
+     0,
+     BASED | EQUAL | NEGATES | ORDER,
+     {{"filter_wise", FX_ALL, 0}},
+     1},
+    {"model_stock",
+     4,
+     0,
+     BASED | EQUAL | NEGATES | ORDER,
+     {{"filter_wise", FX_ALL, 1}},
+     1},
     {"nuslerp",
      3,
      0,
-     true,
+     BASED | EQUAL,
      {{"weight", 1, 0.3}, {"weight", 2, 0.9}, {"nuslerp_flatten", FX_ALL, 1}},
      3},
     {"nuslerp",
      3,
      0,
-     true,
+     BASED | EQUAL,
      {{"weight", 1, 0.3}, {"weight", 2, 0.9}, {"nuslerp_flatten", FX_ALL, 0}},
      3},
-    {"multislerp", 3, 0, true, {{"weight", 1, 0.3}, {"weight", 2, 0.9}}, 2},
-    {"arcee_fusion", 2, 0, false, {{NULL, 0, 0}}, 0},
+    {"nuslerp", 3, 0, BASED | EQUAL | NEGATES | ORDER, {WEIGHT(0.5)}, 1},
+    {"multislerp",
+     3,
+     0,
+     BASED | EQUAL,
+     {{"weight", 1, 0.3}, {"weight", 2, 0.9}},
+     2},
+    {"multislerp", 4, 0, BASED | EQUAL | NEGATES | ORDER, {WEIGHT(0.5)}, 1},
+    {"arcee_fusion", 2, 0, BASED, {{NULL, 0, 0}}, 0},
     {"breadcrumbs",
      3,
      0,
-     false,
-     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}, {"gamma", FX_ALL, 0.1}},
+     GTA,
+     {WEIGHT(1), DENSITY(0.6), {"gamma", FX_ALL, 0.1}},
      3},
     {"breadcrumbs_ties",
-     3,
+     4,
      0,
-     false,
-     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}, {"rescale", FX_ALL, 1}},
+     GTA,
+     {WEIGHT(1), DENSITY(0.6), {"rescale", FX_ALL, 1}},
      3},
-    {"della",
-     3,
-     0,
-     false,
-     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}},
-     2},
-    {"della_linear",
-     3,
-     0,
-     false,
-     {{"weight", FX_ALL, 1}, {"density", FX_ALL, 0.6}},
-     2},
+    {"della", 3, 0, BASED | NEGATES, {WEIGHT(1), DENSITY(0.6)}, 2},
+    {"della_linear", 3, 0, BASED | NEGATES, {WEIGHT(1), DENSITY(0.6)}, 2},
 };
 #define N_SUBJECTS (sizeof(subjects) / sizeof(*subjects))
 
@@ -585,6 +641,8 @@ static void no_change_gives_the_base(void **state)
         const struct subject *s = &subjects[i];
         struct fx f;
         uint64_t n = 0;
+        if (!(s->holds & BASED))
+            continue;
         merge(&f, s->n_models, unchanged, s->name, s->base, s->params,
               s->n_params);
         float *y = fx_merged(&f, "w", &n);
@@ -604,11 +662,12 @@ static void equal_donors_give_themselves(void **state)
         const struct subject *s = &subjects[i];
         struct fx f;
         uint64_t n = 0;
-        if (!s->keeps_equal)
+        if (!(s->holds & EQUAL))
             continue;
+        first_donor = s->base == 0 && strcmp(s->name, "slerp") != 0 ? 1 : 0;
         merge(&f, s->n_models, same, s->name, s->base, s->params, s->n_params);
         float *y = fx_merged(&f, "w", &n);
-        float *x = fx_values(&f, 1, "w", &n);
+        float *x = fx_values(&f, s->n_models - 1, "w", &n);
         for (uint64_t e = 0; e < n; e++)
             if (fabsf(y[e] - x[e]) > 1.2e-7f * fabsf(x[e]))
                 fail_msg("%s: element %llu is %.9g instead of %.9g", s->name,
@@ -616,6 +675,109 @@ static void equal_donors_give_themselves(void **state)
         tv_free(y);
         tv_free(x);
         fx_close(&f);
+    }
+}
+
+static float *tensor_w(const struct subject *s, fx_fill fill, uint64_t *n)
+{
+    struct fx f;
+    float *y = NULL;
+
+    merge(&f, s->n_models, fill, s->name, s->base, s->params, s->n_params);
+    y = fx_merged(&f, "w", n);
+    fx_close(&f);
+    return y;
+}
+
+/* Without a base, model 0 is a donor too. */
+static float plain_of(size_t model, size_t tensor, uint64_t i)
+{
+    return plain(model + (first_donor == 0), tensor, i);
+}
+
+static float quadrupled(size_t model, size_t tensor, uint64_t i)
+{
+    return 4.0f * plain_of(model, tensor, i);
+}
+
+static float opposed(size_t model, size_t tensor, uint64_t i)
+{
+    return -plain_of(model, tensor, i);
+}
+
+static size_t n_now;
+
+static float turned_round(size_t model, size_t tensor, uint64_t i)
+{
+    if (model < first_donor)
+        return plain_of(model, tensor, i);
+    return plain_of(n_now - 1 - (model - first_donor), tensor, i);
+}
+
+/* On a base of 0 the merged change is the result itself. */
+static void changes_scale_negate_and_commute(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < N_SUBJECTS; k++) {
+        const struct subject *s = &subjects[k];
+        uint64_t n = 0;
+        uint64_t changed = 0;
+        uint64_t even = 0; /* elected by a sum of exactly 0 */
+        first_donor = s->base == 0 ? 1 : 0;
+        n_now = s->n_models;
+        float *y = tensor_w(s, plain_of, &n);
+        float *by4 = s->holds & SCALES ? tensor_w(s, quadrupled, &n) : NULL;
+        float *minus = s->holds & NEGATES ? tensor_w(s, opposed, &n) : NULL;
+        float *turned = s->holds & ORDER ? tensor_w(s, turned_round, &n) : NULL;
+        for (uint64_t i = 0; i < n; i++) {
+            const float off = turned ? fabsf(turned[i] - y[i]) : 0.0f;
+            changed += y[i] != 0.0f;
+            if (by4 && by4[i] != 4.0f * y[i])
+                fail_msg("%s (%zu) does not scale", s->name, k);
+            even += minus && y[i] != 0.0f && minus[i] == y[i];
+            if (minus && minus[i] != -y[i] && minus[i] != y[i])
+                fail_msg("%s (%zu) does not negate: %.9g, %.9g", s->name, k,
+                         (double)y[i], (double)minus[i]);
+            if (off > 2.4e-7f * fabsf(y[i]) + 1e-10f)
+                fail_msg("%s (%zu) depends on the order: %.9g, %.9g", s->name,
+                         k, (double)y[i], (double)turned[i]);
+        }
+        if (even > n / 10000)
+            fail_msg("%s (%zu) does not negate", s->name, k);
+        if (changed < n / 50 && s->holds > (BASED | EQUAL))
+            fail_msg("%s (%zu) changes nothing", s->name, k);
+        tv_free(y);
+        tv_free(by4);
+        tv_free(minus);
+        tv_free(turned);
+    }
+}
+
+static void masks_are_nested_in_density(void **state)
+{
+    static const char *const names[] = {"ties", "dare_linear"};
+    static const double densities[] = {0.1, 0.35, 0.8};
+
+    (void)state;
+    first_donor = 1;
+    for (size_t k = 0; k < 2; k++) {
+        float *before = NULL;
+        for (size_t d = 0; d < 3; d++) {
+            const struct subject s = {
+                names[k],
+                2,
+                0,
+                0,
+                {WEIGHT(1), DENSITY(densities[d]), {"rescale", FX_ALL, 0}},
+                3};
+            uint64_t n = 0;
+            float *y = tensor_w(&s, plain_of, &n);
+            for (uint64_t i = 0; before && i < n; i++)
+                assert_true(before[i] == 0.0f || y[i] == before[i]);
+            tv_free(before);
+            before = y;
+        }
+        tv_free(before);
     }
 }
 
@@ -648,9 +810,9 @@ int main(void)
         cmocka_unit_test(consensus_keeps_what_matters_to_several),
         cmocka_unit_test(nan_is_not_hidden),
         cmocka_unit_test(emr_elects_and_rebuilds),
+        cmocka_unit_test(fisher_weighs_by_information),
         cmocka_unit_test(cabs_gives_each_place_to_one),
         cmocka_unit_test(cabs_is_balanced),
-        cmocka_unit_test(consensus_scales_and_negates_exactly),
         cmocka_unit_test(ramplus_raises_what_is_alone),
         cmocka_unit_test(sce_selects_weighs_and_erases),
         cmocka_unit_test(sce_weighs_by_energy),
@@ -664,6 +826,8 @@ int main(void)
         cmocka_unit_test(della_keeps_large_entries_more_often),
         cmocka_unit_test(no_change_gives_the_base),
         cmocka_unit_test(equal_donors_give_themselves),
+        cmocka_unit_test(changes_scale_negate_and_commute),
+        cmocka_unit_test(masks_are_nested_in_density),
         cmocka_unit_test(bytes_do_not_depend_on_threads_or_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

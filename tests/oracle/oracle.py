@@ -719,6 +719,19 @@ def expected(recipe, root, seed):
             if task:
                 u = np.where(ds[task - 1] * u > 0, factor * u, 0.0)
             y = b + get("lambda", None, 1.0) * u
+        elif method == "fisher":
+            of = [get("fisher_of", i, 0) for i in range(len(xs))]
+            top = by = plain = weights = 0.0
+            for i, x in enumerate(xs):
+                if of[i]:
+                    continue
+                w = get("weight", i, 1.0)
+                f = w * (np.maximum(xs[of.index(i + 1)], 0)
+                         + get("floor", None, 0.0))
+                top, by, plain = top + f * x, by + f, plain + w * x
+                weights += w
+            y = np.where(by != 0, top / np.where(by != 0, by, 1),
+                         plain / weights)
         elif method == "cabs":
             y = b + get("lambda", None, 1.0) * cabs(
                 b, [(get("weight", i, None), xs[d] - b)
