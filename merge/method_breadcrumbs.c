@@ -21,6 +21,10 @@ static const struct tvm_param params[GTA_N_PARAMS + 1] = {
         .help = "fraction of the largest entries to drop"}};
 static const struct gta_detail linear = {GTA_OUTLIERS, false, false, false,
                                          false};
+static const struct gta_detail linear_compat = {GTA_OUTLIERS, false, true,
+                                                false, false};
+static const struct gta_detail ties_compat = {GTA_OUTLIERS, true, true, false,
+                                              false};
 static const struct gta_detail ties = {GTA_OUTLIERS, true, false, false, false};
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
@@ -34,12 +38,29 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
     }
 }
 
+static const struct tvm_method compat_linear = {
+    .name = "breadcrumbs",
+    .params = params,
+    .detail = &linear_compat,
+    GTA_COMPAT_SHARED_FUNCTIONS,
+    .n_params = GTA_N_PARAMS + 1,
+};
+
+static const struct tvm_method compat_ties = {
+    .name = "breadcrumbs_ties",
+    .params = params,
+    .detail = &ties_compat,
+    GTA_COMPAT_SHARED_FUNCTIONS,
+    .n_params = GTA_N_PARAMS + 1,
+};
+
 const struct tvm_method tvm_method_breadcrumbs = {
     .name = "breadcrumbs",
     .summary = "task vectors without smallest and largest entries, summed",
     .paper = "Model Breadcrumbs, Davari and Belilovsky 2024, arXiv 2312.06795",
     .params = params,
     .detail = &linear,
+    .compat = &compat_linear,
     GTA_SHARED_FUNCTIONS,
     .n_params = GTA_N_PARAMS + 1,
     .check = check,
@@ -52,6 +73,7 @@ const struct tvm_method tvm_method_breadcrumbs_ties = {
              "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
     .params = params,
     .detail = &ties,
+    .compat = &compat_ties,
     GTA_SHARED_FUNCTIONS,
     .n_params = GTA_N_PARAMS + 1,
     .check = check,

@@ -122,27 +122,52 @@ static bool next_phase(struct tvm_job *job)
     return false;
 }
 
+/* on[i]: is the change more than epsilon? As mergekit rounds, if asked to. */
+static void find_active(const struct tvm_job *job, const float *x,
+                        const float *base, unsigned char *on, size_t n)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const double eps = tvm_shared(t, P_EPSILON);
+    float d[TVM_BLOCK];
+
+    if (t->compute == TV_DTYPE_NONE) {
+        for (size_t i = 0; i < n; i++)
+            on[i] = fabs((double)x[i] - (double)base[i]) > eps;
+        return;
+    }
+    const float least = tvm_compat_round1(job->k, t->compute, eps);
+    for (size_t i = 0; i < n; i++)
+        d[i] = x[i] - base[i];
+    tvm_compat_round(job->k, t->compute, d, n);
+    for (size_t i = 0; i < n; i++)
+        on[i] = fabsf(d[i]) > least;
+}
+
 static void measure(struct tvm_job *job, struct tvm_tile *tile,
                     const float *const *x, size_t n)
 {
     const struct tvm_tensor *t = job->tensor;
-    const double eps = tvm_shared(t, P_EPSILON);
     struct counts *mine = counts_of(job, tile->worker);
     const float *base = x[t->base];
     unsigned char count[TVM_BLOCK] = {0};
 
-    for (size_t s = 0; s < t->n_sources; s++)
-        for (size_t i = 0; (int)s != t->base && i < n; i++)
-            count[i] =
-                (unsigned char)(count[i] + (fabs((double)x[s][i] -
-                                                 (double)base[i]) > eps));
+    unsigned char on[TVM_BLOCK];
+
+    for (size_t s = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base)
+            continue;
+        find_active(job, x[s], base, on, n);
+        for (size_t i = 0; i < n; i++)
+            count[i] = (unsigned char)(count[i] + on[i]);
+    }
     for (size_t s = 0; s < t->n_sources; s++) {
         uint64_t shared = 0;
         uint64_t alone = 0;
         if ((int)s == t->base)
             continue;
+        find_active(job, x[s], base, on, n);
         for (size_t i = 0; i < n; i++) {
-            const bool active = fabs((double)x[s][i] - (double)base[i]) > eps;
+            const bool active = on[i] != 0;
             shared += active && count[i] > 1;
             alone += active && count[i] == 1;
         }
@@ -164,8 +189,26 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
                 tvm_shared(t, P_EPSILON), n);
 }
 
-/* ---- --compat mergekit, of ram ---------------------------------------------
- */
+/* ---- --compat mergekit ----------------------------------------------------
+ * ramplus_tl's factors are fp32 for torch, so from there on everything is. */
+
+/* What is added for an active entry. */
+static float compat_term(float d, unsigned count, float raise)
+{
+    return count == 1 ? d * raise : d / (float)count;
+}
+
+/* Rounds all, or with count only what several models share. */
+static void round_terms(const struct tvk_table *k, const struct tvm_tensor *t,
+                        const unsigned char *count, float *d, size_t n)
+{
+    float rounded[TVM_BLOCK];
+
+    memcpy(rounded, d, n * sizeof *d);
+    tvm_compat_round(k, t->compute, rounded, n);
+    for (size_t i = 0; i < n; i++)
+        d[i] = count == NULL || count[i] > 1 ? rounded[i] : d[i];
+}
 
 static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
                            const float *const *x, float *dst, size_t n)
@@ -175,8 +218,10 @@ static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
     const float *const base = x[t->base];
     const float eps =
         tvm_compat_round1(k, t->compute, tvm_shared(t, P_EPSILON));
+    const struct ram_state *const st = job->state;
     unsigned char count[TVM_BLOCK] = {0};
     float d[TVM_BLOCK];
+    const bool plus = is_plus(t);
 
     (void)tile;
     if (t->n_sources == 1) {
@@ -186,9 +231,11 @@ static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
     /* Two rounds over the donors: a count first, then the sum. */
     memset(dst, 0, n * sizeof *dst);
     for (unsigned round = 0; round < 2; round++) {
+        size_t donor = 0;
         for (size_t s = 0; s < t->n_sources; s++) {
             if ((int)s == t->base)
                 continue;
+            const float raise = (float)st->raise[donor++];
             for (size_t i = 0; i < n; i++)
                 d[i] = x[s][i] - base[i];
             tvm_compat_round(k, t->compute, d, n);
@@ -197,16 +244,17 @@ static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
                 if (round == 0)
                     count[i] = (unsigned char)(count[i] + active);
                 else
-                    d[i] = active ? d[i] / (float)count[i] : 0.0f;
+                    d[i] = active ? compat_term(d[i], count[i], raise) : 0.0f;
             }
             if (round == 0)
                 continue;
-            tvm_compat_round(k, t->compute, d, n);
+            round_terms(k, t, plus ? count : NULL, d, n);
             for (size_t i = 0; i < n; i++)
                 dst[i] += d[i];
         }
     }
-    tvm_compat_round(k, t->compute, dst, n);
+    if (!plus)
+        tvm_compat_round(k, t->compute, dst, n);
     for (size_t i = 0; i < n; i++)
         dst[i] = base[i] + dst[i];
     tvm_compat_round(k, t->compute, dst, n);
@@ -220,6 +268,22 @@ static const struct tvm_method compat = {
     .params = params,
     .n_params = N_RAM,
     .check = tvm_check_finite,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .combine = compat_combine,
+};
+
+static const struct tvm_method compat_plus = {
+    .name = "ramplus_tl",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = tvm_check_finite,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .measure = measure,
     .combine = compat_combine,
 };
 
@@ -255,4 +319,5 @@ const struct tvm_method tvm_method_ramplus_tl = {
     .next_phase = next_phase,
     .measure = measure,
     .combine = combine,
+    .compat = &compat_plus,
 };

@@ -14,6 +14,7 @@
  * is a power of two and so is a leaf, hence joining inside each leaf first
  * leaves the shape of the tree as it is.
  */
+#include "compat.h"
 #include "method.h"
 
 #include <math.h>
@@ -140,6 +141,43 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     job->k->weighted_sum(dst, pair, st->coef, 2, 1.0, n);
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ * fp32 factors, products and sum; torch's own dot products in fp32, of which
+ * only the factors depend, are not reproduced. */
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct slerp_state *st = job->state;
+    const size_t a = base_at(job->tensor);
+    const float by[2] = {(float)st->coef[0], (float)st->coef[1]};
+
+    (void)tile;
+    if (job->tensor->n_sources == 1) {
+        memcpy(dst, x[0], n * sizeof *dst);
+        return;
+    }
+    for (size_t i = 0; i < n; i++)
+        dst[i] = by[0] * x[a][i] + by[1] * x[1 - a][i];
+    tvm_compat_round(job->k, job->tensor->compute, dst, n);
+}
+
+static const struct tvm_method compat = {
+    .name = "slerp",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 2,
+    .max_donors = 2,
+    .base_counts = true,
+    .params = params,
+    .n_params = N_PARAMS,
+    .missing = TVM_MISSING_COPY_ONLY,
+    .check = tvm_check_finite,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .measure = measure,
+    .combine = compat_combine,
+};
+
 const struct tvm_method tvm_method_slerp = {
     .name = "slerp",
     .summary = "spherical interpolation between two models",
@@ -157,4 +195,5 @@ const struct tvm_method tvm_method_slerp = {
     .next_phase = next_phase,
     .measure = measure,
     .combine = combine,
+    .compat = &compat,
 };

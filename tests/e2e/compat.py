@@ -145,6 +145,38 @@ def ram(b, xs, c, eps):
     return c(b + c(y))
 
 
+def ramplus(b, xs, c, eps, r, alpha):
+    d = [c(x - b) for x in xs]
+    on = [np.abs(v) > c(F(eps)) for v in d]
+    count = sum(o.astype(int) for o in on)
+    y = np.zeros_like(b)
+    for v, o in zip(d, on):
+        shared, alone = (o & (count > 1)).sum(), (o & (count == 1)).sum()
+        rho = F(shared) / np.maximum(F(alone), F(eps))
+        by = F(1) + F(r) * min(max(rho, F(0)), F(alpha))
+        one = np.where(count == 1, v * by, c(v / np.maximum(count, 1).astype(F)))
+        y = y + np.where(o, one, F(0))
+    return c(b + y)
+
+
+def outliers(d, density, gamma):
+    """As --compat cuts equal magnitudes: by lowest index from above."""
+    m = np.abs(d).ravel()
+    target, top = int(density * m.size), int(gamma * m.size)
+    bot = max(0, m.size - target - top)
+    order = np.argsort(-m, kind="stable")[::-1]
+    keep = np.zeros(m.size, F)
+    keep[order[bot:bot + target]] = 1
+    return keep.reshape(d.shape)
+
+
+def slerp(a, b, c, t):
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    th = np.arccos(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+    return c(F(np.sin((1 - t) * th) / np.sin(th)) * a
+             + F(np.sin(t * th) / np.sin(th)) * b)
+
+
 def recipe(path, text):
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
@@ -209,6 +241,27 @@ def main():
                "- model: x0.safetensors\n- model: x1.safetensors\n"
                "- model: x2.safetensors\nparameters: {epsilon: 0.04}\n",
                {k: ram(base[k], each[k], c, 0.04) for k in base})
+        expect(f"ramplus_tl {dtype}",
+               f"merge_method: ramplus_tl\ndtype: {dtype}\n{based}models:\n"
+               "- model: x0.safetensors\n- model: x1.safetensors\n"
+               "- model: x2.safetensors\n"
+               "parameters: {epsilon: 0.04, r: 0.5, alpha: 0.7}\n",
+               {k: ramplus(base[k], each[k], c, 0.04, 0.5, 0.7)
+                for k in base})
+        if dtype == "bfloat16":  # hides how the dot product was summed
+            expect(f"slerp {dtype}",
+                   f"merge_method: slerp\ndtype: {dtype}\n{based}models:\n"
+                   "- model: x1.safetensors\nparameters: {t: 0.3}\n",
+                   {k: slerp(base[k], each[k][1], c, 0.3)
+                    for k in base})
+        dens = [0.3, 1.0, 0.4]
+        expect(f"breadcrumbs_ties {dtype}",
+               f"merge_method: breadcrumbs_ties\ndtype: {dtype}\n{based}"
+               f"{entries(w, dens)}parameters: {{gamma: 0.05}}\n",
+               {k: gta(base[k], each[k], c, w,
+                       [None if d >= 1 else outliers(c(x - base[k]), d, 0.05)
+                        for x, d in zip(each[k], dens)],
+                       False, True, False, 1) for k in base})
         # fp32 sums of a million numbers are torch's own; bf16 hides them.
         rescale = dtype == "bfloat16"
         dens = [0.3, 1.0, 0.0]
@@ -226,11 +279,11 @@ def main():
     plan = run_json(TVMERGE, "plan", "r.yml", "--compat", "mergekit", "--json")
     check(not any("rescale divides" in p["message"] for p in plan["problems"]),
           "a compatible plan speaks of other arithmetic")
-    recipe("s.yml", "merge_method: slerp\nparameters: {t: 0.5}\n" + based +
+    recipe("s.yml", "merge_method: arcee_fusion\n" + based +
            "models:\n- model: x0.safetensors\n")
     plan = run_json(TVMERGE, "plan", "s.yml", "--compat", "mergekit", "--json")
     check(sum("keeps this program's arithmetic" in p["message"]
-              for p in plan["problems"]) == 1, "slerp has no variant: say so")
+              for p in plan["problems"]) == 1, "arcee_fusion has no variant: say so")
     # A run that ended half-way goes on where it was.
     r = run_json(TVMERGE, "run", "r.yml", "whole", "--compat", "mergekit",
                  "--random-seed", SEED, "--json")
