@@ -8,6 +8,8 @@
  * tokens stand for no task: they are used on request only and said wherever
  * their statistics show.
  */
+#include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 
 #include "progress.h"
@@ -42,7 +44,7 @@ struct opts {
     const char *ids;
     bool random;
     uint64_t seed;
-    const char *store, *tokenizer;
+    const char *store, *tokenizer, *out;
     struct tve_sampling how;
     enum tve_stat stat;
 };
@@ -82,6 +84,9 @@ static error_t option(struct tvc *c, int key, const char *arg)
         return 0;
     case KEY_SEED:
         return tvc_parse_u64(c, "--random-seed", arg, UINT64_MAX, &o->seed);
+    case 'o':
+        o->out = arg;
+        return 0;
     case KEY_STORE:
         o->store = arg;
         return 0;
@@ -315,6 +320,83 @@ static void report(const struct job *j, double seconds)
         tvc_say(&c->out, "%.0f tokens per second", rate);
 }
 
+/* ---- arrays for others ----------------------------------------------------
+ */
+
+/* Row i of the symmetric matrix whose upper triangle is packed row by row. */
+static void full_row(const float *gram, size_t n, size_t i, float *dst)
+{
+    const float *at = gram + i;
+
+    for (size_t k = 0; k < i; k++, at += n - k)
+        dst[k] = *at;
+    memcpy(dst + i, at, (n - i) * sizeof *dst);
+}
+
+static enum tv_err put_values(int fd, const char *path,
+                              const struct tve_stat_input *in,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t shape[2] = {in->n, in->n};
+    uint64_t at = TVC_NPY_HEADER;
+    char header[TVC_NPY_HEADER];
+    float *row = NULL;
+
+    tvc_npy_header(header, in->gram ? "<f4" : "<f8", shape, in->gram ? 2 : 1);
+    TV_TRY(tv_pwrite_all(fd, header, sizeof header, 0, path, err));
+    if (!in->gram) {
+        rc = tv_pwrite_all(fd, in->sums, in->n * sizeof *in->sums, at, path,
+                           err);
+        goto out;
+    }
+    row = tv_calloc(in->n, sizeof *row);
+    if (!row) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    for (size_t i = 0; i < in->n; i++, at += in->n * sizeof *row) {
+        full_row(in->gram, in->n, i, row);
+        TV_TRY(tv_pwrite_all(fd, row, in->n * sizeof *row, at, path, err));
+    }
+out:
+    tv_free(row);
+    return rc;
+}
+
+/* DIR/TENSOR.npy */
+static enum tv_err write_array(void *arg, const struct tve_stat_input *in,
+                               struct tv_error *err)
+{
+    const struct job *j = arg;
+    enum tv_err rc = TV_OK;
+    char *path = tv_asprintf("%s/%s.npy", j->o->out, in->tensors[0]);
+    int fd = -1;
+
+    if (!path)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    if (strchr(in->tensors[0], '/')) {
+        rc = tv_error_set(err, TV_E_INPUT, "\"%s\" is no file name",
+                          in->tensors[0]);
+        goto out;
+    }
+    fd = tv_sys()->open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) {
+        rc = tv_error_sys(err, errno, "cannot write %s", path);
+        goto out;
+    }
+    TV_TRY(put_values(fd, path, in, err));
+    const int closing = fd;
+    fd = -1;
+    if (tv_sys()->close(closing) != 0)
+        rc = tv_error_sys(err, errno, "cannot write %s", path);
+out:
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(path);
+    return rc;
+}
+
 static enum tv_err calibrate(struct job *j)
 {
     struct tvc *c = j->c;
@@ -331,13 +413,16 @@ static enum tv_err calibrate(struct job *j)
         rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
         goto out;
     }
+    if (j->o->out)
+        TV_TRY(tv_dir_make(j->o->out, &c->err));
     TV_TRY(tve_calibration_open(j->model, &j->samples, &opt, &c->err,
                                 &j->calibration));
     bar = tvc_progress_begin(&c->out, "calibrate", "tokens");
     const struct tve_progress progress = {tvc_eval_step, bar,
                                           tvc_cancel_flag()};
-    rc = tve_calibration_run(j->calibration, NULL, &progress, NULL, NULL,
-                             &j->use, &c->err);
+    rc = tve_calibration_run(j->calibration, NULL, &progress,
+                             j->o->out ? write_array : NULL, j, &j->use,
+                             &c->err);
     tvc_progress_end(bar);
     if (rc == TV_OK)
         report(j, tvc_seconds() - begin);
@@ -405,6 +490,8 @@ static const struct argp_option options[] = {
     {"stat", KEY_STAT, "diag|gram", 0,
      "diag (default): the sum of squares of each input channel; gram: X^T X",
      0},
+    {"out", 'o', "DIR", 0,
+     "Also write every statistic to DIR/TENSOR.npy, X^T X in full", 0},
     {"tokenizer", KEY_TOKENIZER, "PATH", 0,
      "tokenizer.json or a directory with one", 0},
     {"bos", KEY_BOS, "ID|none", 0, "Token that begins each window", 0},

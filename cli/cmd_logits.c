@@ -57,20 +57,13 @@ static enum tv_err put(struct sink *s, const void *data, size_t n,
     return rc;
 }
 
-/* The 128 bytes in front of an array of numpy, padded with spaces. */
 static enum tv_err put_header(struct sink *s, size_t batch, size_t seq,
                               struct tv_error *err)
 {
-    char header[128];
-    memset(header, ' ', sizeof header);
-    memcpy(header, "\x93NUMPY\x01\x00", 8);
-    tv_put_le16(header + 8, sizeof header - 10);
-    const int n = snprintf(header + 10, sizeof header - 11,
-                           "{'descr': '<f4', 'fortran_order': False, "
-                           "'shape': (%zu, %zu, %zu), }",
-                           batch, seq, s->vocab);
-    header[10 + n] = ' ';
-    header[sizeof header - 1] = '\n';
+    const size_t shape[3] = {batch, seq, s->vocab};
+    char header[TVC_NPY_HEADER];
+
+    tvc_npy_header(header, "<f4", shape, 3);
     return put(s, header, sizeof header, err);
 }
 

@@ -243,3 +243,25 @@ void tvc_ids_free(struct tvc_ids *ids)
     tv_free(ids->ids);
     memset(ids, 0, sizeof *ids);
 }
+
+void tvc_npy_header(char dst[TVC_NPY_HEADER], const char *descr,
+                    const size_t *shape, size_t n_dims)
+{
+    char dims[72] = "";
+    size_t at = 0;
+
+    for (size_t i = 0; i < n_dims; i++)
+        at += (size_t)snprintf(dims + at, sizeof dims - at, "%zu%s", shape[i],
+                               n_dims == 1      ? ","
+                               : i + 1 < n_dims ? ", "
+                                                : "");
+    memset(dst, ' ', TVC_NPY_HEADER);
+    memcpy(dst, "\x93NUMPY\x01\x00", 8);
+    tv_put_le16(dst + 8, TVC_NPY_HEADER - 10);
+    const int n = snprintf(dst + 10, TVC_NPY_HEADER - 11,
+                           "{'descr': '%s', 'fortran_order': False, "
+                           "'shape': (%s), }",
+                           descr, dims);
+    dst[10 + n] = ' ';
+    dst[TVC_NPY_HEADER - 1] = '\n';
+}

@@ -47,6 +47,12 @@ TV_NODISCARD enum tv_err tvc_ids_read(const char *path, struct tvc_ids *out,
                                       struct tv_error *err);
 void tvc_ids_free(struct tvc_ids *ids);
 
+#define TVC_NPY_HEADER 128u
+/* What stands in front of a numpy array in C order, padded with spaces. descr:
+ * "<f4", "<f8"; at most 3 dimensions. */
+void tvc_npy_header(char dst[TVC_NPY_HEADER], const char *descr,
+                    const size_t *shape, size_t n_dims);
+
 /* tve_progress that feeds a progress bar (struct tvc_progress *). */
 void tvc_eval_step(void *arg, uint64_t done, uint64_t total);
 

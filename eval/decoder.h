@@ -145,8 +145,14 @@ struct tve_param { /* a module: weight and bias */
     struct tve_weight w, b;
 };
 
+struct tve_replaced { /* tve_model_replace; data[0] NULL: the model's own */
+    const unsigned char *data[1];
+    enum tv_dtype dtype;
+};
+
 struct tve_model {
     tv_input *in;
+    struct tve_replaced *replaced; /* per tensor of in; NULL: none ever was */
     struct tve_model_adapter *adapters; /* [n_adapters], owned copy */
     size_t n_adapters;
     struct tv_arch *arch;
@@ -182,6 +188,7 @@ struct tve_rows { /* rows of a weight, adapters applied */
     struct tv_view view;
     struct tva_patch patch;
     float **scratch; /* [threads] */
+    bool replaced;   /* the view is nobody's */
 };
 TV_NODISCARD enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
                                        const struct tve_weight *w,

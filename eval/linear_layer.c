@@ -94,15 +94,59 @@ out:
     return rc;
 }
 
+static void replaced_view(const struct tve_replaced *other,
+                          const struct tv_input_tensor *t, struct tv_view *out)
+{
+    memset(out, 0, sizeof(*out));
+    out->dtype = other->dtype;
+    out->rank = t->rank;
+    memcpy(out->shape, t->shape, sizeof(out->shape));
+    out->n_elems = t->n_elems;
+    out->bytes = t->n_elems * (tv_dtype_bits(other->dtype) / 8u);
+    out->chunk_bytes = out->bytes ? out->bytes : 1;
+    out->n_chunks = out->bytes > 0;
+    out->chunks = other->data;
+}
+
+enum tv_err tve_model_replace(tve_model *m, const char *tensor,
+                              enum tv_dtype dtype, const void *data,
+                              struct tv_error *err)
+{
+    const struct tv_input_tensor *const t = tv_input_find(m->in, tensor);
+    const size_t n = tv_input_count(m->in);
+
+    if (!t)
+        return tv_error_set(err, TV_E_INPUT, "%s has no tensor \"%s\"",
+                            tv_input_label(m->in), tensor);
+    if (!tv_dtype_is_math(dtype))
+        return tv_error_set(err, TV_E_UNSUPPORTED,
+                            "weights of type %s for \"%s\"",
+                            tv_dtype_name(dtype), tensor);
+    if (!m->replaced) {
+        m->replaced = tv_calloc(n ? n : 1, sizeof(*m->replaced));
+        if (!m->replaced)
+            return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    }
+    m->replaced[index_of(m, t)] = (struct tve_replaced){{data}, dtype};
+    return TV_OK;
+}
+
 enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
                           const struct tve_weight *w, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const unsigned n = tv_pool_threads(m->pool);
-    const size_t floats = tva_patch_floats(w->changes, w->n_changes, w->t);
+    const size_t index = index_of(m, w->t);
+    const struct tve_replaced *const other =
+        m->replaced && m->replaced[index].data[0] ? &m->replaced[index] : NULL;
+    const size_t n_changes = other ? 0 : w->n_changes;
+    const size_t floats = tva_patch_floats(w->changes, n_changes, w->t);
 
-    *r = (struct tve_rows){.m = m, .w = w};
-    TV_TRY(tve_view(m, w->t, &r->view, err));
+    *r = (struct tve_rows){.m = m, .w = w, .replaced = other != NULL};
+    if (other)
+        replaced_view(other, w->t, &r->view);
+    else
+        TV_TRY(tve_view(m, w->t, &r->view, err));
     r->scratch = tv_calloc(n, sizeof(*r->scratch));
     if (!r->scratch) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -115,7 +159,7 @@ enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
             goto out;
         }
     }
-    TV_TRY(tva_patch_open(&r->patch, w->changes, w->n_changes, w->t, &r->view,
+    TV_TRY(tva_patch_open(&r->patch, w->changes, n_changes, w->t, &r->view,
                           m->kernels, !m->skip_verify, err));
 out:
     return rc;
@@ -129,7 +173,8 @@ void tve_rows_close(struct tve_rows *r)
         tv_free(r->scratch[i]);
     tv_free(r->scratch);
     tva_patch_close(&r->patch);
-    tv_input_release(r->m->in, &r->view);
+    if (!r->replaced)
+        tv_input_release(r->m->in, &r->view);
     *r = (struct tve_rows){.m = NULL};
 }
 

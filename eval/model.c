@@ -494,6 +494,7 @@ void tve_model_close(tve_model *m)
     }
     tv_free(m->layers);
     tv_free(m->adapters);
+    tv_free(m->replaced);
     tve_spec_free(&m->spec);
     tv_arch_free(m->arch);
     tv_pool_close(m->pool);

@@ -20,6 +20,7 @@
 #include <cblas.h>
 
 #include "tv/alloc.h"
+#include "tv/calibrate.h"
 #include "tv/checked.h"
 
 #include "decoder.h"
@@ -201,7 +202,7 @@ static const float *round_down(double *sums, size_t n)
 
 struct statistics {
     struct sums sums;
-    const struct tve_site *sites;
+    struct tve_site *sites;
     size_t n_sites;
     const bool *want;
     double *memory;
@@ -272,9 +273,11 @@ static enum tv_err count_rows(void *arg, uint64_t rows, struct tv_error *err)
     return TV_OK;
 }
 
-/* Layer `l`, whose first site is `first`. */
+/* Layer `l`, whose first site is `first`. `look`: it is still the next one of
+ * the walk behind. */
 static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
-                             size_t l, size_t first, struct tv_error *err)
+                             size_t l, size_t first, bool look,
+                             struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct sums *const s = &t->sums;
@@ -292,7 +295,9 @@ static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
         (void)add_sums(&bytes, s->kind, t->sites[i].n);
     }
     memset(t->memory, 0, bytes);
-    TV_TRY(tve_walk_layer(walk, s->n_sites ? &tap : NULL, &progress, err));
+    TV_TRY(
+        look ? tve_walk_look(walk, &tap, err)
+             : tve_walk_layer(walk, s->n_sites ? &tap : NULL, &progress, err));
     for (size_t i = 0; i < s->n_sites; i++) {
         const struct tve_site *const site = s->sites[i];
         const bool gram = s->kind == TVE_STAT_GRAM;
@@ -324,11 +329,54 @@ static enum tv_err all_layers(struct statistics *t, const struct tve_window *w,
     for (size_t l = 0; l < t->last; l++) {
         while (site < t->n_sites && t->sites[site].layer < l)
             site++;
-        TV_TRY(one_layer(t, walk, l, site, err));
+        TV_TRY(one_layer(t, walk, l, site, false, err));
     }
 out:
     tve_walk_close(walk);
     return rc;
+}
+
+/* What a layer's sums need: sites, sizes, memory. */
+static enum tv_err prepare(struct statistics *t, const struct tve_window *w,
+                           size_t n_windows, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
+
+    if (n_windows == 0)
+        return tv_error_set(err, TV_E_INPUT, "no windows");
+    TV_TRY(tve_sites(t->sums.m, &t->sites, &t->n_sites, err));
+    TV_TRY(measure(t, err));
+    if (t->last == 0)
+        goto out; /* nothing is wanted */
+    for (size_t i = 0; i < n_windows; i++)
+        t->n_rows += w[i].n;
+    t->total = t->n_rows * t->last;
+    t->memory = tv_alloc_aligned(t->bytes);
+    t->sums.product = tv_calloc(n_workers, sizeof(*t->sums.product));
+    if (!t->memory || !t->sums.product)
+        goto no_memory;
+    for (unsigned i = 0; i < n_workers && t->sums.kind == TVE_STAT_GRAM; i++) {
+        t->sums.product[i] = tv_alloc_aligned(TILE * TILE * sizeof(float));
+        if (!t->sums.product[i])
+            goto no_memory;
+    }
+    goto out;
+no_memory:
+    rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+out:
+    return rc;
+}
+
+static void release(struct statistics *t)
+{
+    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
+
+    for (unsigned i = 0; t->sums.product && i < n_workers; i++)
+        tv_free(t->sums.product[i]);
+    tv_free(t->sums.product);
+    tv_free(t->memory);
+    tv_free(t->sites);
 }
 
 enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
@@ -338,43 +386,17 @@ enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
                                 tve_site_fn fn, void *arg, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct tve_site *sites = NULL;
-    const unsigned n_workers = tv_pool_threads(m->pool);
     struct statistics t = {.sums = {.m = m, .kind = kind},
                            .want = want,
                            .fn = fn,
                            .arg = arg,
                            .progress = progress};
 
-    if (n_windows == 0)
-        return tv_error_set(err, TV_E_INPUT, "no windows");
-    TV_TRY(tve_sites(m, &sites, &t.n_sites, err));
-    t.sites = sites;
-    TV_TRY(measure(&t, err));
-    if (t.last == 0)
-        goto out; /* nothing is wanted */
-    for (size_t i = 0; i < n_windows; i++)
-        t.n_rows += w[i].n;
-    t.total = t.n_rows * t.last;
-    t.memory = tv_alloc_aligned(t.bytes);
-    t.sums.product = tv_calloc(n_workers, sizeof(*t.sums.product));
-    if (!t.memory || !t.sums.product)
-        goto no_memory;
-    for (unsigned i = 0; i < n_workers && kind == TVE_STAT_GRAM; i++) {
-        t.sums.product[i] = tv_alloc_aligned(TILE * TILE * sizeof(float));
-        if (!t.sums.product[i])
-            goto no_memory;
-    }
-    rc = all_layers(&t, w, n_windows, err);
-    goto out;
-no_memory:
-    rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+    TV_TRY(prepare(&t, w, n_windows, err));
+    if (t.last > 0)
+        rc = all_layers(&t, w, n_windows, err);
 out:
-    for (unsigned i = 0; t.sums.product && i < n_workers; i++)
-        tv_free(t.sums.product[i]);
-    tv_free(t.sums.product);
-    tv_free(t.memory);
-    tv_free(sites);
+    release(&t);
     return rc;
 }
 
@@ -402,6 +424,71 @@ enum tv_err tve_statistics(tve_model *m, const struct tve_window *w,
 
     return tve_site_statistics(m, w, n_windows, kind, NULL, progress, forward,
                                &f, err);
+}
+
+/* ---- block by block ------------------------------------------------------ */
+
+struct tve_sequence {
+    struct statistics t;
+    struct tve_walk *walk;
+    size_t layer, site; /* next layer, its first site */
+};
+
+void tve_sequence_close(tve_sequence *s)
+{
+    if (!s)
+        return;
+    tve_walk_close(s->walk);
+    release(&s->t);
+    tv_free(s);
+}
+
+enum tv_err tve_sequence_open(tve_model *m, const struct tve_samples *samples,
+                              enum tve_stat kind, struct tv_error *err,
+                              tve_sequence **out)
+{
+    enum tv_err rc = TV_OK;
+    tve_sequence *s = tv_calloc(1, sizeof(*s));
+
+    *out = NULL;
+    if (!s)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    s->t.sums = (struct sums){.m = m, .kind = kind};
+    TV_TRY(prepare(&s->t, samples->windows, samples->n, err));
+    TV_TRY(tve_walk_open(m, samples->windows, samples->n, s->t.bytes, err,
+                         &s->walk));
+    *out = s;
+    s = NULL;
+out:
+    tve_sequence_close(s);
+    return rc;
+}
+
+size_t tve_sequence_layer(const tve_sequence *s)
+{
+    return s->layer;
+}
+
+enum tv_err tve_sequence_look(tve_sequence *s, tve_stat_fn fn, void *arg,
+                              struct tv_error *err)
+{
+    struct forward f = {fn, arg};
+
+    s->t.fn = forward;
+    s->t.arg = &f;
+    return one_layer(&s->t, s->walk, s->layer, s->site, true, err);
+}
+
+enum tv_err tve_sequence_advance(tve_sequence *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(tve_walk_layer(s->walk, NULL, NULL, err));
+    s->layer++;
+    while (s->site < s->t.n_sites && s->t.sites[s->site].layer < s->layer)
+        s->site++;
+out:
+    return rc;
 }
 
 enum tv_err tve_token_counts(const tve_model *m, const struct tve_window *w,

@@ -396,6 +396,100 @@ static void test_killed(void **state)
     fx_close(&f);
 }
 
+/* ---- block by block ------------------------------------------------------ */
+
+static enum tv_err add_hash(void *arg, const struct tve_stat_input *in,
+                            struct tv_error *err)
+{
+    (void)err;
+    tv_hasher_add(arg, in->sums, in->n * sizeof(*in->sums));
+    return TV_OK;
+}
+
+/* Hash of all blocks' sums; `from` < 4: from this block on its and its
+ * successors' weights are `scale` times their own. */
+static struct tv_hash in_sequence(struct fx *f, size_t from, float scale,
+                                  size_t looks)
+{
+    static const char *const names[2] = {"self_attn.o_proj", "mlp.down_proj"};
+    tve_sequence *s = NULL;
+    tv_hasher *h = NULL;
+    float *owned[8] = {NULL};
+    size_t n_owned = 0;
+
+    assert_ok(tv_hasher_open(&f->err, &h), &f->err);
+    assert_ok(tve_sequence_open(f->m, &f->samples, TVE_STAT_DIAG, &f->err, &s),
+              &f->err);
+    for (size_t l = 0; l < 4; l++) {
+        assert_int_equal(tve_sequence_layer(s), l);
+        for (size_t k = 0; k < looks; k++) {
+            if (k + 1 < looks)
+                tv_hasher_reset(h); /* looked at twice: the last counts */
+            assert_ok(tve_sequence_look(s, add_hash, h, &f->err), &f->err);
+        }
+        for (size_t i = 0; l >= from && i < 2; i++) {
+            char name[96];
+            struct tv_view view;
+
+            (void)snprintf(name, sizeof(name), "model.layers.%zu.%s.weight", l,
+                           names[i]);
+            const struct tv_input_tensor *const t = tv_input_find(f->in, name);
+            assert_non_null(t);
+            assert_ok(tv_input_view(f->in, t, &f->err, &view), &f->err);
+            float *const w = tv_alloc((size_t)t->n_elems * sizeof(*w));
+            assert_non_null(w);
+            tvk_to_f32(tvk_table_for(TVK_REF), t->dtype, w, view.chunks[0],
+                       (size_t)t->n_elems);
+            for (uint64_t k = 0; k < t->n_elems; k++)
+                w[k] *= scale;
+            tv_input_release(f->in, &view);
+            owned[n_owned++] = w;
+            assert_ok(tve_model_replace(f->m, name, TV_F32, w, &f->err),
+                      &f->err);
+        }
+        assert_ok(tve_sequence_advance(s, &f->err), &f->err);
+    }
+    const struct tv_hash hash = tv_hasher_value(h);
+    tv_hasher_close(h);
+    tve_sequence_close(s);
+    for (size_t i = 0; i < tv_input_count(f->in); i++)
+        assert_ok(tve_model_replace(f->m, tv_input_tensor(f->in, i)->name,
+                                    TV_F32, NULL, &f->err),
+                  &f->err);
+    for (size_t i = 0; i < n_owned; i++)
+        tv_free(owned[i]);
+    return hash;
+}
+
+static void test_sequence(void **state)
+{
+    (void)state;
+    struct fx f;
+    tv_hasher *h = NULL;
+
+    fx_open(&f, MODEL, 0, 2);
+    assert_ok(tv_hasher_open(&f.err, &h), &f.err);
+    assert_ok(tve_statistics(f.m, f.samples.windows, f.samples.n, TVE_STAT_DIAG,
+                             NULL, add_hash, h, &f.err),
+              &f.err);
+    const struct tv_hash all = tv_hasher_value(h);
+    tv_hasher_close(h);
+    assert_true(tv_hash_equal(all, in_sequence(&f, 4, 1, 1)));
+    /* the model's own weights as fp32, and looking without advancing */
+    assert_true(tv_hash_equal(all, in_sequence(&f, 0, 1, 1)));
+    const struct tv_hash last = in_sequence(&f, 4, 1, 2);
+    assert_true(tv_hash_equal(last, in_sequence(&f, 0, 1, 2)));
+    /* new weights of the last block come too late for any input ... */
+    assert_true(tv_hash_equal(all, in_sequence(&f, 3, 0.5f, 1)));
+    /* ... those of the block before do not */
+    assert_false(tv_hash_equal(all, in_sequence(&f, 2, 0.5f, 1)));
+    assert_code(tve_model_replace(f.m, "nothing", TV_F32, &f, &f.err),
+                TV_E_INPUT, &f.err);
+    assert_code(tve_model_replace(f.m, "model.norm.weight", TV_I64, &f, &f.err),
+                TV_E_UNSUPPORTED, &f.err);
+    fx_close(&f);
+}
+
 static enum tv_err nothing(void *arg, const struct tve_stat_input *in,
                            struct tv_error *err)
 {
@@ -454,6 +548,7 @@ int main(void)
         cmocka_unit_test(test_counts),
         cmocka_unit_test(test_quota),
         cmocka_unit_test(test_killed),
+        cmocka_unit_test(test_sequence),
         cmocka_unit_test(test_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

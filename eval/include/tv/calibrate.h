@@ -122,4 +122,28 @@ tve_calibration_run(tve_calibration *c, const bool *want,
                     void *arg, struct tve_calibration_use *use,
                     struct tv_error *err);
 
+/* ---- block by block --------------------------------------------------------
+ * For inputs that depend on weights which are made on the way (sequential
+ * calibration): the residual streams of all windows in front of a block.
+ *
+ *   for each block: look (statistics of its inputs), make its new weights,
+ *                   tve_model_replace them, advance (runs the block with them)
+ *
+ * Nothing of this is looked for or kept in a store. Model and samples are
+ * borrowed; several sequences may share a model. */
+typedef struct tve_sequence tve_sequence;
+/* Embeds. Errors of tve_statistics. */
+TV_NODISCARD enum tv_err
+tve_sequence_open(tve_model *m, const struct tve_samples *samples,
+                  enum tve_stat kind, struct tv_error *err, tve_sequence **out);
+void tve_sequence_close(tve_sequence *s);
+size_t tve_sequence_layer(const tve_sequence *s); /* the next block */
+/* Statistics of the next block's inputs, with its weights as they are now; in a
+ * block all of them see the inputs that these weights make. */
+TV_NODISCARD enum tv_err tve_sequence_look(tve_sequence *s, tve_stat_fn fn,
+                                           void *arg, struct tv_error *err);
+/* Past the next block; not beyond the last. After an error only close. */
+TV_NODISCARD enum tv_err tve_sequence_advance(tve_sequence *s,
+                                              struct tv_error *err);
+
 #endif

@@ -97,6 +97,14 @@ tve_model_open(tv_input *in, const struct tve_model_adapter *adapters,
                size_t n_adapters, const struct tve_model_options *opt,
                struct tv_error *err, tve_model **out);
 void tve_model_close(tve_model *m);
+/* From here on the weight is read from data instead: all elements of the
+ * tensor, in the shape and order that the model stores them, of any dtype that
+ * math is done in; adapters do not change it. Borrowed until it is replaced
+ * again or the model closed; NULL gives the model's own back. */
+TV_NODISCARD enum tv_err tve_model_replace(tve_model *m, const char *tensor,
+                                           enum tv_dtype dtype,
+                                           const void *data,
+                                           struct tv_error *err);
 size_t tve_model_vocab(const tve_model *m);
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);

@@ -38,6 +38,14 @@ $ tvstore mask ls s.tv
 SET<*>
 $ tvstore gc s.tv --derived -q; tvstore stat s.tv --json | grep n_stat
   "n_statistics": 0,
+# arrays for numpy: of the first weight that takes the input
+$ tveval calibrate $DATA/base --random-tokens --samples 2 --context 16 --store s.tv -o d -q --json | grep n_comp; tveval calibrate $DATA/base --random-tokens --samples 2 --context 16 --store s.tv -o g --stat gram -q --json | grep n_comp; ls d | wc -l; for f in d g; do head -c 80 $f/model.layers.1.mlp.down_proj.weight.npy | tail -c 70; echo; done; python3 -c 'from array import array; r=lambda f,t: array(t,open(f+".npy","rb").read()[128:]); k="/model.layers.1.mlp.down_proj.weight"; d=r("d"+k,"d"); g=r("g"+k,"f"); n=len(d); print(n, len(g)==n*n, all(g[i*n+j]==g[j*n+i] for i in range(n) for j in range(i)), max(abs(g[i*n+i]/d[i]-1) for i in range(n))<1e-5, g[1]!=0, sum(r("g/model.embed_tokens.weight","d")))'
+  "n_computed": 17,
+  "n_computed": 17,
+17
+{'descr': '<f8', 'fortran_order': False, 'shape': (352,), }           
+{'descr': '<f4', 'fortran_order': False, 'shape': (352, 352), }       
+352 True True True True 32.0
 # a model of the store itself; tokens at random are said to be so
 $ tvstore import s.tv base $DATA/base -q; tveval calibrate store:base --store s.tv --random-tokens --samples 2 --context 16
 sums of squares of 17 inputs over 2 windows of 16 tokens (random), 39.0 KiB in s.tv
