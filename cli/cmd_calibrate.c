@@ -209,7 +209,7 @@ static enum tv_err from_ids(struct job *j, json_t *list)
     const size_t n = ids.batch * ids.seq;
     (void)json_array_append_new(
         list, text_json(o->ids, (const char *)ids.ids, n * sizeof *ids.ids));
-    if (ids.batch > 1) {
+    if (ids.rows) {
         if (how.samples || how.context)
             tvc_note(&c->out,
                      "the rows of %s are the windows: --samples and "

@@ -207,6 +207,7 @@ enum tv_err tvc_ids_read(const char *path, struct tvc_ids *out,
     TV_TRY(npy_parse(path, file, n, &a, err));
     out->batch = a.n_dims == 2 ? a.shape[0] : 1;
     out->seq = a.n_dims ? a.shape[a.n_dims - 1] : 1;
+    out->rows = a.n_dims == 2;
     if (!tv_mul_size(out->batch, out->seq, &n) ||
         !tv_mul_size(n, a.each, &bytes) || bytes != a.n_bytes) {
         rc = tv_error_set(err, TV_E_CORRUPT,

@@ -41,6 +41,7 @@ error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos);
 struct tvc_ids { /* integers of an .npy file; tvc_ids_free */
     int32_t *ids;
     size_t batch, seq; /* a vector is one batch */
+    bool rows;         /* two dimensions */
 };
 /* int64 or int32, C order, at most two dimensions. CORRUPT, INPUT. */
 TV_NODISCARD enum tv_err tvc_ids_read(const char *path, struct tvc_ids *out,

@@ -133,6 +133,13 @@ enum tv_err tve_rope_load(const json_t *config, bool local, size_t head_dim,
     double part = 0;
     struct tve_rope *const r = out;
 
+    static const char *const places[] = {"rope_parameters", "rope_scaling"};
+    for (size_t i = 0; i < 2; i++) {
+        const json_t *const v = json_object_get(config, places[i]);
+        if (v && !json_is_object(v) && !json_is_null(v))
+            return tv_error_set(err, TV_E_CORRUPT,
+                                "config.json: \"%s\" is no object", places[i]);
+    }
     /* Gemma 3 in the new spelling: one set per kind of layer. */
     nested = json_object_get(p, local ? "sliding_attention" : "full_attention");
     if (json_is_object(nested))

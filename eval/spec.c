@@ -25,6 +25,31 @@ static double number(const struct loader *l, const char *key, double otherwise)
     return json_is_number(v) ? json_number_value(v) : otherwise;
 }
 
+/* A count; what is none becomes one that no tensor has. */
+static size_t whole(const struct loader *l, const char *key, double otherwise)
+{
+    const double most = 1099511627776.0; /* 2^40 */
+    const double v = number(l, key, otherwise);
+
+    return v >= 0 && v <= most ? (size_t)v : (size_t)most;
+}
+
+/* What norms add to a variance: a number that is not negative. */
+static enum tv_err epsilon(const struct loader *l, const char *key,
+                           double otherwise)
+{
+    const json_t *const v = json_object_get(l->text, key);
+    const double eps = number(l, key, otherwise);
+
+    if ((v && !json_is_null(v) && !json_is_number(v)) || !(eps >= 0) ||
+        !(eps <= 1))
+        return tv_error_set(l->err, TV_E_CORRUPT,
+                            "config.json: \"%s\" is no number from 0 to 1",
+                            key);
+    l->s->eps = (float)eps;
+    return TV_OK;
+}
+
 static bool boolean(const struct loader *l, const char *key, bool otherwise)
 {
     const json_t *const v = json_object_get(l->text, key);
@@ -106,10 +131,10 @@ static enum tv_err spec_llama(const struct loader *l)
     enum tv_err rc = TV_OK;
     struct tve_spec *const s = l->s;
     const char *const type = l->arch->model_type;
-    const double window = number(l, "sliding_window", 0);
+    const size_t window = whole(l, "sliding_window", 0);
 
     s->norm = TVE_RMS;
-    s->eps = (float)number(l, "rms_norm_eps", 1e-6);
+    TV_TRY(epsilon(l, "rms_norm_eps", 1e-6));
     s->gated = true;
     s->residual = TVE_PRE_NORM;
     s->qk_norm = !strcmp(type, "qwen3");
@@ -117,10 +142,9 @@ static enum tv_err spec_llama(const struct loader *l)
     TV_TRY(rope(l));
     if (window > 0 && !strncmp(type, "qwen", 4)) {
         if (boolean(l, "use_sliding_window", false))
-            windows(l, (size_t)window,
-                    (size_t)number(l, "max_window_layers", 0), 0);
+            windows(l, window, whole(l, "max_window_layers", 0), 0);
     } else if (window > 0 && strcmp(type, "llama") != 0) {
-        windows(l, (size_t)window, 0, 0);
+        windows(l, window, 0, 0);
     }
 out:
     return rc;
@@ -133,10 +157,10 @@ static enum tv_err spec_gemma(const struct loader *l)
     struct tve_spec *const s = l->s;
     const bool is2 = !strcmp(l->arch->model_type, "gemma2");
     const bool is3 = !strncmp(l->arch->model_type, "gemma3", 6);
-    const size_t window = (size_t)number(l, "sliding_window", 4096);
+    const size_t window = whole(l, "sliding_window", 4096);
 
     s->norm = TVE_RMS_PLUS_ONE;
-    s->eps = (float)number(l, "rms_norm_eps", 1e-6);
+    TV_TRY(epsilon(l, "rms_norm_eps", 1e-6));
     s->gated = true;
     s->residual = is2 || is3 ? TVE_SANDWICH : TVE_PRE_NORM;
     s->embed_scale = (float)sqrt((double)s->hidden);
@@ -155,8 +179,7 @@ static enum tv_err spec_gemma(const struct loader *l)
         attn_scale(l, 1.0 / sqrt(scalar));
         s->attn_cap = (float)number(l, "attn_logit_softcapping", 0);
         s->logit_cap = (float)number(l, "final_logit_softcapping", 0);
-        windows(l, window, 0,
-                is2 ? 2 : (size_t)number(l, "sliding_window_pattern", 6));
+        windows(l, window, 0, is2 ? 2 : whole(l, "sliding_window_pattern", 6));
     }
     if (is3) {
         TV_TRY(tve_rope_load(l->text, true, s->head_dim,
@@ -170,21 +193,24 @@ out:
 
 static enum tv_err spec_gpt2(const struct loader *l)
 {
+    enum tv_err rc = TV_OK;
     static const char *const acts[] = {"activation_function", NULL};
     struct tve_spec *const s = l->s;
 
     s->norm = TVE_LAYER_NORM;
-    s->eps = (float)number(l, "layer_norm_epsilon", 1e-5);
+    TV_TRY(epsilon(l, "layer_norm_epsilon", 1e-5));
     s->positions = TVE_LEARNED;
     s->residual = TVE_PRE_NORM;
     s->transposed = true;
-    s->inner = (size_t)number(l, "n_inner", 4.0 * (double)s->hidden);
+    s->inner = whole(l, "n_inner", 4.0 * (double)s->hidden);
     if (!boolean(l, "scale_attn_weights", true))
         attn_scale(l, 1.0);
     if (boolean(l, "scale_attn_by_inverse_layer_idx", false))
         for (size_t i = 0; i < s->n_layers; i++)
             s->layers[i].attn_scale /= (float)(i + 1);
-    return act(l, acts, TVE_GELU_TANH);
+    rc = act(l, acts, TVE_GELU_TANH);
+out:
+    return rc;
 }
 
 static enum tv_err spec_gpt_neox(const struct loader *l)
@@ -194,7 +220,7 @@ static enum tv_err spec_gpt_neox(const struct loader *l)
     const json_t *const p = json_object_get(l->text, "rope_parameters");
 
     s->norm = TVE_LAYER_NORM;
-    s->eps = (float)number(l, "layer_norm_eps", 1e-5);
+    TV_TRY(epsilon(l, "layer_norm_eps", 1e-5));
     s->qkv = TVE_QKV_HEADS;
     s->residual =
         boolean(l, "use_parallel_residual", true) ? TVE_PARALLEL : TVE_PRE_NORM;
@@ -218,10 +244,11 @@ out:
 
 static enum tv_err spec_bloom(const struct loader *l)
 {
+    enum tv_err rc = TV_OK;
     struct tve_spec *const s = l->s;
 
     s->norm = TVE_LAYER_NORM;
-    s->eps = (float)number(l, "layer_norm_epsilon", 1e-5);
+    TV_TRY(epsilon(l, "layer_norm_epsilon", 1e-5));
     s->positions = TVE_ALIBI;
     s->max_positions = 0; /* ALiBi has no last position */
     s->qkv = TVE_QKV_HEADS;
@@ -230,7 +257,8 @@ static enum tv_err spec_bloom(const struct loader *l)
                       : TVE_PRE_NORM;
     s->act = TVE_GELU_TANH;
     s->inner = 4 * s->hidden;
-    return TV_OK;
+out:
+    return rc;
 }
 
 static enum tv_err spec_opt(const struct loader *l)
@@ -245,7 +273,7 @@ static enum tv_err spec_opt(const struct loader *l)
     s->position_offset = 2;
     s->residual =
         boolean(l, "do_layer_norm_before", true) ? TVE_PRE_NORM : TVE_POST_NORM;
-    s->embed_dim = (size_t)number(l, "word_embed_proj_dim", (double)s->hidden);
+    s->embed_dim = whole(l, "word_embed_proj_dim", (double)s->hidden);
     return act(l, acts, TVE_RELU);
 }
 

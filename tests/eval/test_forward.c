@@ -299,6 +299,21 @@ static void test_refused_models(void **state)
          "\"vocab_size\":61,\"head_dim\":10,"
          "\"rope_scaling\":{\"rope_type\":\"linear\"}}",
          TV_E_CORRUPT, "factor"},
+        {"{\"model_type\":\"llama\",\"num_hidden_layers\":3,\"hidden_size\":24,"
+         "\"num_attention_heads\":4,\"intermediate_size\":36,"
+         "\"vocab_size\":61,\"head_dim\":10,\"rope_parameters\":5}",
+         TV_E_CORRUPT, "rope_parameters"},
+        {"{\"model_type\":\"llama\",\"num_hidden_layers\":3,\"hidden_size\":24,"
+         "\"num_attention_heads\":4,\"intermediate_size\":36,"
+         "\"vocab_size\":61,\"head_dim\":10,\"rms_norm_eps\":-1}",
+         TV_E_CORRUPT, "rms_norm_eps"},
+        {"{\"model_type\":\"llama\",\"num_hidden_layers\":3,\"hidden_size\":24,"
+         "\"num_attention_heads\":4,\"intermediate_size\":36,"
+         "\"vocab_size\":61,\"head_dim\":10,\"rms_norm_eps\":\"1e-6\"}",
+         TV_E_CORRUPT, "rms_norm_eps"},
+        {"{\"model_type\":\"gpt2\",\"n_layer\":3,\"n_embd\":24,\"n_head\":4,"
+         "\"n_positions\":48,\"vocab_size\":61,\"n_inner\":-1e300}",
+         TV_E_CORRUPT, "n_inner"},
     };
     char *const dir = tmpdir_make();
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
