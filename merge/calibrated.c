@@ -48,6 +48,7 @@ struct entry {
     bool made;           /* or not needed */
     bool in_scratch, has_values;
     uint64_t words_at, before_at, values_at; /* in the scratch file */
+    uint64_t gram_at, n_rows;                /* there too, for gram_only */
 };
 
 struct tvm_calibrated {
@@ -68,6 +69,7 @@ struct work { /* of one group */
     struct tvm_calibration_use *use;
     size_t model, owner;
     bool gram;
+    uint64_t n_rows; /* of the input at hand */
     const char *ref;
 };
 
@@ -93,11 +95,17 @@ const char *tvm_rule_name(const struct tvm_trim_rule *r)
     return corrected[r->score][r->correct];
 }
 
-static bool rule_of(const struct tvm_tensor *t, size_t source,
-                    struct tvm_trim_rule *rule)
+bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
+                         struct tvm_trim_rule *rule)
 {
-    return t->action == TVM_MERGE && t->n_elems > 0 && t->method &&
-           t->method->trims && t->method->trims(t, source, rule) &&
+    if (t->action != TVM_MERGE || t->n_elems == 0 || !t->method)
+        return false;
+    if (t->method->needs_gram && (int)source != t->base &&
+        t->method->needs_gram(t)) {
+        *rule = (struct tvm_trim_rule){.calibrated = true, .gram_only = true};
+        return true;
+    }
+    return t->method->trims && t->method->trims(t, source, rule) &&
            rule->calibrated;
 }
 
@@ -154,6 +162,8 @@ static uint64_t entry_bytes(const struct tvm_tensor *t,
     size_t rows = 0;
     size_t cols = 0;
 
+    if (r->gram_only)
+        return 0;
     tvm_layer_shape(t, &rows, &cols);
     uint64_t bytes = t->n_elems * sizeof(float) + t->n_elems / 8 +
                      tvm_prune_bytes(r, rows, cols) +
@@ -190,13 +200,18 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
         const struct tvm_tensor *t = &p->tensors[i];
         struct tvm_trim_rule r;
         for (size_t s = 0; s < t->n_sources; s++) {
-            if (!rule_of(t, s, &r))
+            if (!tvm_calibrated_rule(t, s, &r))
                 continue;
             any = true;
             if (entry_bytes(t, &r) > most_entry)
                 most_entry = entry_bytes(t, &r);
             if (stat_bytes(t, &r) > most_stat)
                 most_stat = stat_bytes(t, &r);
+            if (r.gram_only) {
+                /* Layers that share their inputs share this. */
+                *disk += stat_bytes(t, &r) / 3 + SCRATCH_ALIGN;
+                continue;
+            }
             *disk += t->n_elems / 8 + SCRATCH_ALIGN;
             if (tvm_rule_makes_values(&r))
                 *disk += kept_most(&r, t->n_elems) * sizeof(float) +
@@ -217,7 +232,7 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
 
     for (size_t i = 0; i < p->n_tensors; i++)
         for (size_t s = 0; s < p->tensors[i].n_sources; s++)
-            n += rule_of(&p->tensors[i], s, &r);
+            n += tvm_calibrated_rule(&p->tensors[i], s, &r);
     c->entries = tv_calloc(n + 1, sizeof *c->entries);
     c->first = tv_calloc(p->n_tensors + 1, sizeof *c->first);
     if (!c->entries || !c->first)
@@ -227,12 +242,12 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
         c->first[i] = c->n;
         for (size_t s = 0; s < t->n_sources; s++) {
             struct entry *e = &c->entries[c->n];
-            if (!rule_of(t, s, &e->rule))
+            if (!tvm_calibrated_rule(t, s, &e->rule))
                 continue;
             e->tensor = i;
             e->source = s;
             e->owner = tvm_calibration_owner(p, t, s, &e->rule, &e->model);
-            const bool found = tvm_cache_has(cache, i, s);
+            const bool found = !e->rule.gram_only && tvm_cache_has(cache, i, s);
             e->made = sink->done[i].done || found;
             use->n_found += found;
             c->n++;
@@ -516,6 +531,45 @@ static const char *weight_name(const struct work *w, const struct entry *e)
     return t->sources[s].tensor->name;
 }
 
+/* Those that take X^T X as it is. One copy for all of them. */
+static enum tv_err keep_gram(struct work *w, const struct tvm_stats *stats,
+                             const char *const *tensors, size_t n_tensors,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    uint64_t at = UINT64_MAX;
+
+    for (size_t i = 0; i < n_tensors; i++)
+        for (size_t k = 0; k < w->c->n; k++) {
+            struct entry *e = &w->c->entries[k];
+            size_t rows = 0;
+            size_t cols = 0;
+            if (!wants(w, e) || !e->rule.gram_only ||
+                strcmp(weight_name(w, e), tensors[i]) != 0)
+                continue;
+            tvm_layer_shape(&w->p->tensors[e->tensor], &rows, &cols);
+            if (stats->n != cols) {
+                rc = tv_error_set(err, TV_E_INTERNAL,
+                                  "%s: statistics of %zu inputs for %zu "
+                                  "columns",
+                                  tensors[i], stats->n, cols);
+                goto out;
+            }
+            if (at == UINT64_MAX) {
+                TV_TRY(open_scratch(w->c, w->p, err));
+                TV_TRY(put_scratch(
+                    w->c, stats->gram,
+                    (uint64_t)cols * (cols + 1) / 2 * sizeof(float), &at, err));
+            }
+            e->gram_at = at;
+            e->n_rows = w->n_rows;
+            e->made = true;
+            e->in_scratch = true;
+        }
+out:
+    return rc;
+}
+
 static enum tv_err see(void *arg, const struct tvm_stats *stats,
                        const char *const *tensors, size_t n_tensors,
                        struct tv_error *err)
@@ -523,6 +577,8 @@ static enum tv_err see(void *arg, const struct tvm_stats *stats,
     struct work *const w = arg;
     enum tv_err rc = TV_OK;
 
+    if (w->gram)
+        TV_TRY(keep_gram(w, stats, tensors, n_tensors, err));
     for (size_t i = 0; i < n_tensors; i++)
         for (size_t k = 0; k < w->c->n; k++) {
             struct entry *e = &w->c->entries[k];
@@ -666,10 +722,12 @@ enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
 static enum tv_err on_input(void *arg, const struct tve_stat_input *in,
                             struct tv_error *err)
 {
+    struct work *const w = arg;
     const struct tvm_stats stats = {
         .n = in->n, .diag = in->sums, .gram = in->gram};
 
-    return see(arg, &stats, in->tensors, in->n_tensors, err);
+    w->n_rows = in->n_rows;
+    return see(w, &stats, in->tensors, in->n_tensors, err);
 }
 
 static void on_step(void *arg, uint64_t done, uint64_t total)
@@ -827,7 +885,8 @@ enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
 {
     const struct tvm_tensor *t = &p->tensors[tensor];
 
-    if (!c || c->first[tensor] == c->first[tensor + 1])
+    if (!c || c->first[tensor] == c->first[tensor + 1] ||
+        c->entries[c->first[tensor]].rule.gram_only)
         return TV_OK;
     if (to->n == 0) {
         to->src = tv_calloc(t->n_sources, sizeof *to->src);
@@ -855,4 +914,19 @@ enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
                                 t->name);
     }
     return TV_OK;
+}
+
+const float *tvm_calibrated_gram(const struct tvm_calibrated *c, size_t tensor,
+                                 size_t source, uint64_t *n_rows)
+{
+    *n_rows = 0;
+    for (size_t i = c ? c->first[tensor] : 0; c && i < c->first[tensor + 1];
+         i++) {
+        const struct entry *e = &c->entries[i];
+        if (e->source != source || !e->rule.gram_only || !e->in_scratch)
+            continue;
+        *n_rows = e->n_rows;
+        return (const float *)(const void *)(c->map + e->gram_at);
+    }
+    return NULL;
 }

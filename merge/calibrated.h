@@ -29,6 +29,9 @@ TV_NODISCARD enum tv_err
 tvm_calibrated_key(const struct tvm_plan *p, const struct tvm_tensor *t,
                    size_t source, const struct tvm_trim_rule *r,
                    struct tv_buf *to, struct tv_error *err);
+/* What is to be made of a source before the run; false: nothing. */
+bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
+                         struct tvm_trim_rule *rule);
 /* Does the plan need any? Then *needed: least bytes of memory. */
 bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
                            uint64_t *disk);
@@ -55,4 +58,9 @@ TV_NODISCARD enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
                                                size_t tensor,
                                                struct tvm_cached *to,
                                                struct tv_error *err);
+/* X^T X [n (n + 1) / 2] as tve_stat_input has it, over *n_rows tokens, for a
+ * method that needs it (tvm_method::needs_gram). Borrowed until the end of the
+ * run; NULL: there is none. */
+const float *tvm_calibrated_gram(const struct tvm_calibrated *c, size_t tensor,
+                                 size_t source, uint64_t *n_rows);
 #endif

@@ -23,6 +23,20 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
                         "%s: calibration is not built in", t->name);
 }
 
+bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
+                         struct tvm_trim_rule *rule)
+{
+    if (t->action != TVM_MERGE || t->n_elems == 0 || !t->method)
+        return false;
+    if (t->method->needs_gram && (int)source != t->base &&
+        t->method->needs_gram(t)) {
+        *rule = (struct tvm_trim_rule){.calibrated = true, .gram_only = true};
+        return true;
+    }
+    return t->method->trims && t->method->trims(t, source, rule) &&
+           rule->calibrated;
+}
+
 bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
                            uint64_t *disk)
 {
@@ -97,4 +111,14 @@ enum tv_err tvm_layers(const struct tvm_plan *p,
     return tv_error_set(err, TV_E_UNSUPPORTED,
                         "calibration is not built in: it needs OpenBLAS, PCRE2 "
                         "and utf8proc");
+}
+
+const float *tvm_calibrated_gram(const struct tvm_calibrated *c, size_t tensor,
+                                 size_t source, uint64_t *n_rows)
+{
+    (void)c;
+    (void)tensor;
+    (void)source;
+    *n_rows = 0;
+    return NULL;
 }

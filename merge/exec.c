@@ -576,6 +576,8 @@ static enum tv_err open_slot(struct exec *ex, struct slot *s,
     s->job.k = ex->k;
     s->job.seed = ex->p->options.seed;
     s->job.stream = ex->stream;
+    s->job.index = s->index;
+    s->job.calibrated = ex->calibrated;
     TV_TRY(tvm_cached_begin(ex->cache, s->index, &s->cached, err));
     TV_TRY(tvm_calibrated_attach(ex->calibrated, ex->p, s->index, &s->cached,
                                  err));

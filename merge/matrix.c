@@ -13,8 +13,8 @@
 
 bool tvm_matrix_is(const struct tvm_tensor *t)
 {
-    return t->is_linear && t->n_elems > 0 && t->base >= 0 &&
-           tvm_donor_count(t) > 0;
+    return (t->method->needs_gram ? t->has_inputs : t->is_linear) &&
+           t->n_elems > 0 && t->base >= 0 && tvm_donor_count(t) > 0;
 }
 
 void tvm_matrix_carve(struct tvm_matrices *m, struct tvm_carver *c,
@@ -110,7 +110,7 @@ void tvm_matrix_check(const struct tvm_tensor *t, struct tvm_problems *problems)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
                         "%s takes matrices of at most %u rows and columns",
                         t->method->name, MOST);
-    if (!t->is_linear && tvm_donor_count(t) > 0)
+    if (!tvm_matrix_is(t) && tvm_donor_count(t) > 0)
         tvm_problem_note(problems, t->name,
                          "what is no weight matrix of a linear layer "
                          "(embeddings, output head, norms, biases, stacks of "
@@ -132,6 +132,13 @@ bool tvm_matrix_next_phase(struct tvm_job *job, unsigned n_passes)
            (job->phase <= n_passes && atomic_load(&m->n_bad) == 0);
 }
 
+static bool weighs_models(const struct tvm_tensor *t)
+{
+    const struct tvm_matrix_detail *const d = t->method->detail;
+
+    return d && d->weighs_models;
+}
+
 static double weight(const struct tvm_tensor *t, size_t s)
 {
     return tvm_of(t, s, TVM_MATRIX_WEIGHT, t->method->n_params);
@@ -150,7 +157,7 @@ void tvm_matrix_measure(struct tvm_job *job, struct tvm_tile *tile,
     for (size_t s = 0; s < t->n_sources; s++) {
         if ((int)s == t->base)
             continue;
-        const double w = weight(t, s);
+        const double w = weighs_models(t) ? 1.0 : weight(t, s);
         float *const out = m->delta + at++ * t->n_elems + tile->start;
         for (size_t i = 0; i < n; i++) {
             const double d = w * ((double)x[s][i] - (double)base[i]);
@@ -177,16 +184,18 @@ static void mean(const struct tvm_tensor *t, const float *const *x, float *dst,
 {
     const float *const base = x[t->base];
     const double lambda = tvm_shared(t, TVM_MATRIX_LAMBDA);
-    const double each = 1.0 / (double)tvm_donor_count(t);
+    double divisor = 0.0;
     double sum[TVM_BLOCK] = {0.0};
 
     for (size_t s = 0; s < t->n_sources; s++) {
         if ((int)s == t->base)
             continue;
         const double w = weight(t, s);
+        divisor += weighs_models(t) ? w : 1.0;
         for (size_t i = 0; i < n; i++)
             sum[i] += w * ((double)x[s][i] - (double)base[i]);
     }
+    const double each = 1.0 / divisor;
     for (size_t i = 0; i < n; i++)
         dst[i] = sum[i] != 0.0
                      ? (float)((double)base[i] + lambda * (each * sum[i]))

@@ -45,6 +45,12 @@ enum { TVM_MATRIX_WEIGHT, TVM_MATRIX_LAMBDA, TVM_MATRIX_PARAMS };
                            .fallback = 1.0,                                    \
                            .help = "factor of the merged task vector"}
 
+/* tvm_method::detail of such a method, NULL: all false. */
+struct tvm_matrix_detail {
+    bool weighs_models; /* a weight counts a model, not its task vector: these
+                         * are kept as they are, and their mean is weighted */
+};
+
 /* Elements (i, j) of a matrix [m, n] at x[i * n + j], or at x[j * m + i]. */
 struct tvm_matrix {
     float *x;
@@ -59,7 +65,8 @@ struct tvm_matrices { /* of a job: the first thing in its state */
     _Atomic unsigned n_bad; /* blocks with what is no number */
 };
 
-/* Does this tensor go the way of matrices at all? */
+/* Does this tensor go the way of matrices at all? With statistics: only where
+ * inputs can be looked at. */
 bool tvm_matrix_is(const struct tvm_tensor *t);
 /* Lays m out in a job's zeroed state; sum_only: the task vectors are added up
  * while they are measured. */

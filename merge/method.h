@@ -81,14 +81,19 @@ struct tvm_trim_rule {
     bool rescale;      /* by the least-squares factor */
     bool as_sparsegpt; /* counts and ties: n - floor(n (1 - density)) are kept,
                         * of equal ones the last */
+    bool gram_only;    /* nothing is chosen: the method looks at X^T X itself */
     double damping;
     unsigned cg_steps;
     enum tvm_inputs_of inputs;
 };
 
+struct tvm_calibrated;
+
 /* Per-tensor run state: the method's own bytes, zeroed before phase 0. */
 struct tvm_job {
     const struct tvm_tensor *tensor;
+    size_t index;                            /* of the tensor in the plan */
+    const struct tvm_calibrated *calibrated; /* calibrated.h; may be NULL */
     const struct tvk_table *k;
     uint64_t seed;
     const struct tvm_mt_stream *stream; /* mt.h; NULL: nobody draws from it */
@@ -229,6 +234,9 @@ struct tvm_method {
     size_t (*work_items)(const struct tvm_job *job);
     enum tv_err (*work)(struct tvm_job *job, size_t item, unsigned worker,
                         struct tv_error *err);
+    /* Does it look at X^T X of the inputs of this tensor's layer in every model
+     * but the base (tvm_calibrated_gram)? NULL: never. */
+    bool (*needs_gram)(const struct tvm_tensor *t);
     /* Called at the start of each tile of each pass; may be NULL. */
     void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
 
@@ -280,8 +288,8 @@ static inline void *tvm_carve(struct tvm_carver *c, uint64_t n, size_t each)
 
 static inline bool tvm_rule_needs_gram(const struct tvm_trim_rule *r)
 {
-    return r->score == TVM_SCORE_CHOLESKY || r->correct != TVM_CORRECT_NONE ||
-           r->rescale;
+    return r->gram_only || r->score == TVM_SCORE_CHOLESKY ||
+           r->correct != TVM_CORRECT_NONE || r->rescale;
 }
 
 /* Are the values of kept entries other ones than the donor's? */
@@ -298,6 +306,7 @@ extern const struct tvm_method tvm_method_linear;
 extern const struct tvm_method tvm_method_tsv;
 extern const struct tvm_method tvm_method_iso_c;
 extern const struct tvm_method tvm_method_wudi;
+extern const struct tvm_method tvm_method_regmean;
 extern const struct tvm_method tvm_method_slerp;
 extern const struct tvm_method tvm_method_nuslerp;
 extern const struct tvm_method tvm_method_multislerp;

@@ -43,6 +43,7 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_emr,
     &tvm_method_cabs,
     &tvm_method_fisher,
+    &tvm_method_regmean,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

@@ -181,13 +181,10 @@ enum tv_err plan_calibration_make(struct planner *pl)
         return plan_oom(pl);
     for (size_t i = 0; i < plan->n_tensors; i++) {
         const struct tvm_tensor *const t = &plan->tensors[i];
-        if (t->action != TVM_MERGE || t->method == NULL ||
-            t->method->trims == NULL)
-            continue;
         for (size_t s = 0; s < t->n_sources; s++) {
             struct tvm_trim_rule rule;
             size_t model = 0;
-            if (!t->method->trims(t, s, &rule) || !rule.calibrated)
+            if (!tvm_calibrated_rule(t, s, &rule))
                 continue;
             const size_t owner =
                 tvm_calibration_owner(plan, t, s, &rule, &model);
