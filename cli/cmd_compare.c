@@ -286,9 +286,12 @@ static const char *label_of(const struct tvm_plan *plan, char *dst, size_t cap)
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (strcmp(plan->method_name, known[i].method) != 0)
             continue;
-        if (!known[i].sparsify)
+        const char *chosen = tvm_plan_choice(plan, "sparsify");
+        if (!chosen || strcmp(chosen, "none") == 0)
+            chosen = known[i].sparsify;
+        if (!chosen)
             break;
-        (void)snprintf(dst, cap, "%s_%s", known[i].merge, known[i].sparsify);
+        (void)snprintf(dst, cap, "%s_%s", known[i].merge, chosen);
         return dst;
     }
     (void)snprintf(dst, cap, "%s", plan->method_name);
@@ -873,6 +876,8 @@ static enum tv_err begin(struct tvc_compare *p)
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
     m->kernels = c->kernels;
+    m->texts = o->tasks;
+    m->n_texts = o->n_tasks;
     TV_TRY(read_texts(p));
     TV_TRY(open_store(p));
     TV_TRY(check_place(p));
@@ -911,6 +916,8 @@ static void finish(struct tvc_compare *p)
     tvm_problems_free(&p->problems);
     tv_store_close(p->opts->options.store);
     tv_free(p->opts->method_list);
+    for (size_t i = 0; i < p->opts->n_tasks; i++)
+        tv_free((char *)(uintptr_t)p->opts->tasks[i].name);
 }
 
 static int run(struct tvc *c)
@@ -963,6 +970,8 @@ const struct tvc_command tvc_cmd_compare = {
         "tvmerge compare recipe.yml -o cmp --text prose.txt --text code.txt\n"
         "tvmerge compare recipe.yml -o cmp --text a.txt --methods "
         "ties,tsv,iso_c --keep best\n"
+        "tvmerge compare recipe.yml -o cmp --text a.txt --text "
+        "ft-code=code.txt\n"
         "tvmerge compare one.yml two.yml -o cmp --text a.txt --json",
     .options = tvc_compare_options,
     .opt_bytes = sizeof(struct compare_opts),

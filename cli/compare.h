@@ -21,6 +21,9 @@ struct compare_opts {
     const char *out, *store_path, *tokenizer;
     const char *texts[TVC_COMPARE_TEXTS_MAX];
     size_t n_texts;
+    struct tvm_text tasks[TVC_COMPARE_TEXTS_MAX]; /* for calibration; names
+                                                   * owned */
+    size_t n_tasks;
     char *method_list; /* owned, cut at its commas */
     const char *methods[TVC_COMPARE_METHODS_MAX];
     size_t n_methods;

@@ -2,11 +2,13 @@
 /*
  * compare_options.c - the command line of tvmerge compare.
  */
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "compare.h"
 #include "tv/alloc.h"
+#include "tv/sys.h"
 #include "tv/text.h"
 #include "tveval.h"
 
@@ -31,7 +33,10 @@ enum {
 const struct argp_option tvc_compare_options[] = {
     {"out", KEY_OUT, "OUT", 0, "Directory for all results", 0},
     {"text", KEY_TEXT, "FILE", 0,
-     "A text in UTF-8 to score with; may be repeated", 0},
+     "A text in UTF-8 to score with; may be repeated. NAME=FILE, where there "
+     "is no such file: text of the task of the model NAME, for methods that "
+     "calibrate",
+     0},
     {"methods", KEY_METHODS, "LIST", 0,
      "Methods to merge one recipe by (default: " TVC_COMPARE_METHODS ")", 0},
     {"keep", KEY_KEEP, "WHAT", 0,
@@ -68,6 +73,27 @@ void tvc_compare_init(struct tvc *c)
     tvm_options_init(&o->options);
     o->store_path = tvc_default_store();
     o->ppl.bos = -2;
+}
+
+/* FILE, or NAME=FILE as tvmerge run has it. */
+static error_t option_text(struct tvc *c, const char *arg)
+{
+    struct compare_opts *o = c->opt;
+    const char *const at = strchr(arg, '=');
+
+    if (o->n_texts == TVC_COMPARE_TEXTS_MAX ||
+        o->n_tasks == TVC_COMPARE_TEXTS_MAX)
+        return tvc_bad(c, "more than %u texts", TVC_COMPARE_TEXTS_MAX);
+    if (!at || at == arg || at[1] == '\0' || tv_path_exists(arg)) {
+        o->texts[o->n_texts++] = arg;
+        return 0;
+    }
+    char *const name = tv_strdup(arg);
+    if (!name)
+        return ENOMEM;
+    name[at - arg] = '\0';
+    o->tasks[o->n_tasks++] = (struct tvm_text){name, at + 1};
+    return 0;
 }
 
 static error_t option_keep(struct tvc *c, const char *arg)
@@ -131,10 +157,7 @@ error_t tvc_compare_option(struct tvc *c, int key, const char *arg)
         o->out = arg;
         return 0;
     case KEY_TEXT:
-        if (o->n_texts == TVC_COMPARE_TEXTS_MAX)
-            return tvc_bad(c, "more than %u texts", TVC_COMPARE_TEXTS_MAX);
-        o->texts[o->n_texts++] = arg;
-        return 0;
+        return option_text(c, arg);
     case KEY_METHODS:
         return tvc_compare_methods(c, arg) == TV_OK ? 0 : EINVAL;
     case KEY_KEEP:

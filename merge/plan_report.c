@@ -101,3 +101,20 @@ void plan_report_rest(struct planner *pl)
                             c->key);
     }
 }
+
+const char *tvm_plan_choice(const struct tvm_plan *p, const char *name)
+{
+    for (size_t i = 0; i < p->n_tensors; i++) {
+        const struct tvm_tensor *const t = &p->tensors[i];
+        if (t->action != TVM_MERGE || t->method == NULL)
+            continue;
+        for (size_t k = 0; k < t->method->n_params; k++) {
+            const struct tvm_param *const of = &t->method->params[k];
+            if (of->type == TVM_CHOICE && of->scope == TVM_SHARED &&
+                strcmp(of->name, name) == 0)
+                return of->choices[(size_t)t->shared[k]];
+        }
+        break;
+    }
+    return NULL;
+}

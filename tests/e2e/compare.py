@@ -169,7 +169,7 @@ def killed(tmp, doc, reference):
     for keep in ("all", "best"):
         d = work(tmp, "kill-" + keep)
         kills = 0
-        while kills < 8:
+        while kills < 6:
             p = subprocess.Popen(command("out", "--keep", keep, "-q"), cwd=d,
                                  stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL)
@@ -270,6 +270,47 @@ def recipes(tmp):
           "merges that are the same")
 
 
+def calibrated(tmp):
+    """The default list, with text for every model's task: as the recipe has it
+    and from the command line; what the recipe says of sparsifying."""
+    d = work(tmp, "calibrated")
+    args = ["--text", "code.txt", "--context", "64", "--threads", "1",
+            "--no-sync", "--json"]
+    tasks = [x for m, t in (("ft-prose", "prose"), ("ft-code", "code"),
+                            ("base+lora-jargon", "prose"))
+             for x in ("--text", f"{m}={t}.txt")]
+    r = run(TVMERGE, "compare", "r.yml", "-o", "out", *args, cwd=d, code=2)
+    check("no calibration text for 'ft-prose'" in r.stderr, r.stderr)
+    doc = run_json(TVMERGE, "compare", "r.yml", "-o", "out", *args, *tasks,
+                   cwd=d)
+    got = [r["name"] for r in doc["rows"] if r["kind"] == "merge"]
+    check(got == ["task_arithmetic", "ties_magnitude", "ties_random",
+                  "ties_sparsegpt"], f"names {got}")
+    with open(os.path.join(d, "s.yml"), "w") as f:
+        f.write(RECIPE.format(0.6, "sparsegpt_ties"))
+    alone = run_json(TVMERGE, "run", "s.yml", "alone", "--json", *tasks,
+                     cwd=d)
+    check(alone["digest"] == rows(doc)["ties_sparsegpt"]["digest"],
+          "sparsegpt_ties: compare and run give different models")
+    # Several recipes are what they say they are; methods are what their names
+    # say.
+    for name, method, sparsify in (("a", "task_arithmetic", "random"),
+                                   ("b", "ties", "random")):
+        with open(os.path.join(d, name + ".yml"), "w") as f:
+            f.write(RECIPE.format(0.6, method) +
+                    f"parameters: {{sparsify: {sparsify}}}\n")
+    doc = run_json(TVMERGE, "compare", "a.yml", "b.yml", "-o", "two", *args,
+                   cwd=d)
+    got = [r["name"] for r in doc["rows"] if r["kind"] == "merge"]
+    check(got == ["task_arithmetic", "linear_random", "ties_random"],
+          f"names {got}")
+    doc = run_json(TVMERGE, "compare", "b.yml", "-o", "one", "--methods",
+                   "ties,dare_linear", *args, cwd=d)
+    got = [r["name"] for r in doc["rows"] if r["kind"] == "merge"]
+    check(got == ["task_arithmetic", "ties_magnitude", "linear_random"],
+          f"names {got}")
+
+
 tmp = temp()
 reference, doc, _ = table(tmp)
 kept(tmp, doc)
@@ -277,5 +318,6 @@ killed(tmp, doc, reference)
 interrupted(tmp, doc)
 refused(tmp)
 recipes(tmp)
+calibrated(tmp)
 shutil.rmtree(tmp, True)
 finish("compare")

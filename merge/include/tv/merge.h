@@ -274,6 +274,9 @@ TV_NODISCARD enum tv_err tvm_plan_make(const tvm_recipe *r,
                                        struct tv_error *err,
                                        struct tvm_plan **out);
 void tvm_plan_free(struct tvm_plan *p);
+/* What the plan's method was told to be for a shared parameter that takes
+ * names, static; NULL when it has none of that name. */
+const char *tvm_plan_choice(const struct tvm_plan *p, const char *name);
 
 /* ---- run
  * ---------------------------------------------------------------------- */
