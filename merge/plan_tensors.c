@@ -143,6 +143,9 @@ struct build {
     const struct tv_arch_tensor *like; /* description of the first one */
     struct tvm_tensor *t;
     size_t *at; /* [t->n_sources] source of the slice */
+    /* Where the value of parameter p was written, [slice->n + 1][n_params], the
+     * last row of shared ones; NULL entries: a default. */
+    const struct tvm_node **from;
     bool is_head;
     bool ok;
 };
@@ -635,7 +638,8 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
         tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(double));
     t->per_source_set =
         tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(bool));
-    if (t->per_source == NULL || t->per_source_set == NULL)
+    b->from = tv_calloc((b->slice->n + 1) * n + 1, sizeof(*b->from));
+    if (t->per_source == NULL || t->per_source_set == NULL || b->from == NULL)
         return plan_oom(pl);
     for (size_t i = 0; i < n && i < TVM_PARAMS_MAX; i++) {
         const struct tvm_param *const p = &t->method->params[i];
@@ -646,6 +650,7 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
             const struct tvm_value v =
                 tvm_param_resolve(p, levels, 3, t->name, at);
             t->shared[i] = take(b, p, &v, SIZE_MAX, refused, &t->shared_set[i]);
+            b->from[b->slice->n * n + i] = v.from;
             continue;
         }
         for (size_t s = 0; s < t->n_sources; s++) {
@@ -663,12 +668,29 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
                 tvm_param_resolve(p, levels, 3, name, at);
             t->per_source[s * n + i] =
                 take(b, p, &v, s, refused, &t->per_source_set[s * n + i]);
+            b->from[s * n + i] = v.from;
         }
     }
     return TV_OK;
 }
 
-/* What the method says about this tensor, one message per cause. */
+/* Of a value of a parameter: where it was written, or the method that has it as
+ * a default. */
+static const char *param_where(struct build *b, const struct tvm_problem *p)
+{
+    struct planner *const pl = b->pl;
+    const size_t row = p->source == SIZE_MAX ? b->slice->n : p->source;
+    const struct tvm_node *const from =
+        b->from[row * b->t->method->n_params + p->param];
+    const struct tvm_recipe_ref at = {
+        "", from != NULL ? from->line : pl->r->method_line,
+        from != NULL ? from->col : pl->r->method_col};
+    return plan_where(pl, &at);
+}
+
+/* What the method says about this tensor, one message per cause. What is wrong
+ * with a value of the recipe is wrong for many tensors: said once, with the
+ * first of them. */
 static void ask_method(struct build *b)
 {
     struct tvm_problems found;
@@ -679,6 +701,17 @@ static void ask_method(struct build *b)
     for (size_t i = 0; i < found.n; i++) {
         const struct tvm_problem *const p = &found.items[i];
         const size_t before = b->pl->problems->n;
+        if (p->of_param) {
+            const char *const where = param_where(b, p);
+            const char *const cause =
+                tvm_arena_fmt(plan_arena(b->pl), "%s %s", where, p->message);
+            if (cause == NULL)
+                b->pl->oom = true;
+            else
+                plan_report(b->pl, cause, 1, true, p->code, where,
+                            "%s (first for %s)", p->message, p->where);
+            continue;
+        }
         plan_report(b->pl, p->message, p->is_error ? 3 : 1, p->is_error,
                     p->code, p->is_error ? p->where : "", "%s", p->message);
         if (p->is_note && b->pl->problems->n > before)
@@ -876,6 +909,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     if (b.is_head)
         pl->st->head_written = true;
 out:
+    tv_free(b.from);
     tv_free(b.at);
     return rc;
 }

@@ -35,6 +35,10 @@ struct tvm_problem {
     char *where;      /* "recipe.yml:3:7", tensor or file name; may be "" */
     char *message;
     bool is_note; /* of warnings: for who plans, nothing to act on */
+    /* Of what a method finds in a tensor: the parameter, and the source whose
+     * (SIZE_MAX: shared), so that the planner can name its place. */
+    bool of_param;
+    size_t param, source;
 };
 struct tvm_problems {
     struct tvm_problem *items;
@@ -71,7 +75,11 @@ struct tvm_param {
     double fallback; /* default; bools 0/1, choices their index */
     const char *help;
     const char *const *choices; /* TVM_CHOICE: names, NULL at the end */
+    bool has_min, has_max; /* bounds of what a recipe may say, inclusive */
+    double min, max;
 };
+#define TVM_FROM(a)      .has_min = true, .min = (a)
+#define TVM_WITHIN(a, b) TVM_FROM(a), .has_max = true, .max = (b)
 
 struct tvm_method; /* merge/method.h */
 size_t tvm_method_count(void);
