@@ -114,6 +114,8 @@ enum tv_err tvm_adapters_wanted(const char *path, const struct tvm_options *o,
         goto out;
     }
     TV_TRY(rc);
+    if (root && root->next)
+        goto out; /* of models only */
     output = tvm_node_find(root, "output");
     models = tvm_node_find(root, "models");
     if (output) {

@@ -291,19 +291,49 @@ static void keep_commit(struct planner *pl, struct plan_ref *ref,
     pl->oom = pl->oom || ref->revision == NULL;
 }
 
+static const struct tvm_stage_ref *stage_of(const struct planner *pl,
+                                            const char *ref)
+{
+    const struct tvm_options *const o = &pl->plan->options;
+    for (size_t i = 0; i < o->n_stages; i++) {
+        if (tvm_recipe_means(ref, o->stages[i].name))
+            return &o->stages[i];
+    }
+    return NULL;
+}
+
+/* The reference with the place in the place of the name; a result has no
+ * revisions. NULL: out of memory. */
+static const char *stage_text(struct planner *pl,
+                              const struct tvm_stage_ref *stage,
+                              const char *ref)
+{
+    const char *const adapters = strchr(ref, '+');
+    return tvm_arena_fmt(plan_arena(pl), "%s%s", stage->dir,
+                         adapters == NULL ? "" : adapters);
+}
+
 static enum tv_err open_ref(struct planner *pl,
                             const struct tvm_recipe_ref *where,
                             struct plan_ref *ref, struct tvm_plan_input *in)
 {
     struct tv_error e;
     struct tv_ref *parsed = NULL;
+    const struct tvm_stage_ref *stage = NULL;
+    const char *text = NULL;
     size_t *adapters = NULL;
     size_t model = 0;
     bool first = false;
     enum tv_err rc = TV_OK;
 
     tv_error_clear(&e);
-    rc = tv_ref_resolve(where->text, &e, &parsed);
+    stage = stage_of(pl, where->text);
+    text = stage == NULL ? where->text : stage_text(pl, stage, where->text);
+    if (text == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    rc = tv_ref_resolve(text, &e, &parsed);
     if (rc != TV_OK)
         goto problem;
     if (is_hub_name(&parsed->model)) {
@@ -322,6 +352,8 @@ static enum tv_err open_ref(struct planner *pl,
         goto problem;
     if (pl->st->opens[model].failed)
         goto out;
+    if (stage != NULL)
+        pl->st->opens[model].fingerprint = stage->plan_hash;
     in->n_adapters = parsed->n_adapters;
     in->adapters =
         tvm_arena_get(plan_arena(pl), in->n_adapters, sizeof(*in->adapters));

@@ -24,6 +24,7 @@
 struct reader {
     struct tvm_recipe *r;
     struct tvm_problems *problems;
+    bool several; /* documents in the file */
     bool oom;
 };
 
@@ -783,6 +784,26 @@ static bool mergekit_knows(const char *method)
     return false;
 }
 
+/* A document's name becomes the name of a directory. */
+static void read_name(struct reader *rd, const struct tvm_node *root)
+{
+    static const char safe[] = "abcdefghijklmnopqrstuvwxyz"
+                               "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    const struct tvm_node *const e = given(root, "name");
+    if (!rd->several || e == NULL)
+        return;
+    if (!is_text(e) || e->text[0] == '.' || e->n_text > 128 ||
+        strspn(e->text, safe) != e->n_text) {
+        error_node(rd, e,
+                   "the name of a document has up to 128 letters, digits, '_', "
+                   "'-' and '.', and does not begin with a '.'");
+        return;
+    }
+    rd->r->name.text = e->text;
+    rd->r->name.line = e->line;
+    rd->r->name.col = e->col;
+}
+
 static void read_document(struct reader *rd, const struct tvm_node *root)
 {
     static const char *const keys[] = {
@@ -790,7 +811,9 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         "out_dtype", "parameters", "tokenizer", "chat_template",
         "tokenizer_source", "calibration",
         /* of adapters, adapter_merge.c */
-        "output", "rank"};
+        "output", "rank",
+        /* of several documents */
+        "name"};
     struct tvm_recipe *const r = rd->r;
     const struct tvm_node *models = NULL;
     const struct tvm_node *slices = NULL;
@@ -802,8 +825,13 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
     }
     /* First: the method decides which parameters are known. */
     read_method(rd, root);
-    unknown_keys(rd, root, keys, N_OF(keys));
-    r->mergekit_syntax = r->method != NULL && mergekit_knows(r->info.name);
+    read_name(rd, root);
+    unknown_keys(rd, root, keys, N_OF(keys) - (rd->several ? 0 : 1));
+    if (rd->several && given(root, "output") != NULL)
+        error_key(rd, TV_E_UNSUPPORTED, given(root, "output"),
+                  "adapters are not merged in a file of several documents");
+    r->mergekit_syntax =
+        !rd->several && r->method != NULL && mergekit_knows(r->info.name);
 
     models = given(root, "models");
     slices = given(root, "slices");
@@ -943,6 +971,148 @@ out:
     return rc;
 }
 
+/* ---- several documents ----------------------------------------------------
+ */
+
+/* Does a reference mean the document of this name? mergekit-multi puts it in
+ * the place of a model, whatever adapter or revision is behind it. */
+bool tvm_recipe_means(const char *ref, const char *name)
+{
+    const size_t n = strlen(name);
+    return strncmp(ref, name, n) == 0 &&
+           (ref[n] == '\0' || ref[n] == '+' || ref[n] == '@');
+}
+
+static void need(struct reader *rd, struct tvm_recipe *first,
+                 const struct tvm_recipe_ref *ref)
+{
+    struct tvm_recipe *const r = rd->r;
+    if (ref->text == NULL)
+        return;
+    for (struct tvm_recipe *o = first; o != NULL; o = o->next) {
+        bool known = false;
+        if (o->name.text == NULL || !tvm_recipe_means(ref->text, o->name.text))
+            continue;
+        for (size_t i = 0; i < r->n_needs; i++)
+            known = known || r->needs[i] == o;
+        if (!known)
+            r->needs[r->n_needs++] = o;
+    }
+}
+
+/* The documents that one refers to. */
+static void find_needs(struct reader *rd, struct tvm_recipe *first)
+{
+    struct tvm_recipe *const r = rd->r;
+    r->needs = tvm_arena_get(&r->arena, TVM_YAML_DOCS_MAX, sizeof(*r->needs));
+    if (r->needs == NULL) {
+        rd->oom = true;
+        return;
+    }
+    for (size_t s = 0; s < r->n_slices; s++) {
+        for (size_t i = 0; i < r->slices[s].n_sources; i++)
+            need(rd, first, &r->slices[s].sources[i].model);
+        need(rd, first, &r->slices[s].base);
+    }
+    need(rd, first, &r->base);
+    need(rd, first, &r->vocab.model);
+    for (size_t i = 0; i < r->vocab.n_tokens; i++)
+        need(rd, first, &r->vocab.tokens[i].model);
+}
+
+/* Is `to` needed, directly or not, by `from`? Looks at each document once. */
+static bool leads_to(struct tvm_recipe *from, const struct tvm_recipe *to)
+{
+    if (from->seen)
+        return false;
+    from->seen = true;
+    for (size_t i = 0; i < from->n_needs; i++) {
+        if (from->needs[i] == to || leads_to(from->needs[i], to))
+            return true;
+    }
+    return false;
+}
+
+static bool needs_itself(struct tvm_recipe *first, struct tvm_recipe *r)
+{
+    for (struct tvm_recipe *o = first; o != NULL; o = o->next)
+        o->seen = false;
+    return leads_to(r, r);
+}
+
+static void check_documents(struct reader *rd, struct tvm_recipe *first)
+{
+    const struct tvm_recipe *unnamed = NULL;
+    char message[320];
+    for (struct tvm_recipe *r = first; r != NULL && !rd->oom; r = r->next) {
+        rd->r = r;
+        find_needs(rd, first);
+        if (r->name.text == NULL && unnamed != NULL) {
+            (void)snprintf(message, sizeof(message),
+                           "only one document may have no 'name', the one that "
+                           "gives the output; the one in line %u has none "
+                           "either",
+                           unnamed->line);
+            error_at(rd, TV_E_USAGE, r->line, 1, message);
+        }
+        if (r->name.text == NULL) {
+            unnamed = r;
+            continue;
+        }
+        for (const struct tvm_recipe *o = first; o != r; o = o->next) {
+            if (o->name.text == NULL || strcmp(o->name.text, r->name.text) != 0)
+                continue;
+            (void)snprintf(message, sizeof(message),
+                           "two documents are called '%s' (first in line %u)",
+                           r->name.text, o->name.line);
+            error_at(rd, TV_E_USAGE, r->name.line, r->name.col, message);
+            break;
+        }
+    }
+    for (struct tvm_recipe *r = first; r != NULL && !rd->oom; r = r->next) {
+        rd->r = r;
+        if (r->name.text == NULL || !needs_itself(first, r))
+            continue;
+        (void)snprintf(
+            message, sizeof(message), "document '%s' needs its own result%s",
+            r->name.text,
+            r->n_needs == 1 && r->needs[0] == r ? "" : ", by way of others");
+        error_at(rd, TV_E_USAGE, r->name.line, r->name.col, message);
+    }
+}
+
+tvm_recipe *tvm_recipe_next(const tvm_recipe *r)
+{
+    return r->next;
+}
+
+/* ---- loading --------------------------------------------------------------
+ */
+
+static enum tv_err read_all(struct reader *rd, struct tvm_recipe *first,
+                            const struct tvm_node *root, struct tv_error *err)
+{
+    struct tvm_recipe *r = first;
+    rd->several = root->next != NULL;
+    for (const struct tvm_node *n = root; n != NULL; n = n->next) {
+        if (n != root) {
+            r->next = tv_calloc(1, sizeof(*r));
+            if (r->next == NULL)
+                return tv_error_set(err, TV_E_NOMEM, "out of memory");
+            r = r->next;
+            r->path = first->path;
+            r->text = first->text;
+            r->n_text = first->n_text;
+        }
+        r->line = n->line;
+        rd->r = r;
+        read_document(rd, n);
+    }
+    if (rd->several)
+        check_documents(rd, first);
+    return TV_OK;
+}
+
 enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
                             struct tv_error *err, tvm_recipe **out)
 {
@@ -956,7 +1126,7 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
 {
     struct tvm_recipe *r = NULL;
     const struct tvm_node *root = NULL;
-    struct reader rd = {NULL, problems, false};
+    struct reader rd = {NULL, problems, false, false};
     const size_t errors_before = problems->n_errors;
     enum tv_err rc = TV_OK;
 
@@ -964,6 +1134,7 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
     r = tv_calloc(1, sizeof(*r));
     if (r == NULL)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    r->is_first = true;
     r->path = tv_strdup(path);
     if (r->path == NULL) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -979,9 +1150,8 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
     TV_TRY(replace_in_text(r, "sparsify", sparsify, err));
     TV_TRY(tvm_yaml_parse(path, r->text, r->n_text, &r->arena, problems, err,
                           &root));
-    rd.r = r;
     if (root != NULL)
-        read_document(&rd, root);
+        TV_TRY(read_all(&rd, r, root, err));
     if (rd.oom)
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory while reading %s",
                           path);
@@ -996,7 +1166,8 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
                 break;
             }
         }
-        r->has_errors = true;
+        for (struct tvm_recipe *d = r; d != NULL; d = d->next)
+            d->has_errors = true;
         if (rd.oom || root == NULL || root->kind != TVM_NODE_MAP)
             goto out;
     }
@@ -1009,12 +1180,16 @@ out:
 
 void tvm_recipe_free(tvm_recipe *r)
 {
-    if (r == NULL)
-        return;
-    tvm_arena_free(&r->arena);
-    tv_free(r->text);
-    tv_free(r->path);
-    tv_free(r);
+    while (r != NULL) {
+        struct tvm_recipe *const next = r->next;
+        tvm_arena_free(&r->arena);
+        if (r->is_first) {
+            tv_free(r->text);
+            tv_free(r->path);
+        }
+        tv_free(r);
+        r = next;
+    }
 }
 
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n)

@@ -74,11 +74,20 @@ struct tvm_recipe_vocab {
     unsigned chat_line, chat_col;
 };
 
+/* Of a file of several documents each is a recipe; the first one owns path and
+ * text, and the others by `next`. */
 struct tvm_recipe {
     char *path; /* as given */
     char *text; /* the file's bytes, NUL-terminated */
     size_t n_text;
     struct tvm_arena arena;
+    struct tvm_recipe *next;
+    bool is_first;
+    unsigned line;              /* where the document begins */
+    struct tvm_recipe_ref name; /* of a document that others refer to */
+    struct tvm_recipe **needs;  /* [n_needs] documents it refers to */
+    size_t n_needs;
+    bool seen;                       /* while these are followed */
     const struct tvm_method *method; /* after a typing mistake the likely one;
                                         NULL: unknown */
     struct tvm_method_info info;
@@ -96,5 +105,8 @@ struct tvm_recipe {
     struct tvm_recipe_vocab vocab;
     bool mergekit_syntax; /* mergekit itself could read it */
 };
+
+/* Does a model reference mean the document of this name? */
+bool tvm_recipe_means(const char *ref, const char *name);
 
 #endif

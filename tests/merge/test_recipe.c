@@ -292,10 +292,33 @@ static void test_later(void **state)
             "did you mean");
     refused(HEAD "modules:\n  text_decoder:\n    models: []\n",
             TV_E_UNSUPPORTED, "2:1", "later version");
-    refused(HEAD AB "---\n" HEAD AB, TV_E_UNSUPPORTED, "7:1",
-            "one recipe per file");
     refused(HEAD "models:\n- model: {model: a, override_architecture: X}\n",
             TV_E_UNSUPPORTED, "3:21", "override_architecture");
+}
+
+static void test_documents(void **state)
+{
+    struct loaded l;
+    (void)state;
+    load(&l, "name: one\n" HEAD AB "---\n" HEAD
+             "models: [{model: one+x, parameters: {weight: 1}}]\n---\n");
+    assert_int_equal(l.rc, TV_OK);
+    assert_int_equal(l.problems.n, 0);
+    assert_non_null(tvm_recipe_next(l.r));
+    assert_null(tvm_recipe_next(tvm_recipe_next(l.r)));
+    unload(&l);
+    /* An anchor ends with its document. */
+    refused("name: one\nx: &x 1\n" HEAD AB "---\n" HEAD AB "y: *x\n",
+            TV_E_USAGE, "16:4", "unknown anchor");
+    refused(HEAD AB "---\n" HEAD AB, TV_E_USAGE, "8:1", "no 'name'");
+    refused("name: one\n" HEAD AB "---\nname: one\n" HEAD AB, TV_E_USAGE, "9:7",
+            "two documents");
+    refused("name: a\n" HEAD "models: [{model: a, parameters: {weight: 1}}]\n"
+            "---\n" HEAD AB,
+            TV_E_USAGE, "1:7", "its own result");
+    refused("name: .a\n" HEAD AB "---\n" HEAD AB, TV_E_USAGE, "1:7", "letters");
+    refused("name: one\noutput: adapter\n" HEAD AB "---\n" HEAD AB,
+            TV_E_UNSUPPORTED, "2:1", "adapters");
 }
 
 static void test_structure(void **state)
@@ -673,6 +696,7 @@ int main(void)
         cmocka_unit_test(test_methods),
         cmocka_unit_test(test_dtypes),
         cmocka_unit_test(test_later),
+        cmocka_unit_test(test_documents),
         cmocka_unit_test(test_structure),
         cmocka_unit_test(test_ranges),
         cmocka_unit_test(test_syntax),

@@ -116,7 +116,9 @@ TV_NODISCARD enum tv_err
 tvm_recipe_load_as(const char *path, const char *method, const char *sparsify,
                    struct tvm_problems *problems, struct tv_error *err,
                    tvm_recipe **out);
-void tvm_recipe_free(tvm_recipe *r);
+void tvm_recipe_free(tvm_recipe *r); /* with those behind it */
+/* The next document of the file (stages.h), NULL: there is none. */
+tvm_recipe *tvm_recipe_next(const tvm_recipe *r);
 /* The file's bytes, borrowed. */
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 
@@ -153,6 +155,15 @@ struct tvm_options {
     bool keep_statistics;     /* --keep-statistics: in the store */
     enum tv_dtype lora_dtype; /* with it: what adapters are merged into;
                                * TV_DTYPE_NONE: the model's own */
+    const struct tvm_stage_ref *stages; /* [n_stages] names of results */
+    size_t n_stages;
+};
+/* The result of another merge, as a model reference. It is known by that
+ * merge's plan, not by the files, so that a plan does not change when they are
+ * made anew. */
+struct tvm_stage_ref {
+    const char *name, *dir;
+    struct tv_hash plan_hash;
 };
 void tvm_options_init(struct tvm_options *o);
 
