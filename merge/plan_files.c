@@ -306,9 +306,12 @@ static enum tv_err add_config(struct planner *pl)
         }
         TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
-    if (!pl->r->whole_models) {
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        if (!pl->slices[i].is_first || pl->slices[i].recipe->whole)
+            continue;
         edited = NULL;
-        TV_TRY(plan_stack_config(pl, from, data, n, &edited, &n_edited));
+        TV_TRY(plan_stack_config(pl, from, pl->slices[i].module, data, n,
+                                 &edited, &n_edited));
         TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
     if (has_vocab(pl)) {

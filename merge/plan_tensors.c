@@ -77,10 +77,13 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         const struct tv_arch_tensor *const t =
             plan_describe(pl, s->input[source], i);
         struct cand c = {NULL, slice, source, i, -1, s->n_layers};
-        const bool is_main = t->module == 0 && a->modules[0].is_main;
+        const bool is_main =
+            s->module != NULL || (t->module == 0 && a->modules[0].is_main);
         int64_t layer = -1; /* of the output */
         if (hidden != NULL && i < a->n_tensors && hidden[i])
             continue; /* made ones stand for it */
+        if (!plan_in_slice(s, a, t))
+            continue;
         if (t->role == TV_ROLE_LM_HEAD && !t->is_bias &&
             pl->refs[s->input[source]].tied)
             continue; /* its embedding by another name */
@@ -92,14 +95,14 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
             layer = s->out_from + c.k;
         } else if (t->part == TV_PART_LAYER && t->layer >= 0) {
             /* Of another module, which is there as a whole. */
-            if (slice != 0)
+            if (!s->is_first)
                 continue;
             c.k = t->layer;
             c.n_k = a->modules[t->module].n_layers;
-        } else if (slice != (t->part == TV_PART_POST ? pl->n_slices - 1 : 0)) {
+        } else if (t->part == TV_PART_POST ? !s->is_last : !s->is_first) {
             continue;
         } else if (t->beyond >= 0) {
-            layer = pl->n_layers + t->beyond;
+            layer = s->n_out + t->beyond;
         }
         c.name = output_name(pl, t, layer);
         if (c.name == NULL) {
@@ -108,8 +111,8 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         }
         TV_TRY(cand_add(pl, out, c));
     }
-    if (slice == pl->n_slices - 1 && pl->lend_head &&
-        pl->refs[s->input[source]].tied)
+    if (s->is_last && pl->lend_head && pl->refs[s->input[source]].tied &&
+        plan_in_slice(s, a, &a->tensors[pl->refs[s->input[source]].embed]))
         TV_TRY(cand_add(pl, out,
                         (struct cand){pl->head_name, slice, source,
                                       pl->refs[s->input[source]].embed, -1,
@@ -581,6 +584,23 @@ static void missing_parameter(struct build *b, const struct tvm_param *p,
                  : "");
 }
 
+enum { N_LEVELS = 4 }; /* source, slice, module, recipe */
+
+/* Where a value may be written, the nearest first; source SIZE_MAX: of a shared
+ * parameter. What the recipe does not speak of has none of its parameters. */
+static void fill_levels(const struct build *b, size_t source,
+                        const struct tvm_node **levels)
+{
+    const struct plan_slice *const s = b->slice;
+    memset(levels, 0, N_LEVELS * sizeof(*levels));
+    if (s->is_copy)
+        return;
+    levels[0] = source == SIZE_MAX ? NULL : s->parameters[source];
+    levels[1] = s->recipe->parameters;
+    levels[2] = s->of == NULL ? NULL : s->of->parameters;
+    levels[3] = b->pl->r->parameters;
+}
+
 /* Leaves out the levels whose setting of p was refused with the recipe; true
  * when there are any. */
 static bool drop_refused(const struct build *b, const struct tvm_param *p,
@@ -592,8 +612,9 @@ static bool drop_refused(const struct build *b, const struct tvm_param *p,
     if (!r->has_errors)
         return false;
     any = r->bad_parameters || rs->bad_parameters ||
+          (b->slice->of != NULL && b->slice->of->bad_parameters) ||
           (source < rs->n_sources && rs->sources[source].bad_parameters);
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < N_LEVELS; i++) {
         const struct tvm_node *const e = tvm_node_find(levels[i], p->name);
         if (e == NULL || tvm_setting_ok(r, p, e))
             continue;
@@ -643,12 +664,12 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
         return plan_oom(pl);
     for (size_t i = 0; i < n && i < TVM_PARAMS_MAX; i++) {
         const struct tvm_param *const p = &t->method->params[i];
-        const struct tvm_node *levels[3] = {NULL, b->slice->recipe->parameters,
-                                            pl->r->parameters};
+        const struct tvm_node *levels[N_LEVELS] = {NULL};
         if (p->scope == TVM_SHARED) {
+            fill_levels(b, SIZE_MAX, levels);
             const bool refused = drop_refused(b, p, SIZE_MAX, levels);
             const struct tvm_value v =
-                tvm_param_resolve(p, levels, 3, t->name, at);
+                tvm_param_resolve(p, levels, N_LEVELS, t->name, at);
             t->shared[i] = take(b, p, &v, SIZE_MAX, refused, &t->shared_set[i]);
             b->from[b->slice->n * n + i] = v.from;
             continue;
@@ -660,12 +681,10 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
             /* A tied input lends its embedding; filters still see the head. */
             if (b->is_head)
                 name = t->name;
-            levels[0] = b->slice->parameters[b->at[s]];
-            levels[1] = b->slice->recipe->parameters;
-            levels[2] = pl->r->parameters;
+            fill_levels(b, b->at[s], levels);
             const bool refused = drop_refused(b, p, b->at[s], levels);
             const struct tvm_value v =
-                tvm_param_resolve(p, levels, 3, name, at);
+                tvm_param_resolve(p, levels, N_LEVELS, name, at);
             t->per_source[s * n + i] =
                 take(b, p, &v, s, refused, &t->per_source_set[s * n + i]);
             b->from[s * n + i] = v.from;
@@ -880,7 +899,9 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     b.t = t;
     b.ok = true;
     t->name = cands[0].name;
-    t->method = pl->r->method;
+    t->method = slice->is_copy && pl->r->method != NULL
+                    ? &tvm_method_passthrough
+                    : pl->r->method;
     t->base = -1;
     t->n_models = slice->n - (slice->base >= 0);
     t->layer = cands[0].k < 0 ? -1 : slice->out_from + cands[0].k;

@@ -4,8 +4,8 @@
  *
  * Everything that can be judged without opening a model is judged here, with
  * line and column. What mergekit ignores silently (unknown keys) is a warning
- * with a suggestion; what it reads and we do not yet (modules) is refused,
- * because the result would differ.
+ * with a suggestion; what it reads and we do not is refused, because the result
+ * would differ.
  */
 #include "recipe.h"
 
@@ -457,17 +457,11 @@ static void read_sources(struct reader *rd, const struct tvm_node *list,
 
 static void read_models(struct reader *rd, const struct tvm_node *models)
 {
-    struct tvm_recipe *const r = rd->r;
-    r->whole_models = true;
-    r->slices = tvm_arena_get(&r->arena, 1, sizeof(*r->slices));
-    if (r->slices == NULL) {
-        rd->oom = true;
-        return;
-    }
-    r->n_slices = 1;
-    r->slices[0].line = models->line;
-    r->slices[0].col = models->col;
-    read_sources(rd, models, true, &r->slices[0]);
+    struct tvm_recipe_slice *const s = &rd->r->slices[rd->r->n_slices++];
+    s->line = models->line;
+    s->col = models->col;
+    s->whole = true;
+    read_sources(rd, models, true, s);
 }
 
 static void read_slice(struct reader *rd, const struct tvm_node *node,
@@ -511,20 +505,101 @@ static void read_slice(struct reader *rd, const struct tvm_node *node,
 
 static void read_slices(struct reader *rd, const struct tvm_node *slices)
 {
-    struct tvm_recipe *const r = rd->r;
-    size_t n = 0;
     if (slices->kind != TVM_NODE_LIST || slices->n == 0) {
         error_node(rd, slices, "'slices' must be a list of {sources: [...]}");
         return;
     }
-    r->slices = tvm_arena_get(&r->arena, slices->n, sizeof(*r->slices));
-    if (r->slices == NULL) {
+    for (const struct tvm_node *e = slices->first; e != NULL; e = e->next)
+        read_slice(rd, e, &rd->r->slices[rd->r->n_slices++]);
+}
+
+/* How many slices a map with `models` or `slices` makes, at most. */
+static size_t count_slices(const struct tvm_node *map)
+{
+    const struct tvm_node *const slices = given(map, "slices");
+    return 1 +
+           (slices != NULL && slices->kind == TVM_NODE_LIST ? slices->n : 0);
+}
+
+/* `models` or `slices` of a recipe or a module, into room made before. */
+static void read_parts(struct reader *rd, const struct tvm_node *map,
+                       const char *what)
+{
+    const struct tvm_node *const models = given(map, "models");
+    const struct tvm_node *const slices = given(map, "slices");
+    char message[80];
+
+    if (models != NULL && slices != NULL) {
+        (void)snprintf(message, sizeof(message),
+                       "a %s has either 'models' or 'slices', not both", what);
+        error_key(rd, TV_E_USAGE, slices, message);
+    }
+    if (models != NULL)
+        read_models(rd, models);
+    else if (slices != NULL)
+        read_slices(rd, slices);
+    else
+        error_node(rd, map, "'models' or 'slices' is missing");
+}
+
+static void read_modules(struct reader *rd, const struct tvm_node *modules)
+{
+    static const char *const keys[] = {"models", "slices", "parameters"};
+    struct tvm_recipe *const r = rd->r;
+    size_t n = 0;
+
+    if (modules->kind != TVM_NODE_MAP || modules->n == 0) {
+        error_node(rd, modules,
+                   "'modules' must be a map of names to {models} or {slices}");
+        return;
+    }
+    for (const struct tvm_node *e = modules->first; e != NULL; e = e->next)
+        n += count_slices(e);
+    r->modules = tvm_arena_get(&r->arena, modules->n, sizeof(*r->modules));
+    r->slices = tvm_arena_get(&r->arena, n, sizeof(*r->slices));
+    if (r->modules == NULL || r->slices == NULL) {
         rd->oom = true;
         return;
     }
-    r->n_slices = slices->n;
-    for (const struct tvm_node *e = slices->first; e != NULL; e = e->next, n++)
-        read_slice(rd, e, &r->slices[n]);
+    for (const struct tvm_node *e = modules->first; e != NULL; e = e->next) {
+        struct tvm_recipe_module *const m = &r->modules[r->n_modules++];
+        m->name = e->key;
+        m->line = e->key_line;
+        m->col = e->key_col;
+        m->first = r->n_slices;
+        if (e->kind != TVM_NODE_MAP) {
+            error_node(rd, e, "a module takes a map: {models} or {slices}");
+            continue;
+        }
+        unknown_keys(rd, e, keys, N_OF(keys));
+        read_parts(rd, e, "module");
+        m->parameters = read_parameters(rd, e, &m->bad_parameters);
+        m->n = r->n_slices - m->first;
+    }
+}
+
+static void read_what(struct reader *rd, const struct tvm_node *root)
+{
+    struct tvm_recipe *const r = rd->r;
+    const struct tvm_node *const modules = given(root, "modules");
+
+    if (modules != NULL) {
+        const struct tvm_node *const other = given(root, "models") != NULL
+                                                 ? given(root, "models")
+                                                 : given(root, "slices");
+        if (other != NULL)
+            error_key(rd, TV_E_USAGE, other,
+                      "a recipe has either 'modules' or 'models' or 'slices'");
+        read_modules(rd, modules);
+        return;
+    }
+    r->whole_models = given(root, "models") != NULL;
+    r->slices =
+        tvm_arena_get(&r->arena, count_slices(root), sizeof(*r->slices));
+    if (r->slices == NULL)
+        rd->oom = true;
+    else
+        read_parts(rd, root, "recipe");
 }
 
 /* ---- vocabulary -----------------------------------------------------------
@@ -760,14 +835,6 @@ static void read_method(struct reader *rd, const struct tvm_node *root)
     tv_buf_free(&list);
 }
 
-static void refuse_later(struct reader *rd, const struct tvm_node *root,
-                         const char *key, const char *message)
-{
-    const struct tvm_node *const e = given(root, key);
-    if (e != NULL)
-        error_key(rd, TV_E_UNSUPPORTED, e, message);
-}
-
 /* Methods that mergekit has under these names, for mergekit_config.yml. */
 static bool mergekit_knows(const char *method)
 {
@@ -815,8 +882,6 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         /* of several documents */
         "name"};
     struct tvm_recipe *const r = rd->r;
-    const struct tvm_node *models = NULL;
-    const struct tvm_node *slices = NULL;
     const struct tvm_node *e = NULL;
 
     if (root->kind != TVM_NODE_MAP) {
@@ -833,21 +898,8 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
     r->mergekit_syntax =
         !rd->several && r->method != NULL && mergekit_knows(r->info.name);
 
-    models = given(root, "models");
-    slices = given(root, "slices");
-    refuse_later(rd, root, "modules",
-                 "'modules' is not supported yet: it arrives in a later "
-                 "version");
     read_vocab(rd, root);
-    if (models != NULL && slices != NULL)
-        error_key(rd, TV_E_USAGE, slices,
-                  "a recipe has either 'models' or 'slices', not both");
-    if (models != NULL)
-        read_models(rd, models);
-    else if (slices != NULL)
-        read_slices(rd, slices);
-    else if (given(root, "modules") == NULL)
-        error_node(rd, root, "'models' or 'slices' is missing");
+    read_what(rd, root);
 
     e = given(root, "base_model");
     if (e != NULL)

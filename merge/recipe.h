@@ -4,7 +4,8 @@
  *
  * `models:` and `slices:` end up in one form, a list of slices; a `models:`
  * recipe is one slice whose sources have no layer range yet (the models are
- * not opened here). Model references are strings and compare as strings, as in
+ * not opened here). With `modules:` the list holds the slices of one module
+ * after the other. Model references are strings and compare as strings, as in
  * mergekit: `m` and `./m` are different models.
  */
 #ifndef TVM_RECIPE_H
@@ -29,8 +30,17 @@ struct tvm_recipe_source {
     const struct tvm_calibration *calibration; /* NULL: not given */
 };
 
+struct tvm_recipe_module { /* of `modules:` */
+    const char *name;
+    unsigned line, col;
+    const struct tvm_node *parameters; /* map, or NULL */
+    bool bad_parameters;
+    size_t first, n; /* slices */
+};
+
 struct tvm_recipe_slice {
     unsigned line, col;
+    bool whole; /* all layers of its models: written as `models:` */
     struct tvm_recipe_source *sources;
     size_t n_sources;
     struct tvm_recipe_ref base;        /* of this slice; line 0: global */
@@ -102,6 +112,8 @@ struct tvm_recipe {
     bool whole_models; /* written as `models:` */
     struct tvm_recipe_slice *slices;
     size_t n_slices;
+    struct tvm_recipe_module *modules; /* of `modules:` */
+    size_t n_modules;
     struct tvm_recipe_vocab vocab;
     bool mergekit_syntax; /* mergekit itself could read it */
 };

@@ -290,8 +290,11 @@ static void test_later(void **state)
     accepted(HEAD AB "chat_template: auto\n", 0);
     refused(HEAD AB "chat_template: auto1\n", TV_E_USAGE, "7:16",
             "did you mean");
-    refused(HEAD "modules:\n  text_decoder:\n    models: []\n",
-            TV_E_UNSUPPORTED, "2:1", "later version");
+    accepted(HEAD "modules:\n  text_decoder:\n    models:\n    - {model: a, "
+                  "parameters: {weight: 1}}\n",
+             0);
+    refused(HEAD "modules:\n  text_decoder:\n    models: []\n", TV_E_USAGE,
+            "4:13", "must be a list");
     refused(HEAD "models:\n- model: {model: a, override_architecture: X}\n",
             TV_E_UNSUPPORTED, "3:21", "override_architecture");
 }
