@@ -878,7 +878,7 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         "out_dtype", "parameters", "tokenizer", "chat_template",
         "tokenizer_source", "calibration",
         /* of adapters, adapter_merge.c */
-        "output", "rank",
+        "output", "rank", "svd_rank",
         /* of several documents */
         "name"};
     struct tvm_recipe *const r = rd->r;
