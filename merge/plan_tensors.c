@@ -777,6 +777,8 @@ static enum tv_err choose_dtype(struct build *b)
     t->dtype = r->out_dtype != TV_DTYPE_NONE ? r->out_dtype
                : r->dtype != TV_DTYPE_NONE   ? r->dtype
                                              : promoted(t);
+    if (t->dtype == TV_F64) /* said with the recipe */
+        t->dtype = TV_F32;
     if (b->slice->broken || !b->ok)
         return TV_OK;
     if (t->method->fold != NULL)
@@ -827,6 +829,12 @@ static void compat_arithmetic(struct build *b)
     if (t->method == NULL || !b->pl->plan->options.compat_mergekit ||
         b->like->role == TV_ROLE_BUFFER || !all_math(t))
         return;
+    if (b->pl->r->dtype == TV_F64) {
+        plan_report(b->pl, "float64 as mergekit", 1, false, TV_OK, "",
+                    "--compat mergekit does not reproduce dtype float64: sums "
+                    "run in fp64 with one rounding, masks are this program's");
+        return;
+    }
     t->compute =
         b->pl->r->dtype != TV_DTYPE_NONE ? b->pl->r->dtype : promoted(t);
     t->lora_dtype = b->pl->plan->options.lora_dtype;

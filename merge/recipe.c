@@ -156,6 +156,42 @@ static void note_syntax(struct reader *rd, const char *ref)
         rd->r->mergekit_syntax = false;
 }
 
+const struct tvm_recipe_override *
+tvm_recipe_override_of(const struct tvm_recipe *r, const char *ref)
+{
+    const struct tvm_recipe_override *o = r->overrides;
+    while (o != NULL && strcmp(o->ref, ref) != 0)
+        o = o->next;
+    return o;
+}
+
+/* References compare as strings, so a model is of one class throughout. */
+static void add_override(struct reader *rd, const char *ref,
+                         const struct tvm_node *arch)
+{
+    const struct tvm_recipe_override *const known =
+        tvm_recipe_override_of(rd->r, ref);
+    struct tvm_recipe_override *o = NULL;
+
+    if (known != NULL && strcmp(known->architecture, arch->text) != 0)
+        error_node(rd, arch,
+                   "this model is given another 'override_architecture' "
+                   "elsewhere");
+    if (known != NULL)
+        return;
+    o = tvm_arena_get(&rd->r->arena, 1, sizeof(*o));
+    if (o == NULL) {
+        rd->oom = true;
+        return;
+    }
+    o->ref = ref;
+    o->architecture = arch->text;
+    o->line = arch->line;
+    o->col = arch->col;
+    o->next = rd->r->overrides;
+    rd->r->overrides = o;
+}
+
 static struct tvm_recipe_ref read_ref(struct reader *rd,
                                       const struct tvm_node *node)
 {
@@ -174,9 +210,8 @@ static struct tvm_recipe_ref read_ref(struct reader *rd,
         model = given(node, "model");
         lora = given(node, "lora");
         arch = given(node, "override_architecture");
-        if (arch != NULL)
-            error_key(rd, TV_E_UNSUPPORTED, arch,
-                      "'override_architecture' is not supported");
+        if (arch != NULL && !is_text(arch))
+            error_node(rd, arch, "'override_architecture' must be a name");
         if (model == NULL) {
             error_node(rd, node, "a model reference needs 'model'");
             return ref;
@@ -189,6 +224,8 @@ static struct tvm_recipe_ref read_ref(struct reader *rd,
                                                       ref.text, second);
             rd->oom = rd->oom || (second != NULL && ref.text == NULL);
         }
+        if (arch != NULL && is_text(arch) && ref.text != NULL)
+            add_override(rd, ref.text, arch);
     }
     if (ref.text != NULL)
         note_syntax(rd, ref.text);
@@ -213,10 +250,12 @@ read_parameters(struct reader *rd, const struct tvm_node *map, bool *bad)
 static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
 {
     static const char *const often[][2] = {
-        {"bf16", "bfloat16"}, {"fp16", "float16"}, {"half", "float16"},
-        {"f16", "float16"},   {"fp32", "float32"}, {"f32", "float32"},
-        {"float", "float32"}, {"auto", NULL}};
-    static const char *const names[] = {"float16", "bfloat16", "float32"};
+        {"bf16", "bfloat16"},  {"fp16", "float16"}, {"half", "float16"},
+        {"f16", "float16"},    {"fp32", "float32"}, {"f32", "float32"},
+        {"float", "float32"},  {"fp64", "float64"}, {"f64", "float64"},
+        {"double", "float64"}, {"auto", NULL}};
+    static const char *const names[] = {"float16", "bfloat16", "float32",
+                                        "float64"};
     char text[48];
     char message[200];
     const char *name = node->text;
@@ -234,12 +273,12 @@ static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
         return TV_BF16;
     if (strcmp(name, "float32") == 0)
         return TV_F32;
-    if (strcmp(name, "float64") == 0 || strcmp(name, "int64") == 0) {
-        (void)snprintf(message, sizeof(message),
-                       "dtype %s is not supported: use float16, bfloat16 or "
-                       "float32",
-                       name);
-        error_at(rd, TV_E_UNSUPPORTED, node->line, node->col, message);
+    if (strcmp(name, "float64") == 0)
+        return TV_F64;
+    if (strcmp(name, "int64") == 0) {
+        error_at(rd, TV_E_UNSUPPORTED, node->line, node->col,
+                 "dtype int64 would cut every weight to a whole number: use "
+                 "float16, bfloat16 or float32");
         return TV_DTYPE_NONE;
     }
     for (size_t i = 0; i < N_OF(often) && like == NULL; i++) {
@@ -249,12 +288,31 @@ static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
     if (like == NULL)
         like = tv_suggest(name, names, N_OF(names));
     (void)snprintf(message, sizeof(message),
-                   "unknown dtype '%s': use float16, bfloat16 or float32%s%s%s",
+                   "unknown dtype '%s': use float16, bfloat16, float32 or "
+                   "float64%s%s%s",
                    tv_text_printable(node->text, text, sizeof(text)),
                    like == NULL ? "" : "; did you mean '",
                    like == NULL ? "" : like, like == NULL ? "" : "'?");
     error_node(rd, node, message);
     return TV_DTYPE_NONE;
+}
+
+/* Sums run in fp64 whatever a recipe says; files hold at most float32. */
+static void note_float64(struct reader *rd, const struct tvm_node *root)
+{
+    const struct tvm_recipe *const r = rd->r;
+    const struct tvm_node *const e =
+        r->out_dtype == TV_F64 ? given(root, "out_dtype")
+        : r->dtype == TV_F64 && r->out_dtype == TV_DTYPE_NONE && !r->bad_dtype
+            ? given(root, "dtype")
+            : NULL;
+    char where[TVM_WHERE_MAX];
+    if (e != NULL)
+        tvm_problem_add(
+            rd->problems, false, TV_OK,
+            tvm_where(where, sizeof(where), r->path, e->line, e->col),
+            "float64: sums run in fp64 in any case, the result is stored as "
+            "float32");
 }
 
 static bool read_layer(const struct tvm_node *node, int64_t *out)
@@ -914,6 +972,7 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         r->out_dtype = read_dtype(rd, e);
         r->bad_dtype = r->bad_dtype || r->out_dtype == TV_DTYPE_NONE;
     }
+    note_float64(rd, root);
     r->parameters = read_parameters(rd, root, &r->bad_parameters);
     r->calibration = read_calibration(rd, root);
 }

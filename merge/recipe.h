@@ -20,6 +20,13 @@ struct tvm_recipe_ref {
     unsigned line, col; /* 0: not given */
 };
 
+/* A model that a recipe takes for one of another class. */
+struct tvm_recipe_override {
+    const char *ref, *architecture;
+    unsigned line, col;
+    const struct tvm_recipe_override *next;
+};
+
 struct tvm_recipe_source {
     struct tvm_recipe_ref model;
     bool has_range;
@@ -115,8 +122,13 @@ struct tvm_recipe {
     struct tvm_recipe_module *modules; /* of `modules:` */
     size_t n_modules;
     struct tvm_recipe_vocab vocab;
+    const struct tvm_recipe_override *overrides;
     bool mergekit_syntax; /* mergekit itself could read it */
 };
+
+/* What a recipe says of the class of a model, NULL: nothing. */
+const struct tvm_recipe_override *
+tvm_recipe_override_of(const struct tvm_recipe *r, const char *ref);
 
 /* Does a model reference mean the document of this name? */
 bool tvm_recipe_means(const char *ref, const char *name);

@@ -3,15 +3,26 @@
 """grammar.py BIN_DIR QUICKSTART
 
 What a recipe may say and what not: values out of bounds, named once and with
-their place.
+their place; dtypes; models taken for another architecture. And README's table
+of methods.
 """
+import json
 import os
+import shutil
 import sys
 
 from common import check, finish, run_json, temp
 
 BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
 TVMERGE = os.path.join(BIN, "tvmerge")
+README = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                      "../../README.md")
+
+
+def save(text):
+    with open("r.yml", "w", encoding="utf-8") as f:
+        f.write(text)
+    return "r.yml"
 
 
 def plan(text, *options, code=0, what=""):
@@ -111,12 +122,94 @@ def together():
               f"{part} is not among {errors}")
 
 
+LINEAR = ("merge_method: linear\nmodels:\n"
+          "- {model: base, parameters: {weight: 1}}\n"
+          "- {model: ft-code, parameters: {weight: 1}}\n")
+
+
+def dtypes():
+    for name, stored in (("float16", "F16"), ("bfloat16", "BF16"),
+                         ("float32", "F32"), ("float64", "F32")):
+        for spelt in (name, "torch." + name):
+            for key in ("dtype", "out_dtype"):
+                text = LINEAR + f"{key}: {spelt}\n"
+                p, _ = plan(text, what=f"{key} {spelt}")
+                check({t["dtype"] for t in p["tensors"]} == {stored},
+                      f"{key} {spelt}: {p['tensors'][0]}")
+                said = [x["where"] for x in p["problems"]
+                        if "stored as float32" in x["message"]]
+                check(said == ([place(text, spelt)] if name == "float64"
+                               else []), f"{key} {spelt}: {p['problems']}")
+    # Arithmetic in float64, another dtype to store: nothing to say.
+    p, _ = plan(LINEAR + "dtype: float64\nout_dtype: bfloat16\n")
+    check({t["dtype"] for t in p["tensors"]} == {"BF16"} and
+          not any("float64" in x["message"] for x in p["problems"]),
+          f"{p['problems']}")
+    p, _ = plan(LINEAR + "dtype: float64\n", "--compat", "mergekit")
+    check(any("does not reproduce" in x["message"] for x in p["problems"]),
+          f"{p['problems']}")
+    _, errors = plan(LINEAR + "dtype: int64\n", code=4)
+    check(errors[0]["where"] == "r.yml:5:8" and
+          "whole number" in errors[0]["message"], f"{errors}")
+    for name, like in (("bf16", "bfloat16"), ("fp64", "float64"),
+                       ("torch.half", "float16"), ("floot32", "float32")):
+        _, errors = plan(LINEAR + f"out_dtype: {name}\n", code=2)
+        check(f"'{like}'" in errors[0]["message"], f"{name}: {errors}")
+
+
+def overrides():
+    """override_architecture: another class decides what the tensors are."""
+    shutil.copytree(os.path.join(QUICK, "ft-code"), "other")
+    with open("other/config.json") as f:
+        config = json.load(f)
+    config.update(architectures=["StrangeForCausalLM"], model_type="strange")
+    os.chmod("other/config.json", 0o644)
+    with open("other/config.json", "w") as f:
+        json.dump(config, f)
+    with open("base/config.json") as f:
+        known = json.load(f)["architectures"][0]
+    text = ("merge_method: linear\nmodels:\n"
+            "- {model: base, parameters: {weight: 1}}\n"
+            "- {model: %s, parameters: {weight: 1}}\n")
+    as_known = "{model: other, override_architecture: %s}" % known
+    want = run_json(TVMERGE, "run", save(text % "ft-code"), "want", "--json")
+    got = run_json(TVMERGE, "run", save(text % as_known), "got", "--json")
+    check(want["digest"] == got["digest"], "the same merge")
+    # The donor's class becomes the output's.
+    run_json(TVMERGE, "run", save(
+        "merge_method: passthrough\nmodels:\n- model: " + as_known +
+        "\n"), "alone", "--json")
+    with open("alone/config.json") as f:
+        out = json.load(f)
+    check(out == dict(config, architectures=[known]), f"config {out}")
+    _, errors = plan(text % as_known + "base_model: {model: other, "
+                     "override_architecture: X}\n", code=2)
+    check(errors[0]["where"].startswith("r.yml:5:") and
+          "elsewhere" in errors[0]["message"], f"{errors}")
+
+
+def documented():
+    """README's table of methods says what the program says."""
+    with open(README, encoding="utf-8") as f:
+        rows = [[c.strip() for c in line.split("|")[1:-1]]
+                for line in f if line.startswith("| `")]
+    said = {name.strip("` "): r[1] for r in rows if len(r) == 4
+            for name in r[0].split(",")}
+    for m in run_json(TVMERGE, "methods", "--json")["methods"]:
+        check(said.get(m["name"], "").startswith(m["base"]),
+              f"README says '{said.get(m['name'])}' of the base of "
+              f"{m['name']}, 'tvmerge methods' {m['base']}")
+
+
 def main():
     os.chdir(temp())
     for n in os.listdir(QUICK):
         os.symlink(os.path.join(QUICK, n), n)
     bounds()
     together()
+    dtypes()
+    overrides()
+    documented()
     finish("grammar")
 
 

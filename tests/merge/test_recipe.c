@@ -274,10 +274,10 @@ static void test_dtypes(void **state)
             "did you mean 'bfloat16'?");
     refused(HEAD AB "out_dtype: float61\n", TV_E_USAGE, "7:12",
             "unknown dtype 'float61'");
-    refused(HEAD AB "dtype: float64\n", TV_E_UNSUPPORTED, "7:8",
-            "float64 is not supported");
+    accepted(HEAD AB "dtype: float64\n", 1);
+    accepted(HEAD AB "dtype: torch.float64\nout_dtype: float16\n", 0);
     refused(HEAD AB "dtype: torch.int64\n", TV_E_UNSUPPORTED, "7:8",
-            "int64 is not supported");
+            "whole number");
     refused(HEAD AB "dtype: [float32]\n", TV_E_USAGE, "7:8", "a dtype is");
     accepted(HEAD AB "dtype: torch.float16\n", 0);
 }
@@ -295,8 +295,11 @@ static void test_later(void **state)
              0);
     refused(HEAD "modules:\n  text_decoder:\n    models: []\n", TV_E_USAGE,
             "4:13", "must be a list");
-    refused(HEAD "models:\n- model: {model: a, override_architecture: X}\n",
-            TV_E_UNSUPPORTED, "3:21", "override_architecture");
+    accepted(HEAD "models:\n- model: {model: a, override_architecture: X}\n"
+                  "  parameters: {weight: 1}\n",
+             0);
+    refused(HEAD "models:\n- model: {model: a, override_architecture: [X]}\n",
+            TV_E_USAGE, "3:44", "must be a name");
 }
 
 static void test_documents(void **state)
