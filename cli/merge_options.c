@@ -112,6 +112,7 @@ const struct argp_option tvc_merge_options[] = {
     {"safe-serialization", KEY_DEFAULT, NULL, 0, "The default", 1},
     {"no-safe-serialization", KEY_PICKLE, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-cuda", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-quiet", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-lazy-unpickle", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-low-cpu-memory", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-read-to-gpu", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
