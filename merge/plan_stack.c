@@ -304,13 +304,12 @@ static bool set_numbers(struct stack *s, json_t *object)
     return changed;
 }
 
-/* The count itself, but for the main module's at the top level, which is set
- * with the other edits. */
+/* The count itself, unless it is set with the other edits. */
 static bool set_count(struct stack *s, json_t *object)
 {
     const struct tv_arch *const a = s->pl->plan->inputs[s->from].arch;
     const bool is_main = s->as == &a->modules[0];
-    if ((is_main && s->scope == NULL) || s->n == s->as->n_layers)
+    if ((is_main && a->layers_key != NULL) || s->n == s->as->n_layers)
         return false;
     if (s->as->layers_key == NULL || object == NULL) {
         if (!is_main)

@@ -163,6 +163,40 @@ def stacks(a, b):
           f"config {config}")
 
 
+def two_stacks():
+    """Whisper: encoder and decoder, with their own counts in config.json."""
+    shapes = {"model.encoder.embed_positions.weight": (16, H),
+              "model.encoder.layer_norm.weight": (H,),
+              "model.decoder.embed_tokens.weight": (16, H),
+              "model.decoder.embed_positions.weight": (16, H),
+              "model.decoder.layer_norm.weight": (H,)}
+    for i in range(2):
+        for stack in ("encoder", "decoder"):
+            shapes[f"model.{stack}.layers.{i}.fc1.weight"] = (2 * H, H)
+    config = {"architectures": ["WhisperForConditionalGeneration"],
+              "model_type": "whisper", "d_model": H, "encoder_layers": 2,
+              "decoder_layers": 2, "vocab_size": 16, "torch_dtype": "float32"}
+    save("w", shapes, config, 3)
+    w = load("w")
+    stack = ("    slices:\n    - sources: [{model: w, layer_range: [0, 2]}]\n"
+             "    - sources: [{model: w, layer_range: [1, 2]}]\n")
+    for names in (["encoder"], ["decoder"], ["encoder", "decoder"]):
+        p, out, c = merge("merge_method: passthrough\nmodules:\n" + "".join(
+            f"  {n}:\n{stack}" for n in names))
+        for n in ("encoder", "decoder"):
+            layers = 3 if n in names else 2
+            check(c[n + "_layers"] == layers and
+                  sum(f".{n}.layers." in t for t in out) == layers,
+                  f"{names}: {c}")
+            close(out[f"model.{n}.layers.{layers - 1}.fc1.weight"],
+                  w[f"model.{n}.layers.1.fc1.weight"], n)
+    # Which of the two, a list of slices does not say.
+    p, _, _ = merge("merge_method: passthrough\nslices:\n"
+                    "- sources: [{model: w, layer_range: [0, 2]}]\n", 4)
+    check(any("modules:" in x["message"] for x in p["problems"]),
+          f"{p['problems']}")
+
+
 WRONG = {
     "unknown module": (TEXT.replace("text_decoder", "text_encoder"), 4,
                        "r.yml:3:3", "text_decoder"),
@@ -219,6 +253,7 @@ def main():
     stacks(a, b)
     wrong()
     plain()
+    two_stacks()
     finish("modules")
 
 
