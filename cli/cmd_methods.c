@@ -75,13 +75,13 @@ static json_t *method_json(const struct tvm_method_info *m)
     json_t *params = json_array();
     for (size_t i = 0; i < m->n_params; i++) {
         const struct tvm_param *p = &m->params[i];
-        json_t *one = json_pack(
-            "{s:s, s:s, s:s, s:o, s:b, s:s, s:o, s:o}", "name", p->name,
-            "scope", scope_name(p->scope), "type", type_name(p->type),
-            "default", default_json(p), "required", p->required, "help",
-            p->help ? p->help : "", "min",
-            p->has_min ? tvc_json_real(p->min) : json_null(), "max",
-            p->has_max ? tvc_json_real(p->max) : json_null());
+        json_t *one =
+            json_pack("{s:s, s:s, s:s, s:o, s:b, s:s, s:o, s:o}", "name",
+                      p->name, "scope", scope_name(p->scope), "type",
+                      type_name(p->type), "default", default_json(p),
+                      "required", p->required, "help", p->help ? p->help : "",
+                      "min", p->has_min ? tvc_json_real(p->min) : json_null(),
+                      "max", p->has_max ? tvc_json_real(p->max) : json_null());
         if (p->type == TVM_CHOICE)
             (void)json_object_set_new(one, "choices", choices_json(p));
         (void)json_array_append_new(params, one);

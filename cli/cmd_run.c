@@ -254,7 +254,8 @@ static void remade(struct tvc *c, struct tvc_merge *m,
 static enum tv_err run_one(struct tvc *c, struct tvc_merge *m, size_t stage,
                            struct tvm_result *r)
 {
-    struct tvm_plan *const p = m->stages ? m->stages->items[stage].plan : m->plan;
+    struct tvm_plan *const p =
+        m->stages ? m->stages->items[stage].plan : m->plan;
     struct shown shown = {.c = c, .plan = p};
     const struct tvm_run_hooks hooks = {.progress = on_progress,
                                         .calibrating = on_calibrating,

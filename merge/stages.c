@@ -21,9 +21,10 @@ struct storage {
     struct tvm_recipe **recipes; /* [n] of the stages */
     struct tvm_stage_ref *refs;  /* [n] of the stages planned so far */
     size_t n_refs;
-    char *dir;  /* of the stages; NULL: only planning */
-    bool keep;  /* they stay */
-    char *temp; /* of the stand-ins, NULL: none yet */
+    struct tvm_plan **replaced; /* [n] plans with stand-ins */
+    char *dir;                  /* of the stages; NULL: only planning */
+    bool keep;                  /* they stay */
+    char *temp;                 /* of the stand-ins, NULL: none yet */
 };
 
 static struct storage *storage_of(const struct tvm_stages *s)
@@ -428,7 +429,9 @@ enum tv_err tvm_stages_make(tvm_recipe *first, const struct tvm_options *o,
     s->items = tv_calloc(n, sizeof(*s->items));
     st->recipes = tv_calloc(n, sizeof(*st->recipes));
     st->refs = tv_calloc(n, sizeof(*st->refs));
-    if (s->items == NULL || st->recipes == NULL || st->refs == NULL) {
+    st->replaced = tv_calloc(n, sizeof(struct tvm_plan *));
+    if (s->items == NULL || st->replaced == NULL || st->recipes == NULL ||
+        st->refs == NULL) {
         rc = no_memory(err);
         goto out;
     }
@@ -492,7 +495,9 @@ static enum tv_err plan_again(struct tvm_stages *s, size_t i,
                           found.items[k].message);
         goto out;
     }
-    tvm_plan_free(one->plan);
+    /* Whoever shows progress may still look at it. */
+    tvm_plan_free(storage_of(s)->replaced[i]);
+    storage_of(s)->replaced[i] = one->plan;
     one->plan = plan;
     plan = NULL;
 out:
@@ -581,6 +586,9 @@ void tvm_stages_free(struct tvm_stages *s)
             st->keep = true;
         tv_free(st->temp);
         tv_free(st->dir);
+        for (size_t i = 0; st->replaced != NULL && i < s->n; i++)
+            tvm_plan_free(st->replaced[i]);
+        tv_free(st->replaced);
         tv_free(st->refs);
         tv_free(st->recipes);
         tv_free(st);

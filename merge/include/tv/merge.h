@@ -75,7 +75,7 @@ struct tvm_param {
     double fallback; /* default; bools 0/1, choices their index */
     const char *help;
     const char *const *choices; /* TVM_CHOICE: names, NULL at the end */
-    bool has_min, has_max; /* bounds of what a recipe may say, inclusive */
+    bool has_min, has_max;      /* bounds of what a recipe may say, inclusive */
     double min, max;
 };
 #define TVM_FROM(a)      .has_min = true, .min = (a)
