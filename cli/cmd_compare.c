@@ -915,9 +915,6 @@ static void finish(struct tvc_compare *p)
         (void)tv_sys()->close(p->lock);
     tvm_problems_free(&p->problems);
     tv_store_close(p->opts->options.store);
-    tv_free(p->opts->method_list);
-    for (size_t i = 0; i < p->opts->n_tasks; i++)
-        tv_free((char *)(uintptr_t)p->opts->tasks[i].name);
 }
 
 static int run(struct tvc *c)

@@ -21,10 +21,12 @@ struct compare_opts {
     const char *out, *store_path, *tokenizer;
     const char *texts[TVC_COMPARE_TEXTS_MAX];
     size_t n_texts;
-    struct tvm_text tasks[TVC_COMPARE_TEXTS_MAX]; /* for calibration; names
-                                                   * owned */
+    /* For calibration. No memory of the heap here: nothing runs after an
+     * option that is wrong. */
+    struct tvm_text tasks[TVC_COMPARE_TEXTS_MAX];
+    char task_names[TVC_COMPARE_TEXTS_MAX][256];
     size_t n_tasks;
-    char *method_list; /* owned, cut at its commas */
+    char method_list[4096]; /* cut at its commas */
     const char *methods[TVC_COMPARE_METHODS_MAX];
     size_t n_methods;
     enum keep keep;

@@ -88,10 +88,10 @@ static error_t option_text(struct tvc *c, const char *arg)
         o->texts[o->n_texts++] = arg;
         return 0;
     }
-    char *const name = tv_strdup(arg);
-    if (!name)
-        return ENOMEM;
-    name[at - arg] = '\0';
+    char *const name = o->task_names[o->n_tasks];
+    if ((size_t)(at - arg) >= sizeof o->task_names[0])
+        return tvc_bad(c, "--text: the name in '%s' is too long", arg);
+    memcpy(name, arg, (size_t)(at - arg));
     o->tasks[o->n_tasks++] = (struct tvm_text){name, at + 1};
     return 0;
 }
@@ -190,11 +190,12 @@ enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
 {
     struct compare_opts *o = c->opt;
 
-    tv_free(o->method_list);
     o->n_methods = 0;
-    o->method_list = tv_strdup(list);
-    if (!o->method_list)
-        return tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+    if (strlen(list) >= sizeof o->method_list)
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            "--methods: the list is too "
+                            "long");
+    memcpy(o->method_list, list, strlen(list) + 1);
     for (char *at = o->method_list; at;) {
         char *const comma = strchr(at, ',');
         if (comma)
