@@ -53,6 +53,19 @@ def run(*argv, code=0, env=None, **kw):
     return r
 
 
+def is_stopped(p):
+    """Every thread of it: a stop reaches those that run only at their next
+    entry into the kernel, and until then one may still take a lock."""
+    try:
+        for task in os.listdir(f"/proc/{p.pid}/task"):
+            with open(f"/proc/{p.pid}/task/{task}/stat") as f:
+                if f.read().rsplit(")", 1)[1].split()[0] not in "TtZX":
+                    return False
+    except (FileNotFoundError, ProcessLookupError):
+        return p.poll() is not None
+    return True
+
+
 def held(p, ready):
     """Lets p run until ready() and leaves it stopped there, so that nothing
     depends on who is faster; go() lets it run on. False: p ended before. A
@@ -61,6 +74,8 @@ def held(p, ready):
     end = time.monotonic() + 120
     while time.monotonic() < end and p.poll() is None:
         p.send_signal(signal.SIGSTOP)
+        while not is_stopped(p) and time.monotonic() < end:
+            time.sleep(0.001)
         try:
             if ready():
                 return p.poll() is None
