@@ -227,7 +227,12 @@ static enum tv_err plan_recipe(struct tvc_compare *p, const struct entry *e,
     o.quota_bytes = quota;
     rc = tvm_recipe_load_as(e->recipe, e->as_method, e->as_sparsify,
                             &m->problems, &c->err, &m->recipe);
-    if (m->recipe)
+    if (m->recipe && tvm_recipe_next(m->recipe))
+        rc = tv_error_set(&c->err, TV_E_UNSUPPORTED,
+                          "%s: recipes of several documents are not compared; "
+                          "run them, then compare what they give",
+                          e->recipe);
+    else if (m->recipe)
         rc = tvm_plan_make(m->recipe, &o, &m->problems, &c->err, &m->plan);
     /* Listed problems speak for themselves. */
     return m->problems.n_errors > 0 ? TV_OK : rc;

@@ -76,10 +76,12 @@ static json_t *method_json(const struct tvm_method_info *m)
     for (size_t i = 0; i < m->n_params; i++) {
         const struct tvm_param *p = &m->params[i];
         json_t *one =
-            json_pack("{s:s, s:s, s:s, s:o, s:b, s:s}", "name", p->name,
-                      "scope", scope_name(p->scope), "type", type_name(p->type),
-                      "default", default_json(p), "required", p->required,
-                      "help", p->help ? p->help : "");
+            json_pack("{s:s, s:s, s:s, s:o, s:b, s:s, s:o, s:o}", "name",
+                      p->name, "scope", scope_name(p->scope), "type",
+                      type_name(p->type), "default", default_json(p),
+                      "required", p->required, "help", p->help ? p->help : "",
+                      "min", p->has_min ? tvc_json_real(p->min) : json_null(),
+                      "max", p->has_max ? tvc_json_real(p->max) : json_null());
         if (p->type == TVM_CHOICE)
             (void)json_object_set_new(one, "choices", choices_json(p));
         (void)json_array_append_new(params, one);
@@ -120,10 +122,20 @@ static void default_text(const struct tvm_param *p, char *dst, size_t cap)
         (void)snprintf(dst, cap, "%g", p->fallback);
 }
 
+static void range_text(const struct tvm_param *p, char *dst, size_t cap)
+{
+    if (p->has_min && p->has_max)
+        (void)snprintf(dst, cap, "%.10g to %.10g", p->min, p->max);
+    else if (p->has_min)
+        (void)snprintf(dst, cap, "from %.10g", p->min);
+    else
+        (void)snprintf(dst, cap, "-");
+}
+
 static enum tv_err one(struct tvc *c, const struct tvm_method_info *m)
 {
     static const char *const headers[] = {"PARAMETER", "SCOPE", "TYPE",
-                                          "DEFAULT", "MEANING"};
+                                          "DEFAULT",   "RANGE", "MEANING"};
     struct tvc_table t;
     tvc_out(&c->out, "%s: %s\n", m->name, m->summary);
     if (m->paper && *m->paper)
@@ -134,14 +146,17 @@ static enum tv_err one(struct tvc *c, const struct tvm_method_info *m)
     if (m->n_params == 0)
         return TV_OK;
     tvc_out(&c->out, "\n");
-    tvc_table_begin(&t, "lllll", headers);
+    tvc_table_begin(&t, "llllll", headers);
     for (size_t i = 0; i < m->n_params; i++) {
         char text[40];
+        char range[64];
         default_text(&m->params[i], text, sizeof text);
         tvc_table_cell(&t, "%s", m->params[i].name);
         tvc_table_cell(&t, "%s", scope_name(m->params[i].scope));
         tvc_table_cell(&t, "%s", type_name(m->params[i].type));
         tvc_table_cell(&t, "%s", text);
+        range_text(&m->params[i], range, sizeof range);
+        tvc_table_cell(&t, "%s", range);
         tvc_table_cell(&t, "%s", m->params[i].help ? m->params[i].help : "");
     }
     return tvc_table_end(&c->out, &t, &c->err);

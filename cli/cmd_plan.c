@@ -93,6 +93,7 @@ static json_t *vocabulary_json(const struct tvm_vocabulary *v)
 static void document(struct tvc *c, const struct tvc_merge *m)
 {
     const struct tvm_plan *p = m->plan;
+    const struct tvm_stages *s = m->stages;
     json_t *tensors = json_array();
     for (size_t i = 0; p && i < p->n_tensors; i++)
         (void)json_array_append_new(tensors, tensor_json(p, &p->tensors[i]));
@@ -100,10 +101,23 @@ static void document(struct tvc *c, const struct tvc_merge *m)
         json_pack("{s:s, s:b, s:o, s:o, s:o, s:o, s:o}", "schema",
                   "tvmerge.plan/1", "ok", m->problems.n_errors == 0, "problems",
                   tvc_problems_json(&m->problems, true), "bytes_read",
-                  tvc_json_u64(p ? p->bytes_read : 0), "bytes_written",
-                  tvc_json_u64(p ? p->bytes_written : 0), "peak_scratch_bytes",
-                  tvc_json_u64(p ? p->peak_scratch_bytes : 0),
-                  "peak_disk_bytes", tvc_json_u64(p ? p->peak_disk_bytes : 0));
+                  tvc_json_u64(s   ? s->bytes_read
+                               : p ? p->bytes_read
+                                   : 0),
+                  "bytes_written",
+                  tvc_json_u64(s   ? s->bytes_written
+                               : p ? p->bytes_written
+                                   : 0),
+                  "peak_scratch_bytes",
+                  tvc_json_u64(s   ? s->peak_scratch_bytes
+                               : p ? p->peak_scratch_bytes
+                                   : 0),
+                  "peak_disk_bytes",
+                  tvc_json_u64(s   ? s->peak_disk_bytes
+                               : p ? p->peak_disk_bytes
+                                   : 0));
+    if (s)
+        (void)json_object_set_new(doc, "documents", tvc_stages_json(m));
     if (p) {
         char hex[33];
         (void)json_object_set_new(doc, "method",
@@ -293,6 +307,27 @@ out:
     return rc;
 }
 
+/* What is made before the output, and what all of it takes. */
+static void stages(struct tvc *c, const struct tvm_stages *s)
+{
+    char a[32];
+    for (size_t i = 0; i + 1 < s->n; i++) {
+        const struct tvm_stage *x = &s->items[i];
+        tvc_out(&c->out, "%s %s: %s of %zu inputs, %zu tensors, %s%s%s%s\n",
+                i ? "              " : "documents     ", x->name,
+                x->plan->method_name, x->plan->n_inputs, x->plan->n_tensors,
+                tv_format_bytes(x->plan->bytes_written, a, sizeof a),
+                x->needed ? "" : " (not made: it is there, or not needed)",
+                x->dir ? " in " : "", x->dir ? x->dir : "");
+    }
+    tvc_out(&c->out, "reads in all   %s\n",
+            tv_format_bytes(s->bytes_read, a, sizeof a));
+    tvc_out(&c->out, "writes in all  %s\n",
+            tv_format_bytes(s->bytes_written, a, sizeof a));
+    tvc_out(&c->out, "peak disk, all %s\n",
+            tv_format_bytes(s->peak_disk_bytes, a, sizeof a));
+}
+
 static void totals(struct tvc *c, const struct tvm_plan *p)
 {
     char a[32];
@@ -344,6 +379,8 @@ static int run(struct tvc *c)
     } else if (m.plan && m.problems.n_errors == 0) {
         TV_TRY(table(c, m.plan));
         totals(c, m.plan);
+        if (m.stages)
+            stages(c, m.stages);
     }
     tvc_problems_print(c, &m.problems, true);
     if (m.problems.n_errors > 0)

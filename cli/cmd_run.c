@@ -218,6 +218,8 @@ static void document(struct tvc *c, const struct tvc_merge *m,
                   "seconds", tvc_json_real(u->seconds)));
     (void)json_object_set_new(doc, "problems",
                               tvc_problems_json(&m->problems, false));
+    if (m->stages)
+        (void)json_object_set_new(doc, "documents", tvc_stages_json(m));
     tvc_out_json(&c->out, doc);
 }
 
@@ -248,23 +250,71 @@ static void remade(struct tvc *c, struct tvc_merge *m,
     tvc_warn(&c->out, "%s", text);
 }
 
-static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
+/* Stage `stage` of several documents, or the only one. */
+static enum tv_err run_one(struct tvc *c, struct tvc_merge *m, size_t stage,
+                           struct tvm_result *r)
 {
-    struct shown shown = {.c = c, .plan = m->plan};
+    struct tvm_plan *const p =
+        m->stages ? m->stages->items[stage].plan : m->plan;
+    struct shown shown = {.c = c, .plan = p};
     const struct tvm_run_hooks hooks = {.progress = on_progress,
                                         .calibrating = on_calibrating,
                                         .arg = &shown,
                                         .cancel = tvc_cancel_flag()};
-    struct tvm_result r = {0};
     bool calibrates = false;
-    for (size_t i = 0; i < m->plan->n_inputs; i++)
-        calibrates = calibrates || m->plan->inputs[i].calibrated;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < p->n_inputs; i++)
+        calibrates = calibrates || p->inputs[i].calibrated;
     if (!calibrates)
-        on_progress(&shown, &(struct tvm_progress){
-                                .n_tensors = m->plan->n_tensors,
-                                .bytes_total = m->plan->bytes_written});
-    const enum tv_err rc = tvm_run(m->plan, &hooks, &r, &c->err);
+        on_progress(&shown,
+                    &(struct tvm_progress){.n_tensors = p->n_tensors,
+                                           .bytes_total = p->bytes_written});
+    if (!m->stages) {
+        rc = tvm_run(m->plan, &hooks, r, &c->err);
+    } else {
+        rc = tvm_stages_run(m->stages, stage, &hooks, &c->err);
+        *r = m->stages->items[stage].result;
+    }
     tvc_progress_end(shown.bar);
+    return rc;
+}
+
+/* All but the last document; its plan is made anew with what they gave. */
+static enum tv_err run_stages(struct tvc *c, struct tvc_merge *m)
+{
+    const size_t n = m->stages ? m->stages->n - 1 : 0;
+
+    for (size_t i = 0; i < n; i++) {
+        const struct tvm_stage *x = &m->stages->items[i];
+        struct tvm_result r;
+        char time[32];
+        if (x->needed)
+            tvc_say(&c->out, "document %s: %s of %zu inputs -> %s", x->name,
+                    x->plan->method_name, x->plan->n_inputs, x->dir);
+        const enum tv_err rc = run_one(c, m, i, &r);
+        if (rc != TV_OK)
+            return rc;
+        if (x->needed)
+            tvc_say(&c->out, "document %s: %zu tensors in %s", x->name,
+                    r.n_tensors, tvc_duration(r.seconds, time, sizeof time));
+    }
+    return TV_OK;
+}
+
+static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
+{
+    struct tvm_result r = {0};
+    char disk[32];
+    if (m->stages && m->stages->peak_disk_bytes)
+        tvc_say(&c->out, "with all documents before it: %s on disk at most",
+                tv_format_bytes(m->stages->peak_disk_bytes, disk, sizeof disk));
+    enum tv_err rc = run_stages(c, m);
+    if (rc != TV_OK)
+        return rc;
+    rc = run_one(c, m, m->stages ? m->stages->n - 1 : 0, &r);
+    if (m->stages)
+        m->plan = m->stages->items[m->stages->n - 1].plan;
     /* With --strict such values are an error of a merge that is done. */
     if (rc != TV_OK && rc != TV_E_NONFINITE)
         return rc;

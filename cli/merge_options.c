@@ -40,6 +40,7 @@ enum {
     KEY_LORA_DTYPE,
     KEY_TEXT,
     KEY_KEEP_STATISTICS,
+    KEY_STAGES,
     KEY_DEFAULT,          /* says what is so anyway */
     KEY_IGNORED = 0x2100, /* to LAST: mergekit's, without effect here */
     KEY_IGNORED_LAST = KEY_IGNORED + 9,
@@ -61,6 +62,10 @@ const struct argp_option tvc_merge_options[] = {
     {"no-copy-tokenizer", KEY_NO_COPY_TOKENIZER, NULL, 0,
      "Leave the tokenizer files out", 0},
     {"no-write-model-card", KEY_NO_CARD, NULL, 0, "Write no README.md", 0},
+    {"intermediate-dir", KEY_STAGES, "DIR", 0,
+     "Recipes of several documents: make the named ones in DIR/NAME and keep "
+     "them (default: beside OUT, while they are needed)",
+     0},
     {"no-sync", KEY_NO_SYNC, NULL, 0,
      "Do not wait for the disk: faster, but a power cut may cost the run", 0},
     {"force", KEY_FORCE, NULL, 0, "Replace what OUT or NAME holds", 0},
@@ -107,6 +112,7 @@ const struct argp_option tvc_merge_options[] = {
     {"safe-serialization", KEY_DEFAULT, NULL, 0, "The default", 1},
     {"no-safe-serialization", KEY_PICKLE, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-cuda", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
+    {"no-quiet", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-lazy-unpickle", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-low-cpu-memory", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
     {"no-read-to-gpu", KEY_DEFAULT, NULL, OPTION_HIDDEN, NULL, 1},
@@ -282,6 +288,9 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
         return tvc_option_text(c, arg);
     case KEY_COMPAT:
         return option_compat(c, arg);
+    case KEY_STAGES:
+        o->stages_dir = arg;
+        return *arg ? 0 : tvc_bad(c, "--intermediate-dir is empty");
     case KEY_LORA_DTYPE:
         return option_lora_dtype(c, arg);
     case KEY_TRUST:
@@ -379,9 +388,15 @@ enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
 
     tvm_problems_init(&m->problems);
     rc = tvm_recipe_load(c->pos[0], &m->problems, &c->err, &m->recipe);
-    if (m->recipe)
+    if (m->recipe && tvm_recipe_next(m->recipe)) {
+        rc = tvm_stages_make(m->recipe, &o->options, o->stages_dir,
+                             &m->problems, &c->err, &m->stages);
+        if (m->stages)
+            m->plan = m->stages->items[m->stages->n - 1].plan;
+    } else if (m->recipe) {
         rc = tvm_plan_make(m->recipe, &o->options, &m->problems, &c->err,
                            &m->plan);
+    }
     /* Listed problems speak for themselves. */
     if (m->problems.n_errors > 0)
         return TV_OK;
@@ -402,10 +417,33 @@ void tvc_merge_opts_free(struct tvc_merge_opts *o)
 
 void tvc_merge_free(struct tvc_merge *m)
 {
-    tvm_plan_free(m->plan);
+    if (m->stages)
+        tvm_stages_free(m->stages);
+    else
+        tvm_plan_free(m->plan);
     tvm_recipe_free(m->recipe);
     tvm_problems_free(&m->problems);
     *m = (struct tvc_merge){0};
+}
+
+json_t *tvc_stages_json(const struct tvc_merge *m)
+{
+    if (!m->stages)
+        return NULL;
+    json_t *a = json_array();
+    for (size_t i = 0; i + 1 < m->stages->n; i++) {
+        const struct tvm_stage *x = &m->stages->items[i];
+        (void)json_array_append_new(
+            a,
+            json_pack("{s:o, s:s, s:o, s:o, s:o, s:b}", "name",
+                      tvc_json_string(x->name), "method",
+                      x->plan ? x->plan->method_name : "", "dir",
+                      x->dir ? tvc_json_string(x->dir) : json_null(), "tensors",
+                      tvc_json_u64(x->plan ? x->plan->n_tensors : 0), "bytes",
+                      tvc_json_u64(x->plan ? x->plan->bytes_written : 0),
+                      "made", (int)x->needed));
+    }
+    return a;
 }
 
 void tvc_problems_print(struct tvc *c, const struct tvm_problems *p, bool notes)

@@ -8,6 +8,7 @@
 
 #include "cli.h"
 #include "tv/merge.h"
+#include "tv/stages.h"
 
 extern const struct tvc_command tvc_cmd_run, tvc_cmd_plan, tvc_cmd_status,
     tvc_cmd_methods, tvc_cmd_extract, tvc_cmd_layers, tvc_cmd_compare;
@@ -22,6 +23,7 @@ struct tvc_merge_opts {
     bool peft;                  /* --compat peft */
     struct tvm_text texts[128]; /* names owned: tvc_merge_opts_free */
     size_t n_texts;
+    const char *stages_dir; /* --intermediate-dir, NULL: beside OUT */
 };
 extern const struct argp_option tvc_merge_options[];
 void tvc_merge_init(struct tvc *c);
@@ -39,7 +41,8 @@ void tvc_merge_opts_free(struct tvc_merge_opts *o);
 struct tvc_merge {
     struct tvm_problems problems;
     tvm_recipe *recipe;
-    struct tvm_plan *plan;
+    struct tvm_plan *plan;     /* of the output, the stages' if there are any */
+    struct tvm_stages *stages; /* of a file of several documents, else NULL */
 };
 /* Loads and plans. Problems of recipe and inputs are in m->problems and give
  * TV_OK; other failures are in c->err. */
@@ -54,6 +57,10 @@ json_t *tvc_adapter_result_json(const char *schema, const char *out,
                                 const struct tvm_result *r);
 void tvc_adapter_summary(struct tvc *c, const char *out,
                          const struct tvm_result *r);
+
+/* [{"name","method","dir","tensors","bytes","made"}] of the documents before
+ * the output; NULL when the recipe is one document. New reference. */
+json_t *tvc_stages_json(const struct tvc_merge *m);
 
 /* Warnings and errors on stderr (nothing with --json); notes: those too that
  * only a plan shows. */

@@ -114,6 +114,8 @@ enum tv_err tvm_adapters_wanted(const char *path, const struct tvm_options *o,
         goto out;
     }
     TV_TRY(rc);
+    if (root && root->next)
+        goto out; /* of models only */
     output = tvm_node_find(root, "output");
     models = tvm_node_find(root, "models");
     if (output) {
@@ -249,6 +251,53 @@ static void read_peft(struct tvm_adapters *a, const struct tvm_node *root)
                 "'majority_sign_method' is total or frequency");
 }
 
+/* Warns of the keys of a map that nothing here reads. */
+static void warn_unknown(struct tvm_adapters *a, const struct tvm_node *map,
+                         const char *what, const char *const *known, size_t n)
+{
+    for (const struct tvm_node *e = map ? map->first : NULL; e; e = e->next) {
+        char where[TVM_WHERE_MAX];
+        char name[80];
+        const char *like = NULL;
+        bool found = map->kind != TVM_NODE_MAP;
+        for (size_t i = 0; i < n && !found; i++)
+            found = strcmp(known[i], e->key) == 0;
+        if (found)
+            continue;
+        like = tv_suggest(e->key, known, n);
+        tvm_problem_add(
+            a->problems, false, TV_OK,
+            tvm_where(where, sizeof where, a->path, e->key_line, e->key_col),
+            "unknown %s '%s' is ignored%s%s%s", what,
+            tv_text_printable(e->key, name, sizeof name),
+            like ? "; did you mean '" : "", like ? like : "", like ? "'?" : "");
+    }
+}
+
+/* Of cat, svd and PEFT's types; a method in Core Space has a recipe's reader
+ * for it. */
+static void known_parameters(struct tvm_adapters *a,
+                             const struct tvm_node *root)
+{
+    static const char *const entry[] = {"model", "parameters"};
+    static const char *const weight[] = {"weight"};
+    static const char *const of_all[] = {"density", "majority_sign_method"};
+    const struct tvm_node *models = tvm_node_find(root, "models");
+
+    if (a->kind == AM_CORE)
+        return;
+    warn_unknown(a, tvm_node_find(root, "parameters"), "parameter", of_all,
+                 a->peft ? 2 : 0);
+    for (const struct tvm_node *e =
+             models && models->kind == TVM_NODE_LIST ? models->first : NULL;
+         e; e = e->next) {
+        if (e->kind != TVM_NODE_MAP)
+            continue;
+        warn_unknown(a, e, "key", entry, 2);
+        warn_unknown(a, tvm_node_find(e, "parameters"), "parameter", weight, 1);
+    }
+}
+
 static void known_keys(struct tvm_adapters *a, const struct tvm_node *root)
 {
     static const char *const known[] = {
@@ -258,23 +307,14 @@ static void known_keys(struct tvm_adapters *a, const struct tvm_node *root)
     const size_t n = sizeof known / sizeof *known;
 
     for (const struct tvm_node *e = root->first; e; e = e->next) {
-        char where[TVM_WHERE_MAX];
-        bool found = false;
-        for (size_t i = 0; i < n; i++)
-            found = found || strcmp(known[i], e->key) == 0;
-        if (found)
-            continue;
-        if (strcmp(e->key, "slices") == 0) {
+        if (strcmp(e->key, "slices") == 0 || strcmp(e->key, "modules") == 0)
             problem(a, e, TV_E_USAGE,
-                    "adapters are merged whole: 'models', "
-                    "not 'slices'");
-            continue;
-        }
-        tvm_problem_add(
-            a->problems, false, TV_OK,
-            tvm_where(where, sizeof where, a->path, e->key_line, e->key_col),
-            "unknown key '%s' is ignored", e->key);
+                    "adapters are merged whole: 'models', not 'slices' or "
+                    "'modules'");
     }
+    if (a->kind != AM_CORE)
+        warn_unknown(a, root, "key", known, n);
+    known_parameters(a, root);
 }
 
 /* ---- inputs -------------------------------------------------------------- */
@@ -747,10 +787,13 @@ static void core_options(const struct tvm_adapters *a, const char *out,
     o->force = true;
 }
 
-/* Messages of the inner plan that say nothing to who wrote the recipe. */
-static bool is_inner(const struct tvm_problem *p)
+/* Messages of the inner plan that say nothing to who wrote the recipe: warnings
+ * without a place in it. */
+static bool is_inner(const struct tvm_adapters *a, const struct tvm_problem *p)
 {
-    return !p->is_error;
+    const size_t n = strlen(a->path);
+    return !p->is_error &&
+           (strncmp(p->where, a->path, n) != 0 || p->where[n] != ':');
 }
 
 /* What is wrong with method and parameters, found with cores of zeros. */
@@ -784,9 +827,10 @@ static enum tv_err plan_cores(struct tvm_adapters *a, struct tv_error *err)
     if (found.n_errors > 0)
         rc = TV_OK;
     for (size_t i = 0; i < found.n; i++)
-        if (!is_inner(&found.items[i]))
-            tvm_problem_add(a->problems, true, found.items[i].code,
-                            found.items[i].where, "%s", found.items[i].message);
+        if (!is_inner(a, &found.items[i]))
+            tvm_problem_add(a->problems, found.items[i].is_error,
+                            found.items[i].code, found.items[i].where, "%s",
+                            found.items[i].message);
     if (p && p->peak_scratch_bytes > a->scratch)
         a->scratch = p->peak_scratch_bytes;
 out:
@@ -841,10 +885,10 @@ enum tv_err tvm_adapters_plan(const char *path, const struct tvm_options *o,
     TV_TRY(parse(path, &a->arena, problems, err, &a->text, &a->n_text, &root));
     if (!root || root->kind != TVM_NODE_MAP)
         goto out;
-    known_keys(a, root);
     read_rank(a, root);
     read_dtype(a, root);
     read_method(a, root);
+    known_keys(a, root);
     if (a->kind == AM_PEFT)
         read_peft(a, root);
     if (o->into)

@@ -301,6 +301,13 @@ static inline bool tvm_rule_makes_values(const struct tvm_trim_rule *r)
 /* A problem for every parameter value that is not a finite number. */
 void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);
+/* What check() finds wrong with the value of parameter p, of one source or
+ * (SIZE_MAX) shared: a USAGE error, which the planner reports once and with the
+ * place in the recipe. What one value alone makes wrong is a matter of its
+ * bounds (struct tvm_param) and found with the recipe. */
+void tvm_param_problem(const struct tvm_tensor *t, size_t p, size_t source,
+                       struct tvm_problems *problems, const char *fmt, ...)
+    TV_PRINTF(5, 6);
 
 extern const struct tvm_method tvm_method_linear;
 extern const struct tvm_method tvm_method_tsv;

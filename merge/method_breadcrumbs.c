@@ -18,6 +18,7 @@ static const struct tvm_param params[GTA_N_PARAMS + 1] = {
         .type = TVM_FLOAT,
         .has_default = true,
         .fallback = 0.01,
+        TVM_WITHIN(0.0, 1.0),
         .help = "fraction of the largest entries to drop"}};
 static const struct gta_detail linear = {GTA_OUTLIERS, false, false, false,
                                          false};
@@ -26,17 +27,6 @@ static const struct gta_detail linear_compat = {GTA_OUTLIERS, false, true,
 static const struct gta_detail ties_compat = {GTA_OUTLIERS, true, true, false,
                                               false};
 static const struct gta_detail ties = {GTA_OUTLIERS, true, false, false, false};
-
-static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
-{
-    gta_check(t, problems);
-    for (size_t s = 0; s < t->n_sources; s++) {
-        const double gamma = tvm_of(t, s, GTA_EXTRA, t->method->n_params);
-        if ((int)s != t->base && !(gamma >= 0.0 && gamma <= 1.0))
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "gamma of input %zu is not within 0 and 1", s + 1);
-    }
-}
 
 static const struct tvm_method compat_linear = {
     .name = "breadcrumbs",
@@ -63,7 +53,7 @@ const struct tvm_method tvm_method_breadcrumbs = {
     .compat = &compat_linear,
     GTA_SHARED_FUNCTIONS,
     .n_params = GTA_N_PARAMS + 1,
-    .check = check,
+    .check = gta_check,
 };
 
 const struct tvm_method tvm_method_breadcrumbs_ties = {
@@ -76,5 +66,5 @@ const struct tvm_method tvm_method_breadcrumbs_ties = {
     .compat = &compat_ties,
     GTA_SHARED_FUNCTIONS,
     .n_params = GTA_N_PARAMS + 1,
-    .check = check,
+    .check = gta_check,
 };

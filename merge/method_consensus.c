@@ -31,6 +31,7 @@ static const struct tvm_param params[N_PARAMS] = {
                        .type = TVM_FLOAT,
                        .has_default = true,
                        .fallback = 0.4,
+                       TVM_FROM(0.0),
                        .help = "larger: fewer entries matter to the model"},
     [P_LAMBDA] = {.name = "lambda",
                   .scope = TVM_SHARED,
@@ -43,6 +44,7 @@ static const struct tvm_param params[N_PARAMS] = {
                  .type = TVM_INT,
                  .has_default = true,
                  .fallback = 2.0,
+                 TVM_FROM(0.0),
                  .help = "models to which a kept entry matters, at least"},
 };
 
@@ -52,13 +54,6 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
     const double agree = tvm_shared(t, P_AGREE);
 
     tvm_check_finite(t, problems);
-    if (agree < 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "agree must not be negative");
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base && tvm_of(t, s, P_MASK_LAMBDA, N_PARAMS) < 0.0)
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "mask_lambda must not be negative");
     if (n_donors > 0 && agree > (double)n_donors)
         tvm_problem_add(problems, false, TV_OK, t->name,
                         "agree is more than the models that have this tensor: "

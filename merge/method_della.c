@@ -37,6 +37,7 @@ static const struct tvm_param params_normalized[GTA_N_PARAMS + 1] = {
         .type = TVM_FLOAT,
         .has_default = true,
         .fallback = 0.15,
+        TVM_WITHIN(0.0, 1.0),
         .help = "how far the odds of smallest and largest are from density"}};
 static const struct tvm_param params_summed[GTA_N_PARAMS + 1] = {
     GTA_PARAM_LIST(0.0, 1.0)[GTA_EXTRA] = {
@@ -45,6 +46,7 @@ static const struct tvm_param params_summed[GTA_N_PARAMS + 1] = {
         .type = TVM_FLOAT,
         .has_default = true,
         .fallback = 0.15,
+        TVM_WITHIN(0.0, 1.0),
         .help = "how far the odds of smallest and largest are from density"}};
 
 static const struct gta_detail summed = {GTA_NONE, false, false, false, false};
@@ -101,10 +103,10 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
         if ((int)s == t->base || !is_thinned(t, s))
             continue;
         if (!(e >= 0.0) || d + e >= 1.0 || d - e <= 0.0)
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "density %g and epsilon %g of input %zu: density "
-                            "+/- epsilon must stay within 0 and 1",
-                            d, e, s + 1);
+            tvm_param_problem(t, GTA_DENSITY, s, problems,
+                              "density %g and epsilon %g: density +/- epsilon "
+                              "must stay between 0 and 1",
+                              d, e);
     }
     if (any_thinned(t) && tvm_row_elems(t) > UINT32_MAX)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,

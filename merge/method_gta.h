@@ -91,6 +91,7 @@ extern const struct tvm_surveyor gta_surveyor;
                      .type = TVM_FLOAT,                                        \
                      .has_default = true,                                      \
                      .fallback = 1.0,                                          \
+                     TVM_WITHIN(0.0, 1.0),                                     \
                      .help = "fraction of the task vector to keep"},           \
     [GTA_NORMALIZE] = {.name = "normalize",                                    \
                        .scope = TVM_SHARED,                                    \

@@ -29,12 +29,14 @@ static const struct tvm_param params[N_PARAMS] = {
                     .type = TVM_INT,
                     .has_default = true,
                     .fallback = 10,
+                    TVM_WITHIN(0, 1000000),
                     .help = "most iterations"},
     [P_TOL] = {.name = "tol",
                .scope = TVM_SHARED,
                .type = TVM_FLOAT,
                .has_default = true,
                .fallback = 1e-5,
+               TVM_FROM(0.0),
                .help = "shorter steps end the iteration"},
 };
 
@@ -184,15 +186,6 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     job->k->weighted_sum(dst, x, st->coef, job->tensor->n_sources, 1.0, n);
 }
 
-static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
-{
-    tvm_check_finite(t, problems);
-    if (tvm_shared(t, P_MAX_ITER) < 0 || tvm_shared(t, P_MAX_ITER) > 1e6 ||
-        tvm_shared(t, P_TOL) < 0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "max_iter must be 0 to 1000000 and tol not negative");
-}
-
 const struct tvm_method tvm_method_karcher = {
     .name = "karcher",
     .summary = "mean direction on the sphere, mean length",
@@ -203,7 +196,7 @@ const struct tvm_method tvm_method_karcher = {
     .base_counts = true,
     .params = params,
     .n_params = N_PARAMS,
-    .check = check,
+    .check = tvm_check_finite,
     .fold = fold,
     .state_bytes = state_bytes,
     .next_phase = next_phase,

@@ -48,9 +48,9 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     tvm_check_finite(t, problems);
     if (tvm_shared(t, P_NORMALIZE) != 0.0 && weight_sum(t) == 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "the weights sum to 0 and cannot be normalized; "
-                        "change a weight or set normalize: false");
+        tvm_param_problem(t, P_WEIGHT, 0, problems,
+                          "the weights sum to 0 and cannot be normalized; "
+                          "change a weight or set normalize: false");
 }
 
 static int fold(const struct tvm_tensor *t)

@@ -40,6 +40,7 @@ static const struct tvm_param params[N_PARAMS] = {
                .type = TVM_FLOAT,
                .has_default = true,
                .fallback = 1e-8,
+               TVM_FROM(0.0),
                .help = "added to lengths before dividing by them"},
 };
 
@@ -181,6 +182,11 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
         job->k->weighted_sum(dst, v, st->coef, st->n, 1.0, n);
 }
 
+static size_t first_donor(const struct tvm_tensor *t)
+{
+    return t->base == 0 && t->n_sources > 1 ? 1 : 0;
+}
+
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     double sum = 0.0;
@@ -190,12 +196,9 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
         if ((int)s != t->base)
             sum += tvm_of(t, s, P_WEIGHT, N_PARAMS);
     if (tvm_shared(t, P_NORMALIZE) != 0.0 && sum == 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "the weights sum to 0 and cannot be normalized; "
-                        "change a weight or set normalize_weights: false");
-    if (tvm_shared(t, P_EPS) < 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "eps must not be negative");
+        tvm_param_problem(t, P_WEIGHT, first_donor(t), problems,
+                          "the weights sum to 0 and cannot be normalized; "
+                          "change a weight or set normalize_weights: false");
 }
 
 const struct tvm_method tvm_method_multislerp = {

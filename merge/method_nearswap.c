@@ -21,6 +21,7 @@ static const struct tvm_param params[N_PARAMS] = {
              .scope = TVM_SHARED,
              .type = TVM_FLOAT,
              .required = true,
+             TVM_FROM(0.0),
              .help = "distance up to which the other model is taken over"},
 };
 

@@ -29,6 +29,7 @@ static const struct tvm_param params[N_PARAMS] = {
                    .type = TVM_FLOAT,
                    .has_default = true,
                    .fallback = 1e-5,
+                   TVM_FROM(0.0),
                    .help = "smaller changes do not count"},
     [P_R] = {.name = "r",
              .scope = TVM_SHARED,
@@ -41,6 +42,7 @@ static const struct tvm_param params[N_PARAMS] = {
                  .type = TVM_FLOAT,
                  .has_default = true,
                  .fallback = 0.2,
+                 TVM_FROM(0.0),
                  .help = "most of the ratio shared to unshared that counts"},
 };
 

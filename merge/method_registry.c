@@ -8,6 +8,7 @@
 #include "method.h"
 
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -108,6 +109,24 @@ void tvm_method_info(const struct tvm_method *m, struct tvm_method_info *out)
     };
 }
 
+void tvm_param_problem(const struct tvm_tensor *t, size_t p, size_t source,
+                       struct tvm_problems *problems, const char *fmt, ...)
+{
+    const size_t before = problems->n;
+    char message[512];
+    va_list ap;
+
+    va_start(ap, fmt);
+    (void)vsnprintf(message, sizeof message, fmt, ap);
+    va_end(ap);
+    tvm_problem_add(problems, true, TV_E_USAGE, t->name, "%s", message);
+    if (problems->n == before)
+        return;
+    problems->items[before].of_param = true;
+    problems->items[before].param = p;
+    problems->items[before].source = source;
+}
+
 void tvm_check_finite(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     const struct tvm_method *m = t->method;
@@ -116,17 +135,17 @@ void tvm_check_finite(const struct tvm_tensor *t, struct tvm_problems *problems)
         const char *name = m->params[p].name;
         if (m->params[p].scope == TVM_SHARED) {
             if (t->shared_set[p] && !isfinite(t->shared[p]))
-                tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                                "parameter %s is not a finite number", name);
+                tvm_param_problem(t, p, SIZE_MAX, problems,
+                                  "parameter '%s' is not a finite number",
+                                  name);
             continue;
         }
         for (size_t s = 0; s < t->n_sources; s++) {
             const size_t at = s * m->n_params + p;
             if (t->per_source_set[at] && !isfinite(t->per_source[at]))
-                tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                                "parameter %s of input %zu is not a finite "
-                                "number",
-                                name, s + 1);
+                tvm_param_problem(t, p, s, problems,
+                                  "parameter '%s' is not a finite number",
+                                  name);
         }
     }
 }

@@ -30,6 +30,7 @@ static const struct tvm_param params[N_PARAMS] = {
                 .type = TVM_FLOAT,
                 .has_default = true,
                 .fallback = 1.0,
+                TVM_WITHIN(0.0, 1.0),
                 .help = "fraction of the positions that differ to keep"},
     [P_INT8_MASK] = {.name = "int8_mask",
                      .scope = TVM_SHARED,

@@ -108,6 +108,28 @@ static void complain_choice(const struct check *c, const struct tvm_node *at,
     tv_buf_free(&message);
 }
 
+/* Values between those of a list lie between them, so this finds every value
+ * that a tensor could get. */
+static void check_bounds(const struct check *c, const struct tvm_node *node,
+                         double v)
+{
+    const struct tvm_param *const p = c->param;
+    char message[160];
+    if ((!p->has_min || v >= p->min) && (!p->has_max || v <= p->max))
+        return;
+    if (p->has_min && p->has_max)
+        (void)snprintf(message, sizeof(message),
+                       "%.10g is not between %.10g and %.10g", v, p->min,
+                       p->max);
+    else if (p->has_min)
+        (void)snprintf(message, sizeof(message), "%.10g is less than %.10g", v,
+                       p->min);
+    else
+        (void)snprintf(message, sizeof(message), "%.10g is more than %.10g", v,
+                       p->max);
+    complain(c, node, message);
+}
+
 static void check_scalar(const struct check *c, const struct tvm_node *node)
 {
     char text[64];
@@ -119,8 +141,10 @@ static void check_scalar(const struct check *c, const struct tvm_node *node)
                  "{value, filter} entries");
         return;
     }
-    if (coerce(node, c->param, &v))
+    if (coerce(node, c->param, &v)) {
+        check_bounds(c, node, v);
         return;
+    }
     (void)tv_text_printable(node->text, text, sizeof(text));
     if (c->param->type == TVM_CHOICE) {
         complain_choice(c, node, text);

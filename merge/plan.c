@@ -146,7 +146,7 @@ static enum tv_err slice_sources(struct planner *pl, struct plan_slice *s,
             s->base = (int)i;
     }
     s->n = rs->n_sources;
-    if (base->text != NULL && s->base < 0 && pl->r->whole_models) {
+    if (base->text != NULL && s->base < 0 && rs->whole) {
         s->base = (int)s->n;
         s->input[s->n++] = input_index(pl, base->text);
     }
@@ -157,13 +157,15 @@ static enum tv_err slice_sources(struct planner *pl, struct plan_slice *s,
     return TV_OK;
 }
 
-/* The first module whose depth differs between two models of one architecture;
- * NULL: none. *other is b's. */
+/* The first module (or the one of that name) whose depth differs between two
+ * models of one architecture; NULL: none. *other is b's. */
 static const struct tv_arch_module *
 other_depth(const struct tv_arch *a, const struct tv_arch *b,
-            const struct tv_arch_module **other)
+            const char *module, const struct tv_arch_module **other)
 {
     for (size_t i = 0; i < a->n_modules; i++) {
+        if (module != NULL && strcmp(module, a->modules[i].name) != 0)
+            continue;
         for (size_t k = 0; k < b->n_modules; k++) {
             *other = &b->modules[k];
             if (strcmp(a->modules[i].name, b->modules[k].name) == 0 &&
@@ -186,10 +188,11 @@ static void whole_layers(struct planner *pl, struct plan_slice *s)
         const struct tv_arch_module *o = NULL;
         if (first == s->n) {
             first = i;
-            s->n_layers = in->arch->n_layers;
+            s->n_layers = plan_slice_depth(s, in->arch);
             continue;
         }
-        m = other_depth(in->arch, pl->plan->inputs[s->input[first]].arch, &o);
+        m = other_depth(in->arch, pl->plan->inputs[s->input[first]].arch,
+                        s->module, &o);
         if (m == NULL)
             continue;
         s->usable[i] = false;
@@ -220,7 +223,7 @@ static void ranged_layers(struct planner *pl, struct plan_slice *s)
         if (src->to - src->from != s->n_layers) /* reported too */
             s->usable[i] = false;
         const struct tv_arch *const a = pl->plan->inputs[s->input[i]].arch;
-        if (!a->modules[0].is_main) {
+        if (s->module == NULL && !a->modules[0].is_main) {
             s->usable[i] = false;
             plan_report(pl, "stacks of several", 1, true, TV_E_UNSUPPORTED,
                         plan_where(pl, &pl->r->slices[0].sources[0].model),
@@ -230,7 +233,7 @@ static void ranged_layers(struct planner *pl, struct plan_slice *s)
                         a->modules[a->n_modules > 1 ? 1 : 0].name);
             continue;
         }
-        const int64_t n = pl->plan->inputs[s->input[i]].arch->n_layers;
+        const int64_t n = plan_slice_depth(s, a);
         if (src->to <= n)
             continue;
         const struct tvm_recipe_ref at = {"", src->range_line, src->range_col};
@@ -238,9 +241,10 @@ static void ranged_layers(struct planner *pl, struct plan_slice *s)
         plan_report(pl, "layer ranges", 20, true, TV_E_INPUT,
                     plan_where(pl, &at),
                     "layer_range [%lld, %lld] goes past the end of '%s', "
-                    "which has %lld layers",
+                    "which has %lld layers%s%s",
                     (long long)src->from, (long long)src->to, src->model.text,
-                    (long long)n);
+                    (long long)n, s->module == NULL ? "" : " of ",
+                    s->module == NULL ? "" : s->module);
     }
 }
 
@@ -312,36 +316,62 @@ static void check_roles(struct planner *pl, struct plan_slice *s,
                     : "");
 }
 
+/* Layers of the modules in the output; that of the main one is the model's. */
+static enum tv_err count_layers(struct planner *pl)
+{
+    const struct tv_arch *const a =
+        pl->plan->n_inputs > 0 && pl->refs[pl->st->donor].usable
+            ? pl->plan->inputs[pl->st->donor].arch
+            : NULL;
+    int64_t n = 0;
+
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        struct plan_slice *const s = &pl->slices[i];
+        if (s->is_first)
+            n = 0;
+        s->out_from = n;
+        if (n > INT64_MAX - s->n_layers)
+            return tv_error_set(pl->err, TV_E_USAGE, "too many layers");
+        n += s->n_layers;
+        for (size_t k = i; s->is_last; k--) {
+            pl->slices[k].n_out = n;
+            if (pl->slices[k].is_first)
+                break;
+        }
+        if (s->is_last && (s->module == NULL || a == NULL ||
+                           strcmp(s->module, a->modules[0].name) == 0))
+            pl->n_layers = n;
+    }
+    return TV_OK;
+}
+
 static enum tv_err make_slices(struct planner *pl)
 {
     const struct tvm_recipe *const r = pl->r;
     enum tv_err rc = TV_OK;
 
-    pl->n_slices = r->n_slices;
-    pl->slices =
-        tvm_arena_get(plan_arena(pl), pl->n_slices, sizeof(*pl->slices));
-    if (pl->slices == NULL)
-        return plan_oom(pl);
+    TV_TRY(plan_modules_make(pl));
     for (size_t i = 0; i < pl->n_slices; i++) {
+        static const struct tvm_recipe_ref none = {NULL, 0, 0};
         struct plan_slice *const s = &pl->slices[i];
-        const struct tvm_recipe_ref *const base =
-            r->slices[i].base.line != 0 ? &r->slices[i].base : &r->base;
-        s->recipe = &r->slices[i];
+        const struct tvm_recipe_ref *const base = s->is_copy ? &none
+                                                  : s->recipe->base.line != 0
+                                                      ? &s->recipe->base
+                                                      : &r->base;
         TV_TRY(slice_sources(pl, s, base));
-        if (r->whole_models)
+        if (s->recipe->whole)
             whole_layers(pl, s);
         else
             ranged_layers(pl, s);
         for (size_t k = 0; k < s->n; k++)
             s->broken = s->broken || !s->usable[k];
+        if (s->is_copy)
+            continue;
         check_roles(pl, s, base);
         if (r->method != NULL && r->method->base == TVM_BASE_NONE)
             s->base = -1;
-        s->out_from = pl->n_layers;
-        if (pl->n_layers > INT64_MAX - s->n_layers)
-            return tv_error_set(pl->err, TV_E_USAGE, "too many layers");
-        pl->n_layers += s->n_layers;
     }
+    TV_TRY(count_layers(pl));
 out:
     return rc;
 }
@@ -355,6 +385,9 @@ static bool is_given(const struct planner *pl, const struct plan_slice *s,
             (rs->sources[source].bad_parameters ||
              !tvm_node_is_null(tvm_node_find(s->parameters[source], name)))) ||
            rs->bad_parameters || pl->r->bad_parameters ||
+           (s->of != NULL &&
+            (s->of->bad_parameters ||
+             !tvm_node_is_null(tvm_node_find(s->of->parameters, name)))) ||
            !tvm_node_is_null(tvm_node_find(rs->parameters, name)) ||
            !tvm_node_is_null(tvm_node_find(pl->r->parameters, name));
 }
@@ -368,6 +401,8 @@ static void check_required(struct planner *pl)
         return;
     for (size_t i = 0; i < pl->n_slices; i++) {
         const struct plan_slice *const s = &pl->slices[i];
+        if (s->is_copy)
+            continue;
         for (size_t k = 0; k < s->recipe->n_sources; k++) {
             const struct tvm_recipe_ref *const ref =
                 &s->recipe->sources[k].model;
@@ -821,6 +856,18 @@ static bool size_known(const struct planner *pl)
     return true;
 }
 
+/* Who gives config.json: the base, else the first model. */
+static void choose_donor(struct planner *pl)
+{
+    const struct tvm_recipe *const r = pl->r;
+    const char *ref = r->base.text;
+
+    if (ref == NULL && r->n_slices > 0 && r->slices[0].n_sources > 0)
+        ref = r->slices[0].sources[0].model.text;
+    if (ref != NULL)
+        pl->st->donor = input_index(pl, ref);
+}
+
 static enum tv_err make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -828,14 +875,10 @@ static enum tv_err make(struct planner *pl)
 
     TV_TRY(add_inputs(pl));
     TV_TRY(plan_inputs_agree(pl));
+    choose_donor(pl);
     TV_TRY(make_slices(pl));
     TV_TRY(check_out_place(pl));
     check_required(pl);
-    if (pl->r->base.text != NULL)
-        pl->st->donor = input_index(pl, pl->r->base.text);
-    else if (pl->n_slices > 0 && pl->slices[0].n > 0 &&
-             pl->slices[0].input[0] != SIZE_MAX)
-        pl->st->donor = pl->slices[0].input[0];
     if (plan->n_inputs > 0 && pl->refs[pl->st->donor].usable)
         plan->architecture = plan->inputs[pl->st->donor].arch->architecture;
     if (!pl->agree)

@@ -226,6 +226,26 @@ static enum tv_dtype output_dtype(const struct tvm_plan *plan)
     return best;
 }
 
+/* The class that the recipe takes the donor for. */
+static enum tv_err set_class(struct planner *pl, const char *architecture,
+                             const char *data, size_t n, char **out,
+                             size_t *n_out)
+{
+    json_t *root = NULL;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(tv_json_parse_exact(data, n, "config.json", pl->err, &root));
+    if (json_object_set_new(root, "architectures",
+                            json_pack("[s]", architecture)) != 0) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    TV_TRY(tv_json_write_exact(root, pl->err, out, n_out));
+out:
+    json_decref(root);
+    return rc;
+}
+
 static enum tv_err add_config(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -306,9 +326,20 @@ static enum tv_err add_config(struct planner *pl)
         }
         TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
-    if (!pl->r->whole_models) {
+    if (tvm_recipe_override_of(pl->r, plan->inputs[from].ref) != NULL) {
         edited = NULL;
-        TV_TRY(plan_stack_config(pl, from, data, n, &edited, &n_edited));
+        TV_TRY(set_class(
+            pl,
+            tvm_recipe_override_of(pl->r, plan->inputs[from].ref)->architecture,
+            data, n, &edited, &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, &data, &n));
+    }
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        if (!pl->slices[i].is_first || pl->slices[i].recipe->whole)
+            continue;
+        edited = NULL;
+        TV_TRY(plan_stack_config(pl, from, pl->slices[i].module, data, n,
+                                 &edited, &n_edited));
         TV_TRY(replace(pl, edited, n_edited, &data, &n));
     }
     if (has_vocab(pl)) {

@@ -250,14 +250,16 @@ static json_t *sources_json(const struct tvm_recipe *r,
     return NULL;
 }
 
-static bool put_slices(json_t *to, const struct tvm_recipe *r)
+/* Slices [first, first + n) under "models" or "slices". */
+static bool put_slices(json_t *to, const struct tvm_recipe *r, size_t first,
+                       size_t n)
 {
-    if (r->whole_models)
+    if (n > 0 && r->slices[first].whole)
         return json_object_set_new(to, "models",
-                                   sources_json(r, &r->slices[0])) == 0;
+                                   sources_json(r, &r->slices[first])) == 0;
     json_t *const list = json_array();
     bool ok = list != NULL;
-    for (size_t i = 0; ok && i < r->n_slices; i++) {
+    for (size_t i = first; ok && i < first + n; i++) {
         const struct tvm_recipe_slice *const s = &r->slices[i];
         json_t *const one = json_object();
         ok = one != NULL && put_ref(one, "base_model", s->base.text) &&
@@ -271,6 +273,26 @@ static bool put_slices(json_t *to, const struct tvm_recipe *r)
     if (ok)
         return json_object_set_new(to, "slices", list) == 0;
     json_decref(list);
+    return false;
+}
+
+static bool put_modules(json_t *to, const struct tvm_recipe *r)
+{
+    json_t *const map = json_object();
+    bool ok = map != NULL;
+    for (size_t i = 0; ok && i < r->n_modules; i++) {
+        const struct tvm_recipe_module *const m = &r->modules[i];
+        json_t *const one = json_object();
+        ok = one != NULL && put_parameters(one, r, m->parameters) &&
+             put_slices(one, r, m->first, m->n);
+        if (ok)
+            ok = json_object_set_new(map, m->name, one) == 0;
+        else
+            json_decref(one);
+    }
+    if (ok)
+        return json_object_set_new(to, "modules", map) == 0;
+    json_decref(map);
     return false;
 }
 
@@ -324,7 +346,9 @@ static json_t *recipe_json(const struct tvm_recipe *r)
 {
     json_t *const j = json_object();
     if (j != NULL && put_ref(j, "base_model", r->base.text) &&
-        put_parameters(j, r, r->parameters) && put_slices(j, r) &&
+        put_parameters(j, r, r->parameters) &&
+        (r->n_modules > 0 ? put_modules(j, r)
+                          : put_slices(j, r, 0, r->n_slices)) &&
         put_vocab(j, &r->vocab))
         return j;
     json_decref(j);

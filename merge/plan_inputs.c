@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <jansson.h>
 #include <sys/stat.h>
 
 #include "tv/adapt.h"
@@ -35,8 +36,34 @@ void plan_opens_close(struct plan_storage *st)
     st->n_opens = 0;
 }
 
+/* The config of a model that is taken for one of another class: that class
+ * decides what its tensors are, not its model_type. */
+static enum tv_err as_class(const char *architecture, char **config,
+                            size_t *n_config, struct tv_error *err)
+{
+    json_t *root = NULL;
+    char *text = NULL;
+    size_t n = 0;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(tv_json_parse_exact(*config, *n_config, "config.json", err, &root));
+    if (json_object_set_new(root, "architectures",
+                            json_pack("[s]", architecture)) != 0) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    (void)json_object_del(root, "model_type");
+    TV_TRY(tv_json_write_exact(root, err, &text, &n));
+    tv_free(*config);
+    *config = text;
+    *n_config = n;
+out:
+    json_decref(root);
+    return rc;
+}
+
 static enum tv_err describe(struct planner *pl, struct plan_open *o,
-                            struct tv_error *err)
+                            const char *override, struct tv_error *err)
 {
     const size_t n = tv_input_count(o->input);
     struct tv_arch_name *names = NULL;
@@ -56,6 +83,8 @@ static enum tv_err describe(struct planner *pl, struct plan_open *o,
     }
     TV_TRY(tv_input_side_read(o->input, "config.json", &found, &config,
                               &n_config, err));
+    if (found && override != NULL)
+        TV_TRY(as_class(override, &config, &n_config, err));
     TV_TRY(tv_arch_describe(found ? config : NULL, found ? n_config : 0, names,
                             n, err, &o->arch));
 out:
@@ -80,8 +109,8 @@ out:
 }
 
 static enum tv_err open_new(struct planner *pl, const struct tv_ref_part *part,
-                            bool adapter, struct plan_open *o,
-                            struct tv_error *err)
+                            bool adapter, const char *override,
+                            struct plan_open *o, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     TV_TRY(tv_input_open(part, pl->plan->options.store, err, &o->input));
@@ -109,7 +138,7 @@ static enum tv_err open_new(struct planner *pl, const struct tv_ref_part *part,
                               part->text);
             goto out;
         }
-        TV_TRY(describe(pl, o, err));
+        TV_TRY(describe(pl, o, override, err));
     }
     TV_TRY(tv_input_fingerprint(o->input, &o->fingerprint, err));
     if (pl->plan->options.verify_inputs)
@@ -118,30 +147,32 @@ out:
     return rc;
 }
 
-/* Equal for equal places, however they are spelt; owned. */
-static char *place_key(const struct tv_ref_part *part)
+/* Equal for equal places, however they are spelt, taken for the same class;
+ * owned. */
+static char *place_key(const struct tv_ref_part *part, const char *override)
 {
+    const char *const as = override == NULL ? "" : override;
     struct stat st;
     if (part->object != NULL)
-        return tv_asprintf("store:%s", part->object);
+        return tv_asprintf("%s store:%s", as, part->object);
     if (tv_sys()->stat(part->path, &st) != 0)
-        return tv_strdup(part->path);
-    return tv_asprintf("inode:%llu:%llu", (unsigned long long)st.st_dev,
+        return tv_asprintf("%s %s", as, part->path);
+    return tv_asprintf("%s inode:%llu:%llu", as, (unsigned long long)st.st_dev,
                        (unsigned long long)st.st_ino);
 }
 
 /* The open entry of a place, made at its first use. A failure is remembered,
  * so that it is reported once; *first says that this call met it. */
 static enum tv_err open_find(struct planner *pl, const struct tv_ref_part *part,
-                             bool adapter, struct tv_error *err, bool *first,
-                             size_t *index)
+                             bool adapter, const char *override,
+                             struct tv_error *err, bool *first, size_t *index)
 {
     struct plan_storage *const st = pl->st;
     char *key = NULL;
     enum tv_err rc = TV_OK;
 
     *first = false;
-    key = place_key(part);
+    key = place_key(part, override);
     if (key == NULL)
         return plan_oom(pl);
     for (size_t i = 0; i < st->n_opens; i++) {
@@ -169,7 +200,7 @@ static enum tv_err open_find(struct planner *pl, const struct tv_ref_part *part,
     key = NULL;
     *index = st->n_opens++;
     *first = true;
-    rc = open_new(pl, part, adapter, o, err);
+    rc = open_new(pl, part, adapter, override, o, err);
     o->failed = rc != TV_OK;
 out:
     tv_free(key);
@@ -291,19 +322,51 @@ static void keep_commit(struct planner *pl, struct plan_ref *ref,
     pl->oom = pl->oom || ref->revision == NULL;
 }
 
+static const struct tvm_stage_ref *stage_of(const struct planner *pl,
+                                            const char *ref)
+{
+    const struct tvm_options *const o = &pl->plan->options;
+    for (size_t i = 0; i < o->n_stages; i++) {
+        if (tvm_recipe_means(ref, o->stages[i].name))
+            return &o->stages[i];
+    }
+    return NULL;
+}
+
+/* The reference with the place in the place of the name; a result has no
+ * revisions. NULL: out of memory. */
+static const char *stage_text(struct planner *pl,
+                              const struct tvm_stage_ref *stage,
+                              const char *ref)
+{
+    const char *const adapters = strchr(ref, '+');
+    return tvm_arena_fmt(plan_arena(pl), "%s%s", stage->dir,
+                         adapters == NULL ? "" : adapters);
+}
+
 static enum tv_err open_ref(struct planner *pl,
                             const struct tvm_recipe_ref *where,
                             struct plan_ref *ref, struct tvm_plan_input *in)
 {
     struct tv_error e;
     struct tv_ref *parsed = NULL;
+    const struct tvm_recipe_override *const override =
+        tvm_recipe_override_of(pl->r, where->text);
+    const struct tvm_stage_ref *stage = NULL;
+    const char *text = NULL;
     size_t *adapters = NULL;
     size_t model = 0;
     bool first = false;
     enum tv_err rc = TV_OK;
 
     tv_error_clear(&e);
-    rc = tv_ref_resolve(where->text, &e, &parsed);
+    stage = stage_of(pl, where->text);
+    text = stage == NULL ? where->text : stage_text(pl, stage, where->text);
+    if (text == NULL) {
+        rc = plan_oom(pl);
+        goto out;
+    }
+    rc = tv_ref_resolve(text, &e, &parsed);
     if (rc != TV_OK)
         goto problem;
     if (is_hub_name(&parsed->model)) {
@@ -317,11 +380,15 @@ static enum tv_err open_ref(struct planner *pl,
     }
     if (ref->hub != NULL)
         keep_commit(pl, ref, parsed->model.path);
-    rc = open_find(pl, &parsed->model, false, &e, &first, &model);
+    rc = open_find(pl, &parsed->model, false,
+                   override == NULL ? NULL : override->architecture, &e, &first,
+                   &model);
     if (rc != TV_OK)
         goto problem;
     if (pl->st->opens[model].failed)
         goto out;
+    if (stage != NULL)
+        pl->st->opens[model].fingerprint = stage->plan_hash;
     in->n_adapters = parsed->n_adapters;
     in->adapters =
         tvm_arena_get(plan_arena(pl), in->n_adapters, sizeof(*in->adapters));
@@ -334,8 +401,8 @@ static enum tv_err open_ref(struct planner *pl,
         goto out;
     }
     for (size_t i = 0; i < in->n_adapters; i++) {
-        rc =
-            open_find(pl, &parsed->adapters[i], true, &e, &first, &adapters[i]);
+        rc = open_find(pl, &parsed->adapters[i], true, NULL, &e, &first,
+                       &adapters[i]);
         if (rc != TV_OK)
             goto problem;
         if (pl->st->opens[adapters[i]].failed)

@@ -5,6 +5,7 @@
  *
  *   plan.c           order of work, slices, totals, space and memory checks
  *   plan_report.c    problems with a limit per cause
+ *   plan_modules.c   slices of the modules of the output
  *   plan_inputs.c    references -> opened models, adapters, fingerprints
  *   plan_vocab.c     tokens, ids and rows of the output (plan_vocab.h)
  *   plan_layout.c    experts stored in another way than the output's
@@ -63,9 +64,14 @@ struct plan_ref { /* beside plan->inputs[i] */
 
 struct plan_slice {
     const struct tvm_recipe_slice *recipe;
-    size_t n;      /* sources, the appended base included */
-    size_t *input; /* [n] index into plan->inputs */
-    int64_t *from; /* [n] first layer */
+    const struct tvm_recipe_module *of; /* of `modules:`, else NULL */
+    const char *module;     /* NULL: of all modules, layers of the main one */
+    bool is_first, is_last; /* of its module */
+    bool is_copy;           /* of a module that the recipe does not name */
+    int64_t n_out;          /* layers of its module in the output */
+    size_t n;               /* sources, the appended base included */
+    size_t *input;          /* [n] index into plan->inputs */
+    int64_t *from;          /* [n] first layer */
     const struct tvm_node **parameters; /* [n] of the source, may be NULL */
     bool *usable;                       /* [n] opened, and its layers exist */
     int base; /* index of the base among the sources, or -1 */
@@ -153,6 +159,16 @@ const struct tv_arch_tensor *plan_describe(const struct planner *pl,
  * it. */
 void plan_source_fill(struct planner *pl, size_t input, size_t index,
                       struct tvm_source *s);
+/* The slices, without their sources. */
+TV_NODISCARD enum tv_err plan_modules_make(struct planner *pl);
+/* Of an architecture, by its own name; NULL: it has none. */
+const struct tv_arch_module *plan_module_of(const struct tv_arch *a,
+                                            const char *name);
+/* Is a tensor in the module of a slice? */
+bool plan_in_slice(const struct plan_slice *s, const struct tv_arch *a,
+                   const struct tv_arch_tensor *t);
+/* Layers that a model has in the module of a slice. */
+int64_t plan_slice_depth(const struct plan_slice *s, const struct tv_arch *a);
 /* Tokens, ids and rows of the output, when the recipe asks for it; sets
  * pl->vocab and pl->chat_template. */
 TV_NODISCARD enum tv_err plan_vocab_make(struct planner *pl);
@@ -169,11 +185,11 @@ TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_calibration_find(struct planner *pl);
 TV_NODISCARD enum tv_err plan_calibration_make(struct planner *pl);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
-/* config.json of input `from` for the stack that the output is; *out owned,
- * NULL when nothing changes. */
+/* config.json of input `from` for the stack that the output or one of its
+ * modules (of plan_slice) is; *out owned, NULL when nothing changes. */
 TV_NODISCARD enum tv_err plan_stack_config(struct planner *pl, size_t from,
-                                           const char *data, size_t n,
-                                           char **out, size_t *n_out);
+                                           const char *module, const char *data,
+                                           size_t n, char **out, size_t *n_out);
 TV_NODISCARD enum tv_err plan_identity_make(struct planner *pl);
 /* Owned by the arena; *out NULL-terminated. */
 TV_NODISCARD enum tv_err plan_card_make(struct planner *pl, const char **out,

@@ -33,8 +33,11 @@ struct stack {
     struct planner *pl;
     json_t **configs;       /* [n_inputs], NULL where there is none */
     const char *scope;      /* of the layers' keys, NULL: the top level */
-    struct origin *origins; /* [pl->n_layers] */
+    struct origin *origins; /* [n] */
+    int64_t n;              /* layers of the output */
     size_t from;            /* input whose config is edited */
+    const char *module;     /* of plan_slice */
+    const struct tv_arch_module *as; /* the module in `from` */
 };
 
 enum effect { ARITHMETIC, TENSORS };
@@ -97,11 +100,26 @@ static json_t *said(const struct stack *s, const struct origin *o,
     return json_object_get(c, key);
 }
 
+static bool in_stack(const struct stack *s, const struct plan_slice *slice)
+{
+    return s->module == NULL || strcmp(slice->module, s->module) == 0;
+}
+
+/* Layers of the stack in a model. */
+static int64_t depth_of(const struct stack *s, size_t input)
+{
+    const struct tv_arch *const a = s->pl->plan->inputs[input].arch;
+    const struct tv_arch_module *const m = plan_module_of(a, s->as->name);
+    return m == NULL ? -1 : m->n_layers;
+}
+
 static void fill_origins(struct stack *s)
 {
     size_t at = 0;
     for (size_t i = 0; i < s->pl->n_slices; i++) {
         const struct plan_slice *const slice = &s->pl->slices[i];
+        if (!in_stack(s, slice))
+            continue;
         const size_t source = slice->base >= 0 ? (size_t)slice->base : 0;
         for (int64_t k = 0; k < slice->n_layers; k++) {
             s->origins[at].input =
@@ -129,8 +147,7 @@ static json_t *list_entry(const struct stack *s, const struct origin *o,
 {
     const json_t *const list = said(s, o, scope, key);
     if (!json_is_array(list) ||
-        (int64_t)json_array_size(list) !=
-            s->pl->plan->inputs[o->input].arch->n_layers)
+        (int64_t)json_array_size(list) != depth_of(s, o->input))
         return NULL;
     return json_array_get(list, (size_t)o->layer);
 }
@@ -139,7 +156,7 @@ static json_t *list_entry(const struct stack *s, const struct origin *o,
 static bool restack(struct stack *s, const char *scope, json_t *object)
 {
     struct planner *const pl = s->pl;
-    const int64_t n_layers = pl->plan->inputs[s->from].arch->n_layers;
+    const int64_t n_layers = s->as->n_layers;
     bool changed = false;
     void *tmp = NULL;
     const char *key = NULL;
@@ -157,7 +174,7 @@ static bool restack(struct stack *s, const char *scope, json_t *object)
             strcmp(key, "mlp_only_layers") == 0)
             continue;
         list = json_array();
-        for (int64_t i = 0; i < pl->n_layers && known; i++) {
+        for (int64_t i = 0; i < s->n && known; i++) {
             json_t *const one = list_entry(s, &s->origins[i], scope, key);
             known = one != NULL;
             if (known && json_array_append(list, one) != 0)
@@ -207,7 +224,7 @@ static bool set(struct stack *s, json_t *object, const char *key, json_t *value)
 static bool set_leading(struct stack *s, json_t *object, const struct rule *r)
 {
     const json_t *const old = json_object_get(object, r->key);
-    const int64_t n = s->pl->n_layers;
+    const int64_t n = s->n;
     int64_t first = 0;
     bool mixed = false;
 
@@ -248,7 +265,7 @@ static bool set_indices(struct stack *s, json_t *object, const struct rule *r)
     if (!json_is_array(json_object_get(object, r->key)))
         return false;
     list = json_array();
-    for (int64_t i = 0; i < s->pl->n_layers; i++) {
+    for (int64_t i = 0; i < s->n; i++) {
         if (has_index(said(s, &s->origins[i], s->scope, r->key),
                       s->origins[i].layer) &&
             json_array_append_new(list, json_integer((json_int_t)i)) != 0)
@@ -265,7 +282,7 @@ static void check_period(struct stack *s, const json_t *object,
     const json_int_t p = json_integer_value(json_object_get(object, r->key));
     if (p < 2 || is_ruled_out(r, object))
         return;
-    for (int64_t i = 0; i < s->pl->n_layers; i++) {
+    for (int64_t i = 0; i < s->n; i++) {
         const json_int_t q =
             json_integer_value(said(s, &s->origins[i], s->scope, r->key));
         if (p == q && i % p == s->origins[i].layer % p)
@@ -287,29 +304,48 @@ static bool set_numbers(struct stack *s, json_t *object)
     return changed;
 }
 
-/* The count itself, where it is not at the top level. */
+/* The count itself, unless it is set with the other edits. */
 static bool set_count(struct stack *s, json_t *object)
 {
     const struct tv_arch *const a = s->pl->plan->inputs[s->from].arch;
-    const char *const key = a->modules[0].layers_key;
-    if (s->scope == NULL || key == NULL || s->pl->n_layers == a->n_layers)
+    const bool is_main = s->as == &a->modules[0];
+    if ((is_main && a->layers_key != NULL) || s->n == s->as->n_layers)
         return false;
-    return set(s, object, key, json_integer((json_int_t)s->pl->n_layers));
+    if (s->as->layers_key == NULL || object == NULL) {
+        if (!is_main)
+            plan_report(s->pl, s->as->name, 1, false, TV_OK, "config.json",
+                        "the output has %lld layers of %s, but no key of "
+                        "config.json is known to hold their number (%lld); "
+                        "adapt it by hand",
+                        (long long)s->n, s->as->name,
+                        (long long)s->as->n_layers);
+        return false;
+    }
+    return set(s, object, s->as->layers_key, json_integer((json_int_t)s->n));
 }
 
-enum tv_err plan_stack_config(struct planner *pl, size_t from, const char *data,
-                              size_t n, char **out, size_t *n_out)
+enum tv_err plan_stack_config(struct planner *pl, size_t from,
+                              const char *module, const char *data, size_t n,
+                              char **out, size_t *n_out)
 {
+    const struct tv_arch *const a = pl->plan->inputs[from].arch;
     const size_t n_inputs = pl->plan->n_inputs;
-    struct stack s = {.pl = pl, .from = from};
+    struct stack s = {.pl = pl, .from = from, .module = module};
     json_t *root = NULL;
     json_t *object = NULL;
     bool changed = false;
     enum tv_err rc = TV_OK;
 
-    s.scope = pl->plan->inputs[from].arch->modules[0].scope;
+    s.as = module == NULL ? &a->modules[0] : plan_module_of(a, module);
+    if (s.as == NULL)
+        return TV_OK;
+    s.scope = s.as->scope;
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        if (in_stack(&s, &pl->slices[i]))
+            s.n += pl->slices[i].n_layers;
+    }
     s.configs = tv_calloc(n_inputs + 1, sizeof(*s.configs));
-    s.origins = tv_calloc((size_t)pl->n_layers + 1, sizeof(*s.origins));
+    s.origins = tv_calloc((size_t)s.n + 1, sizeof(*s.origins));
     if (s.configs == NULL || s.origins == NULL) {
         rc = plan_oom(pl);
         goto out;
@@ -319,12 +355,17 @@ enum tv_err plan_stack_config(struct planner *pl, size_t from, const char *data,
         TV_TRY(config_of(pl, i, &s.configs[i]));
     TV_TRY(tv_json_parse_exact(data, n, "config.json", pl->err, &root));
     object = s.scope == NULL ? root : json_object_get(root, s.scope);
-    changed = restack(&s, NULL, root);
-    changed =
-        restack(&s, "text_config", json_object_get(root, "text_config")) ||
-        changed;
+    if (s.as == &a->modules[0]) {
+        changed = restack(&s, NULL, root);
+        changed =
+            restack(&s, "text_config", json_object_get(root, "text_config")) ||
+            changed;
+    } else if (s.scope != NULL) {
+        changed = restack(&s, s.scope, object);
+    }
     changed = set_count(&s, object) || changed;
-    changed = set_numbers(&s, object) || changed;
+    if (s.as == &a->modules[0] || s.scope != NULL)
+        changed = set_numbers(&s, object) || changed;
     if (changed && !pl->oom)
         TV_TRY(tv_json_write_exact(root, pl->err, out, n_out));
 out:

@@ -77,10 +77,13 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         const struct tv_arch_tensor *const t =
             plan_describe(pl, s->input[source], i);
         struct cand c = {NULL, slice, source, i, -1, s->n_layers};
-        const bool is_main = t->module == 0 && a->modules[0].is_main;
+        const bool is_main =
+            s->module != NULL || (t->module == 0 && a->modules[0].is_main);
         int64_t layer = -1; /* of the output */
         if (hidden != NULL && i < a->n_tensors && hidden[i])
             continue; /* made ones stand for it */
+        if (!plan_in_slice(s, a, t))
+            continue;
         if (t->role == TV_ROLE_LM_HEAD && !t->is_bias &&
             pl->refs[s->input[source]].tied)
             continue; /* its embedding by another name */
@@ -92,14 +95,14 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
             layer = s->out_from + c.k;
         } else if (t->part == TV_PART_LAYER && t->layer >= 0) {
             /* Of another module, which is there as a whole. */
-            if (slice != 0)
+            if (!s->is_first)
                 continue;
             c.k = t->layer;
             c.n_k = a->modules[t->module].n_layers;
-        } else if (slice != (t->part == TV_PART_POST ? pl->n_slices - 1 : 0)) {
+        } else if (t->part == TV_PART_POST ? !s->is_last : !s->is_first) {
             continue;
         } else if (t->beyond >= 0) {
-            layer = pl->n_layers + t->beyond;
+            layer = s->n_out + t->beyond;
         }
         c.name = output_name(pl, t, layer);
         if (c.name == NULL) {
@@ -108,8 +111,8 @@ static enum tv_err collect_source(struct planner *pl, size_t slice,
         }
         TV_TRY(cand_add(pl, out, c));
     }
-    if (slice == pl->n_slices - 1 && pl->lend_head &&
-        pl->refs[s->input[source]].tied)
+    if (s->is_last && pl->lend_head && pl->refs[s->input[source]].tied &&
+        plan_in_slice(s, a, &a->tensors[pl->refs[s->input[source]].embed]))
         TV_TRY(cand_add(pl, out,
                         (struct cand){pl->head_name, slice, source,
                                       pl->refs[s->input[source]].embed, -1,
@@ -143,6 +146,9 @@ struct build {
     const struct tv_arch_tensor *like; /* description of the first one */
     struct tvm_tensor *t;
     size_t *at; /* [t->n_sources] source of the slice */
+    /* Where the value of parameter p was written, [slice->n + 1][n_params], the
+     * last row of shared ones; NULL entries: a default. */
+    const struct tvm_node **from;
     bool is_head;
     bool ok;
 };
@@ -578,6 +584,23 @@ static void missing_parameter(struct build *b, const struct tvm_param *p,
                  : "");
 }
 
+enum { N_LEVELS = 4 }; /* source, slice, module, recipe */
+
+/* Where a value may be written, the nearest first; source SIZE_MAX: of a shared
+ * parameter. What the recipe does not speak of has none of its parameters. */
+static void fill_levels(const struct build *b, size_t source,
+                        const struct tvm_node **levels)
+{
+    const struct plan_slice *const s = b->slice;
+    memset(levels, 0, N_LEVELS * sizeof(*levels));
+    if (s->is_copy)
+        return;
+    levels[0] = source == SIZE_MAX ? NULL : s->parameters[source];
+    levels[1] = s->recipe->parameters;
+    levels[2] = s->of == NULL ? NULL : s->of->parameters;
+    levels[3] = b->pl->r->parameters;
+}
+
 /* Leaves out the levels whose setting of p was refused with the recipe; true
  * when there are any. */
 static bool drop_refused(const struct build *b, const struct tvm_param *p,
@@ -589,8 +612,9 @@ static bool drop_refused(const struct build *b, const struct tvm_param *p,
     if (!r->has_errors)
         return false;
     any = r->bad_parameters || rs->bad_parameters ||
+          (b->slice->of != NULL && b->slice->of->bad_parameters) ||
           (source < rs->n_sources && rs->sources[source].bad_parameters);
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < N_LEVELS; i++) {
         const struct tvm_node *const e = tvm_node_find(levels[i], p->name);
         if (e == NULL || tvm_setting_ok(r, p, e))
             continue;
@@ -635,17 +659,19 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
         tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(double));
     t->per_source_set =
         tvm_arena_get(plan_arena(pl), t->n_sources * n, sizeof(bool));
-    if (t->per_source == NULL || t->per_source_set == NULL)
+    b->from = tv_calloc((b->slice->n + 1) * n + 1, sizeof(*b->from));
+    if (t->per_source == NULL || t->per_source_set == NULL || b->from == NULL)
         return plan_oom(pl);
     for (size_t i = 0; i < n && i < TVM_PARAMS_MAX; i++) {
         const struct tvm_param *const p = &t->method->params[i];
-        const struct tvm_node *levels[3] = {NULL, b->slice->recipe->parameters,
-                                            pl->r->parameters};
+        const struct tvm_node *levels[N_LEVELS] = {NULL};
         if (p->scope == TVM_SHARED) {
+            fill_levels(b, SIZE_MAX, levels);
             const bool refused = drop_refused(b, p, SIZE_MAX, levels);
             const struct tvm_value v =
-                tvm_param_resolve(p, levels, 3, t->name, at);
+                tvm_param_resolve(p, levels, N_LEVELS, t->name, at);
             t->shared[i] = take(b, p, &v, SIZE_MAX, refused, &t->shared_set[i]);
+            b->from[b->slice->n * n + i] = v.from;
             continue;
         }
         for (size_t s = 0; s < t->n_sources; s++) {
@@ -655,20 +681,35 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
             /* A tied input lends its embedding; filters still see the head. */
             if (b->is_head)
                 name = t->name;
-            levels[0] = b->slice->parameters[b->at[s]];
-            levels[1] = b->slice->recipe->parameters;
-            levels[2] = pl->r->parameters;
+            fill_levels(b, b->at[s], levels);
             const bool refused = drop_refused(b, p, b->at[s], levels);
             const struct tvm_value v =
-                tvm_param_resolve(p, levels, 3, name, at);
+                tvm_param_resolve(p, levels, N_LEVELS, name, at);
             t->per_source[s * n + i] =
                 take(b, p, &v, s, refused, &t->per_source_set[s * n + i]);
+            b->from[s * n + i] = v.from;
         }
     }
     return TV_OK;
 }
 
-/* What the method says about this tensor, one message per cause. */
+/* Of a value of a parameter: where it was written, or the method that has it as
+ * a default. */
+static const char *param_where(struct build *b, const struct tvm_problem *p)
+{
+    struct planner *const pl = b->pl;
+    const size_t row = p->source == SIZE_MAX ? b->slice->n : p->source;
+    const struct tvm_node *const from =
+        b->from[row * b->t->method->n_params + p->param];
+    const struct tvm_recipe_ref at = {
+        "", from != NULL ? from->line : pl->r->method_line,
+        from != NULL ? from->col : pl->r->method_col};
+    return plan_where(pl, &at);
+}
+
+/* What the method says about this tensor, one message per cause. What is wrong
+ * with a value of the recipe is wrong for many tensors: said once, with the
+ * first of them. */
 static void ask_method(struct build *b)
 {
     struct tvm_problems found;
@@ -679,6 +720,17 @@ static void ask_method(struct build *b)
     for (size_t i = 0; i < found.n; i++) {
         const struct tvm_problem *const p = &found.items[i];
         const size_t before = b->pl->problems->n;
+        if (p->of_param) {
+            const char *const where = param_where(b, p);
+            const char *const cause =
+                tvm_arena_fmt(plan_arena(b->pl), "%s %s", where, p->message);
+            if (cause == NULL)
+                b->pl->oom = true;
+            else
+                plan_report(b->pl, cause, 1, true, p->code, where,
+                            "%s (first for %s)", p->message, p->where);
+            continue;
+        }
         plan_report(b->pl, p->message, p->is_error ? 3 : 1, p->is_error,
                     p->code, p->is_error ? p->where : "", "%s", p->message);
         if (p->is_note && b->pl->problems->n > before)
@@ -725,6 +777,8 @@ static enum tv_err choose_dtype(struct build *b)
     t->dtype = r->out_dtype != TV_DTYPE_NONE ? r->out_dtype
                : r->dtype != TV_DTYPE_NONE   ? r->dtype
                                              : promoted(t);
+    if (t->dtype == TV_F64) /* said with the recipe */
+        t->dtype = TV_F32;
     if (b->slice->broken || !b->ok)
         return TV_OK;
     if (t->method->fold != NULL)
@@ -775,6 +829,12 @@ static void compat_arithmetic(struct build *b)
     if (t->method == NULL || !b->pl->plan->options.compat_mergekit ||
         b->like->role == TV_ROLE_BUFFER || !all_math(t))
         return;
+    if (b->pl->r->dtype == TV_F64) {
+        plan_report(b->pl, "float64 as mergekit", 1, false, TV_OK, "",
+                    "--compat mergekit does not reproduce dtype float64: sums "
+                    "run in fp64 with one rounding, masks are this program's");
+        return;
+    }
     t->compute =
         b->pl->r->dtype != TV_DTYPE_NONE ? b->pl->r->dtype : promoted(t);
     t->lora_dtype = b->pl->plan->options.lora_dtype;
@@ -847,7 +907,9 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     b.t = t;
     b.ok = true;
     t->name = cands[0].name;
-    t->method = pl->r->method;
+    t->method = slice->is_copy && pl->r->method != NULL
+                    ? &tvm_method_passthrough
+                    : pl->r->method;
     t->base = -1;
     t->n_models = slice->n - (slice->base >= 0);
     t->layer = cands[0].k < 0 ? -1 : slice->out_from + cands[0].k;
@@ -876,6 +938,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     if (b.is_head)
         pl->st->head_written = true;
 out:
+    tv_free(b.from);
     tv_free(b.at);
     return rc;
 }

@@ -84,9 +84,26 @@ static bool is_generator(const char *architecture)
            strstr(architecture, "LMHeadModel") != NULL;
 }
 
+/* The first or last slice of the module that has the embedding. */
+static const struct plan_slice *end_slice(const struct planner *pl, bool last)
+{
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        const struct plan_slice *const s = &pl->slices[i];
+        for (size_t k = 0; k < s->n && (last ? s->is_last : s->is_first); k++) {
+            const size_t in = s->input[k];
+            if (s->usable[k] && pl->refs[in].embed != SIZE_MAX &&
+                plan_in_slice(
+                    s, pl->plan->inputs[in].arch,
+                    &pl->plan->inputs[in].arch->tensors[pl->refs[in].embed]))
+                return s;
+        }
+    }
+    return &pl->slices[last ? pl->n_slices - 1 : 0];
+}
+
 enum tv_err plan_ties_make(struct planner *pl)
 {
-    const struct plan_slice *const last = &pl->slices[pl->n_slices - 1];
+    const struct plan_slice *last = NULL;
     bool all = true;
     bool any_tied = false;
     bool any_head = false;
@@ -104,6 +121,7 @@ enum tv_err plan_ties_make(struct planner *pl)
             pl->head_name =
                 pl->plan->inputs[i].arch->tensors[pl->refs[i].head].name;
     }
+    last = end_slice(pl, true);
     for (size_t i = 0; i < last->n; i++) {
         const struct plan_ref *ref = NULL;
         if (!last->usable[i])
@@ -115,7 +133,7 @@ enum tv_err plan_ties_make(struct planner *pl)
             any_head || (!ref->tied && ref->head != SIZE_MAX) ||
             is_generator(pl->plan->inputs[last->input[i]].arch->architecture);
     }
-    pl->tied = any_tied && all && same_inputs(&pl->slices[0], last);
+    pl->tied = any_tied && all && same_inputs(end_slice(pl, false), last);
     pl->lend_head = any_tied && !pl->tied && any_head;
     if (pl->lend_head && pl->head_name == NULL)
         pl->head_name = "lm_head.weight";

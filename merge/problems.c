@@ -70,6 +70,7 @@ void tvm_problem_add(struct tvm_problems *p, bool is_error, enum tv_err code,
     p->items[p->n].where = at;
     p->items[p->n].message = message;
     p->items[p->n].is_note = false;
+    p->items[p->n].of_param = false;
     p->n++;
 }
 

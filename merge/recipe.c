@@ -4,8 +4,8 @@
  *
  * Everything that can be judged without opening a model is judged here, with
  * line and column. What mergekit ignores silently (unknown keys) is a warning
- * with a suggestion; what it reads and we do not yet (modules) is refused,
- * because the result would differ.
+ * with a suggestion; what it reads and we do not is refused, because the result
+ * would differ.
  */
 #include "recipe.h"
 
@@ -24,6 +24,7 @@
 struct reader {
     struct tvm_recipe *r;
     struct tvm_problems *problems;
+    bool several; /* documents in the file */
     bool oom;
 };
 
@@ -155,6 +156,42 @@ static void note_syntax(struct reader *rd, const char *ref)
         rd->r->mergekit_syntax = false;
 }
 
+const struct tvm_recipe_override *
+tvm_recipe_override_of(const struct tvm_recipe *r, const char *ref)
+{
+    const struct tvm_recipe_override *o = r->overrides;
+    while (o != NULL && strcmp(o->ref, ref) != 0)
+        o = o->next;
+    return o;
+}
+
+/* References compare as strings, so a model is of one class throughout. */
+static void add_override(struct reader *rd, const char *ref,
+                         const struct tvm_node *arch)
+{
+    const struct tvm_recipe_override *const known =
+        tvm_recipe_override_of(rd->r, ref);
+    struct tvm_recipe_override *o = NULL;
+
+    if (known != NULL && strcmp(known->architecture, arch->text) != 0)
+        error_node(rd, arch,
+                   "this model is given another 'override_architecture' "
+                   "elsewhere");
+    if (known != NULL)
+        return;
+    o = tvm_arena_get(&rd->r->arena, 1, sizeof(*o));
+    if (o == NULL) {
+        rd->oom = true;
+        return;
+    }
+    o->ref = ref;
+    o->architecture = arch->text;
+    o->line = arch->line;
+    o->col = arch->col;
+    o->next = rd->r->overrides;
+    rd->r->overrides = o;
+}
+
 static struct tvm_recipe_ref read_ref(struct reader *rd,
                                       const struct tvm_node *node)
 {
@@ -173,9 +210,8 @@ static struct tvm_recipe_ref read_ref(struct reader *rd,
         model = given(node, "model");
         lora = given(node, "lora");
         arch = given(node, "override_architecture");
-        if (arch != NULL)
-            error_key(rd, TV_E_UNSUPPORTED, arch,
-                      "'override_architecture' is not supported");
+        if (arch != NULL && !is_text(arch))
+            error_node(rd, arch, "'override_architecture' must be a name");
         if (model == NULL) {
             error_node(rd, node, "a model reference needs 'model'");
             return ref;
@@ -188,6 +224,8 @@ static struct tvm_recipe_ref read_ref(struct reader *rd,
                                                       ref.text, second);
             rd->oom = rd->oom || (second != NULL && ref.text == NULL);
         }
+        if (arch != NULL && is_text(arch) && ref.text != NULL)
+            add_override(rd, ref.text, arch);
     }
     if (ref.text != NULL)
         note_syntax(rd, ref.text);
@@ -212,10 +250,12 @@ read_parameters(struct reader *rd, const struct tvm_node *map, bool *bad)
 static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
 {
     static const char *const often[][2] = {
-        {"bf16", "bfloat16"}, {"fp16", "float16"}, {"half", "float16"},
-        {"f16", "float16"},   {"fp32", "float32"}, {"f32", "float32"},
-        {"float", "float32"}, {"auto", NULL}};
-    static const char *const names[] = {"float16", "bfloat16", "float32"};
+        {"bf16", "bfloat16"},  {"fp16", "float16"}, {"half", "float16"},
+        {"f16", "float16"},    {"fp32", "float32"}, {"f32", "float32"},
+        {"float", "float32"},  {"fp64", "float64"}, {"f64", "float64"},
+        {"double", "float64"}, {"auto", NULL}};
+    static const char *const names[] = {"float16", "bfloat16", "float32",
+                                        "float64"};
     char text[48];
     char message[200];
     const char *name = node->text;
@@ -233,12 +273,12 @@ static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
         return TV_BF16;
     if (strcmp(name, "float32") == 0)
         return TV_F32;
-    if (strcmp(name, "float64") == 0 || strcmp(name, "int64") == 0) {
-        (void)snprintf(message, sizeof(message),
-                       "dtype %s is not supported: use float16, bfloat16 or "
-                       "float32",
-                       name);
-        error_at(rd, TV_E_UNSUPPORTED, node->line, node->col, message);
+    if (strcmp(name, "float64") == 0)
+        return TV_F64;
+    if (strcmp(name, "int64") == 0) {
+        error_at(rd, TV_E_UNSUPPORTED, node->line, node->col,
+                 "dtype int64 would cut every weight to a whole number: use "
+                 "float16, bfloat16 or float32");
         return TV_DTYPE_NONE;
     }
     for (size_t i = 0; i < N_OF(often) && like == NULL; i++) {
@@ -248,12 +288,31 @@ static enum tv_dtype read_dtype(struct reader *rd, const struct tvm_node *node)
     if (like == NULL)
         like = tv_suggest(name, names, N_OF(names));
     (void)snprintf(message, sizeof(message),
-                   "unknown dtype '%s': use float16, bfloat16 or float32%s%s%s",
+                   "unknown dtype '%s': use float16, bfloat16, float32 or "
+                   "float64%s%s%s",
                    tv_text_printable(node->text, text, sizeof(text)),
                    like == NULL ? "" : "; did you mean '",
                    like == NULL ? "" : like, like == NULL ? "" : "'?");
     error_node(rd, node, message);
     return TV_DTYPE_NONE;
+}
+
+/* Sums run in fp64 whatever a recipe says; files hold at most float32. */
+static void note_float64(struct reader *rd, const struct tvm_node *root)
+{
+    const struct tvm_recipe *const r = rd->r;
+    const struct tvm_node *const e =
+        r->out_dtype == TV_F64 ? given(root, "out_dtype")
+        : r->dtype == TV_F64 && r->out_dtype == TV_DTYPE_NONE && !r->bad_dtype
+            ? given(root, "dtype")
+            : NULL;
+    char where[TVM_WHERE_MAX];
+    if (e != NULL)
+        tvm_problem_add(
+            rd->problems, false, TV_OK,
+            tvm_where(where, sizeof(where), r->path, e->line, e->col),
+            "float64: sums run in fp64 in any case, the result is stored as "
+            "float32");
 }
 
 static bool read_layer(const struct tvm_node *node, int64_t *out)
@@ -456,17 +515,11 @@ static void read_sources(struct reader *rd, const struct tvm_node *list,
 
 static void read_models(struct reader *rd, const struct tvm_node *models)
 {
-    struct tvm_recipe *const r = rd->r;
-    r->whole_models = true;
-    r->slices = tvm_arena_get(&r->arena, 1, sizeof(*r->slices));
-    if (r->slices == NULL) {
-        rd->oom = true;
-        return;
-    }
-    r->n_slices = 1;
-    r->slices[0].line = models->line;
-    r->slices[0].col = models->col;
-    read_sources(rd, models, true, &r->slices[0]);
+    struct tvm_recipe_slice *const s = &rd->r->slices[rd->r->n_slices++];
+    s->line = models->line;
+    s->col = models->col;
+    s->whole = true;
+    read_sources(rd, models, true, s);
 }
 
 static void read_slice(struct reader *rd, const struct tvm_node *node,
@@ -510,20 +563,101 @@ static void read_slice(struct reader *rd, const struct tvm_node *node,
 
 static void read_slices(struct reader *rd, const struct tvm_node *slices)
 {
-    struct tvm_recipe *const r = rd->r;
-    size_t n = 0;
     if (slices->kind != TVM_NODE_LIST || slices->n == 0) {
         error_node(rd, slices, "'slices' must be a list of {sources: [...]}");
         return;
     }
-    r->slices = tvm_arena_get(&r->arena, slices->n, sizeof(*r->slices));
-    if (r->slices == NULL) {
+    for (const struct tvm_node *e = slices->first; e != NULL; e = e->next)
+        read_slice(rd, e, &rd->r->slices[rd->r->n_slices++]);
+}
+
+/* How many slices a map with `models` or `slices` makes, at most. */
+static size_t count_slices(const struct tvm_node *map)
+{
+    const struct tvm_node *const slices = given(map, "slices");
+    return 1 +
+           (slices != NULL && slices->kind == TVM_NODE_LIST ? slices->n : 0);
+}
+
+/* `models` or `slices` of a recipe or a module, into room made before. */
+static void read_parts(struct reader *rd, const struct tvm_node *map,
+                       const char *what)
+{
+    const struct tvm_node *const models = given(map, "models");
+    const struct tvm_node *const slices = given(map, "slices");
+    char message[80];
+
+    if (models != NULL && slices != NULL) {
+        (void)snprintf(message, sizeof(message),
+                       "a %s has either 'models' or 'slices', not both", what);
+        error_key(rd, TV_E_USAGE, slices, message);
+    }
+    if (models != NULL)
+        read_models(rd, models);
+    else if (slices != NULL)
+        read_slices(rd, slices);
+    else
+        error_node(rd, map, "'models' or 'slices' is missing");
+}
+
+static void read_modules(struct reader *rd, const struct tvm_node *modules)
+{
+    static const char *const keys[] = {"models", "slices", "parameters"};
+    struct tvm_recipe *const r = rd->r;
+    size_t n = 0;
+
+    if (modules->kind != TVM_NODE_MAP || modules->n == 0) {
+        error_node(rd, modules,
+                   "'modules' must be a map of names to {models} or {slices}");
+        return;
+    }
+    for (const struct tvm_node *e = modules->first; e != NULL; e = e->next)
+        n += count_slices(e);
+    r->modules = tvm_arena_get(&r->arena, modules->n, sizeof(*r->modules));
+    r->slices = tvm_arena_get(&r->arena, n, sizeof(*r->slices));
+    if (r->modules == NULL || r->slices == NULL) {
         rd->oom = true;
         return;
     }
-    r->n_slices = slices->n;
-    for (const struct tvm_node *e = slices->first; e != NULL; e = e->next, n++)
-        read_slice(rd, e, &r->slices[n]);
+    for (const struct tvm_node *e = modules->first; e != NULL; e = e->next) {
+        struct tvm_recipe_module *const m = &r->modules[r->n_modules++];
+        m->name = e->key;
+        m->line = e->key_line;
+        m->col = e->key_col;
+        m->first = r->n_slices;
+        if (e->kind != TVM_NODE_MAP) {
+            error_node(rd, e, "a module takes a map: {models} or {slices}");
+            continue;
+        }
+        unknown_keys(rd, e, keys, N_OF(keys));
+        read_parts(rd, e, "module");
+        m->parameters = read_parameters(rd, e, &m->bad_parameters);
+        m->n = r->n_slices - m->first;
+    }
+}
+
+static void read_what(struct reader *rd, const struct tvm_node *root)
+{
+    struct tvm_recipe *const r = rd->r;
+    const struct tvm_node *const modules = given(root, "modules");
+
+    if (modules != NULL) {
+        const struct tvm_node *const other = given(root, "models") != NULL
+                                                 ? given(root, "models")
+                                                 : given(root, "slices");
+        if (other != NULL)
+            error_key(rd, TV_E_USAGE, other,
+                      "a recipe has either 'modules' or 'models' or 'slices'");
+        read_modules(rd, modules);
+        return;
+    }
+    r->whole_models = given(root, "models") != NULL;
+    r->slices =
+        tvm_arena_get(&r->arena, count_slices(root), sizeof(*r->slices));
+    if (r->slices == NULL)
+        rd->oom = true;
+    else
+        read_parts(rd, root, "recipe");
 }
 
 /* ---- vocabulary -----------------------------------------------------------
@@ -759,14 +893,6 @@ static void read_method(struct reader *rd, const struct tvm_node *root)
     tv_buf_free(&list);
 }
 
-static void refuse_later(struct reader *rd, const struct tvm_node *root,
-                         const char *key, const char *message)
-{
-    const struct tvm_node *const e = given(root, key);
-    if (e != NULL)
-        error_key(rd, TV_E_UNSUPPORTED, e, message);
-}
-
 /* Methods that mergekit has under these names, for mergekit_config.yml. */
 static bool mergekit_knows(const char *method)
 {
@@ -783,6 +909,26 @@ static bool mergekit_knows(const char *method)
     return false;
 }
 
+/* A document's name becomes the name of a directory. */
+static void read_name(struct reader *rd, const struct tvm_node *root)
+{
+    static const char safe[] = "abcdefghijklmnopqrstuvwxyz"
+                               "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    const struct tvm_node *const e = given(root, "name");
+    if (!rd->several || e == NULL)
+        return;
+    if (!is_text(e) || e->text[0] == '.' || e->n_text > 128 ||
+        strspn(e->text, safe) != e->n_text) {
+        error_node(rd, e,
+                   "the name of a document has up to 128 letters, digits, '_', "
+                   "'-' and '.', and does not begin with a '.'");
+        return;
+    }
+    rd->r->name.text = e->text;
+    rd->r->name.line = e->line;
+    rd->r->name.col = e->col;
+}
+
 static void read_document(struct reader *rd, const struct tvm_node *root)
 {
     static const char *const keys[] = {
@@ -790,10 +936,10 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         "out_dtype", "parameters", "tokenizer", "chat_template",
         "tokenizer_source", "calibration",
         /* of adapters, adapter_merge.c */
-        "output", "rank"};
+        "output", "rank", "svd_rank",
+        /* of several documents */
+        "name"};
     struct tvm_recipe *const r = rd->r;
-    const struct tvm_node *models = NULL;
-    const struct tvm_node *slices = NULL;
     const struct tvm_node *e = NULL;
 
     if (root->kind != TVM_NODE_MAP) {
@@ -802,24 +948,16 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
     }
     /* First: the method decides which parameters are known. */
     read_method(rd, root);
-    unknown_keys(rd, root, keys, N_OF(keys));
-    r->mergekit_syntax = r->method != NULL && mergekit_knows(r->info.name);
+    read_name(rd, root);
+    unknown_keys(rd, root, keys, N_OF(keys) - (rd->several ? 0 : 1));
+    if (rd->several && given(root, "output") != NULL)
+        error_key(rd, TV_E_UNSUPPORTED, given(root, "output"),
+                  "adapters are not merged in a file of several documents");
+    r->mergekit_syntax =
+        !rd->several && r->method != NULL && mergekit_knows(r->info.name);
 
-    models = given(root, "models");
-    slices = given(root, "slices");
-    refuse_later(rd, root, "modules",
-                 "'modules' is not supported yet: it arrives in a later "
-                 "version");
     read_vocab(rd, root);
-    if (models != NULL && slices != NULL)
-        error_key(rd, TV_E_USAGE, slices,
-                  "a recipe has either 'models' or 'slices', not both");
-    if (models != NULL)
-        read_models(rd, models);
-    else if (slices != NULL)
-        read_slices(rd, slices);
-    else if (given(root, "modules") == NULL)
-        error_node(rd, root, "'models' or 'slices' is missing");
+    read_what(rd, root);
 
     e = given(root, "base_model");
     if (e != NULL)
@@ -834,6 +972,7 @@ static void read_document(struct reader *rd, const struct tvm_node *root)
         r->out_dtype = read_dtype(rd, e);
         r->bad_dtype = r->bad_dtype || r->out_dtype == TV_DTYPE_NONE;
     }
+    note_float64(rd, root);
     r->parameters = read_parameters(rd, root, &r->bad_parameters);
     r->calibration = read_calibration(rd, root);
 }
@@ -943,6 +1082,148 @@ out:
     return rc;
 }
 
+/* ---- several documents ----------------------------------------------------
+ */
+
+/* Does a reference mean the document of this name? mergekit-multi puts it in
+ * the place of a model, whatever adapter or revision is behind it. */
+bool tvm_recipe_means(const char *ref, const char *name)
+{
+    const size_t n = strlen(name);
+    return strncmp(ref, name, n) == 0 &&
+           (ref[n] == '\0' || ref[n] == '+' || ref[n] == '@');
+}
+
+static void need(struct reader *rd, struct tvm_recipe *first,
+                 const struct tvm_recipe_ref *ref)
+{
+    struct tvm_recipe *const r = rd->r;
+    if (ref->text == NULL)
+        return;
+    for (struct tvm_recipe *o = first; o != NULL; o = o->next) {
+        bool known = false;
+        if (o->name.text == NULL || !tvm_recipe_means(ref->text, o->name.text))
+            continue;
+        for (size_t i = 0; i < r->n_needs; i++)
+            known = known || r->needs[i] == o;
+        if (!known)
+            r->needs[r->n_needs++] = o;
+    }
+}
+
+/* The documents that one refers to. */
+static void find_needs(struct reader *rd, struct tvm_recipe *first)
+{
+    struct tvm_recipe *const r = rd->r;
+    r->needs = tvm_arena_get(&r->arena, TVM_YAML_DOCS_MAX, sizeof(*r->needs));
+    if (r->needs == NULL) {
+        rd->oom = true;
+        return;
+    }
+    for (size_t s = 0; s < r->n_slices; s++) {
+        for (size_t i = 0; i < r->slices[s].n_sources; i++)
+            need(rd, first, &r->slices[s].sources[i].model);
+        need(rd, first, &r->slices[s].base);
+    }
+    need(rd, first, &r->base);
+    need(rd, first, &r->vocab.model);
+    for (size_t i = 0; i < r->vocab.n_tokens; i++)
+        need(rd, first, &r->vocab.tokens[i].model);
+}
+
+/* Is `to` needed, directly or not, by `from`? Looks at each document once. */
+static bool leads_to(struct tvm_recipe *from, const struct tvm_recipe *to)
+{
+    if (from->seen)
+        return false;
+    from->seen = true;
+    for (size_t i = 0; i < from->n_needs; i++) {
+        if (from->needs[i] == to || leads_to(from->needs[i], to))
+            return true;
+    }
+    return false;
+}
+
+static bool needs_itself(struct tvm_recipe *first, struct tvm_recipe *r)
+{
+    for (struct tvm_recipe *o = first; o != NULL; o = o->next)
+        o->seen = false;
+    return leads_to(r, r);
+}
+
+static void check_documents(struct reader *rd, struct tvm_recipe *first)
+{
+    const struct tvm_recipe *unnamed = NULL;
+    char message[320];
+    for (struct tvm_recipe *r = first; r != NULL && !rd->oom; r = r->next) {
+        rd->r = r;
+        find_needs(rd, first);
+        if (r->name.text == NULL && unnamed != NULL) {
+            (void)snprintf(message, sizeof(message),
+                           "only one document may have no 'name', the one that "
+                           "gives the output; the one in line %u has none "
+                           "either",
+                           unnamed->line);
+            error_at(rd, TV_E_USAGE, r->line, 1, message);
+        }
+        if (r->name.text == NULL) {
+            unnamed = r;
+            continue;
+        }
+        for (const struct tvm_recipe *o = first; o != r; o = o->next) {
+            if (o->name.text == NULL || strcmp(o->name.text, r->name.text) != 0)
+                continue;
+            (void)snprintf(message, sizeof(message),
+                           "two documents are called '%s' (first in line %u)",
+                           r->name.text, o->name.line);
+            error_at(rd, TV_E_USAGE, r->name.line, r->name.col, message);
+            break;
+        }
+    }
+    for (struct tvm_recipe *r = first; r != NULL && !rd->oom; r = r->next) {
+        rd->r = r;
+        if (r->name.text == NULL || !needs_itself(first, r))
+            continue;
+        (void)snprintf(
+            message, sizeof(message), "document '%s' needs its own result%s",
+            r->name.text,
+            r->n_needs == 1 && r->needs[0] == r ? "" : ", by way of others");
+        error_at(rd, TV_E_USAGE, r->name.line, r->name.col, message);
+    }
+}
+
+tvm_recipe *tvm_recipe_next(const tvm_recipe *r)
+{
+    return r->next;
+}
+
+/* ---- loading --------------------------------------------------------------
+ */
+
+static enum tv_err read_all(struct reader *rd, struct tvm_recipe *first,
+                            const struct tvm_node *root, struct tv_error *err)
+{
+    struct tvm_recipe *r = first;
+    rd->several = root->next != NULL;
+    for (const struct tvm_node *n = root; n != NULL; n = n->next) {
+        if (n != root) {
+            r->next = tv_calloc(1, sizeof(*r));
+            if (r->next == NULL)
+                return tv_error_set(err, TV_E_NOMEM, "out of memory");
+            r = r->next;
+            r->path = first->path;
+            r->text = first->text;
+            r->n_text = first->n_text;
+        }
+        r->line = n->line;
+        rd->r = r;
+        read_document(rd, n);
+    }
+    if (rd->several)
+        check_documents(rd, first);
+    return TV_OK;
+}
+
 enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
                             struct tv_error *err, tvm_recipe **out)
 {
@@ -956,7 +1237,7 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
 {
     struct tvm_recipe *r = NULL;
     const struct tvm_node *root = NULL;
-    struct reader rd = {NULL, problems, false};
+    struct reader rd = {NULL, problems, false, false};
     const size_t errors_before = problems->n_errors;
     enum tv_err rc = TV_OK;
 
@@ -964,6 +1245,7 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
     r = tv_calloc(1, sizeof(*r));
     if (r == NULL)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    r->is_first = true;
     r->path = tv_strdup(path);
     if (r->path == NULL) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -979,9 +1261,8 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
     TV_TRY(replace_in_text(r, "sparsify", sparsify, err));
     TV_TRY(tvm_yaml_parse(path, r->text, r->n_text, &r->arena, problems, err,
                           &root));
-    rd.r = r;
     if (root != NULL)
-        read_document(&rd, root);
+        TV_TRY(read_all(&rd, r, root, err));
     if (rd.oom)
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory while reading %s",
                           path);
@@ -996,7 +1277,8 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
                 break;
             }
         }
-        r->has_errors = true;
+        for (struct tvm_recipe *d = r; d != NULL; d = d->next)
+            d->has_errors = true;
         if (rd.oom || root == NULL || root->kind != TVM_NODE_MAP)
             goto out;
     }
@@ -1009,12 +1291,16 @@ out:
 
 void tvm_recipe_free(tvm_recipe *r)
 {
-    if (r == NULL)
-        return;
-    tvm_arena_free(&r->arena);
-    tv_free(r->text);
-    tv_free(r->path);
-    tv_free(r);
+    while (r != NULL) {
+        struct tvm_recipe *const next = r->next;
+        tvm_arena_free(&r->arena);
+        if (r->is_first) {
+            tv_free(r->text);
+            tv_free(r->path);
+        }
+        tv_free(r);
+        r = next;
+    }
 }
 
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n)

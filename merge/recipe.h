@@ -4,7 +4,8 @@
  *
  * `models:` and `slices:` end up in one form, a list of slices; a `models:`
  * recipe is one slice whose sources have no layer range yet (the models are
- * not opened here). Model references are strings and compare as strings, as in
+ * not opened here). With `modules:` the list holds the slices of one module
+ * after the other. Model references are strings and compare as strings, as in
  * mergekit: `m` and `./m` are different models.
  */
 #ifndef TVM_RECIPE_H
@@ -19,6 +20,13 @@ struct tvm_recipe_ref {
     unsigned line, col; /* 0: not given */
 };
 
+/* A model that a recipe takes for one of another class. */
+struct tvm_recipe_override {
+    const char *ref, *architecture;
+    unsigned line, col;
+    const struct tvm_recipe_override *next;
+};
+
 struct tvm_recipe_source {
     struct tvm_recipe_ref model;
     bool has_range;
@@ -29,8 +37,17 @@ struct tvm_recipe_source {
     const struct tvm_calibration *calibration; /* NULL: not given */
 };
 
+struct tvm_recipe_module { /* of `modules:` */
+    const char *name;
+    unsigned line, col;
+    const struct tvm_node *parameters; /* map, or NULL */
+    bool bad_parameters;
+    size_t first, n; /* slices */
+};
+
 struct tvm_recipe_slice {
     unsigned line, col;
+    bool whole; /* all layers of its models: written as `models:` */
     struct tvm_recipe_source *sources;
     size_t n_sources;
     struct tvm_recipe_ref base;        /* of this slice; line 0: global */
@@ -74,11 +91,20 @@ struct tvm_recipe_vocab {
     unsigned chat_line, chat_col;
 };
 
+/* Of a file of several documents each is a recipe; the first one owns path and
+ * text, and the others by `next`. */
 struct tvm_recipe {
     char *path; /* as given */
     char *text; /* the file's bytes, NUL-terminated */
     size_t n_text;
     struct tvm_arena arena;
+    struct tvm_recipe *next;
+    bool is_first;
+    unsigned line;              /* where the document begins */
+    struct tvm_recipe_ref name; /* of a document that others refer to */
+    struct tvm_recipe **needs;  /* [n_needs] documents it refers to */
+    size_t n_needs;
+    bool seen;                       /* while these are followed */
     const struct tvm_method *method; /* after a typing mistake the likely one;
                                         NULL: unknown */
     struct tvm_method_info info;
@@ -93,8 +119,18 @@ struct tvm_recipe {
     bool whole_models; /* written as `models:` */
     struct tvm_recipe_slice *slices;
     size_t n_slices;
+    struct tvm_recipe_module *modules; /* of `modules:` */
+    size_t n_modules;
     struct tvm_recipe_vocab vocab;
+    const struct tvm_recipe_override *overrides;
     bool mergekit_syntax; /* mergekit itself could read it */
 };
+
+/* What a recipe says of the class of a model, NULL: nothing. */
+const struct tvm_recipe_override *
+tvm_recipe_override_of(const struct tvm_recipe *r, const char *ref);
+
+/* Does a model reference mean the document of this name? */
+bool tvm_recipe_means(const char *ref, const char *name);
 
 #endif

@@ -45,7 +45,8 @@ struct tree {
     struct anchor *anchors;
     size_t n_anchors;
     size_t n_nodes;
-    struct tvm_node *root;
+    struct tvm_node *root, *last_root;
+    unsigned n_docs;
     bool stop; /* a problem was reported */
     bool oom;
 };
@@ -120,7 +121,14 @@ static void anchor_add(struct tree *t, const char *name,
 static void attach(struct tree *t, struct tvm_node *node)
 {
     if (t->n_frames == 0) {
-        t->root = node;
+        /* "---" at the end of a file begins a document of nothing. */
+        if (t->n_docs > 1 && tvm_node_is_null(node))
+            return;
+        if (t->last_root == NULL)
+            t->root = node;
+        else
+            t->last_root->next = node;
+        t->last_root = node;
         return;
     }
     struct frame *const f = &t->frames[t->n_frames - 1];
@@ -409,15 +417,15 @@ static void on_close(struct tree *t)
     attach(t, node);
 }
 
-static void on_event(struct tree *t, const yaml_event_t *e, unsigned *n_docs)
+static void on_event(struct tree *t, const yaml_event_t *e)
 {
     switch (e->type) {
     case YAML_DOCUMENT_START_EVENT:
-        if (++*n_docs > 1)
-            fail_at(t, TV_E_UNSUPPORTED, mark_line(&e->start_mark),
+        t->n_anchors = 0; /* they end with their document */
+        if (++t->n_docs > TVM_YAML_DOCS_MAX)
+            fail_at(t, TV_E_USAGE, mark_line(&e->start_mark),
                     mark_col(&e->start_mark),
-                    "several documents in one recipe are not supported yet; "
-                    "write one recipe per file");
+                    "too many documents: a file holds at most 64");
         break;
     case YAML_SCALAR_EVENT:
         on_scalar(t, e);
@@ -449,7 +457,6 @@ enum tv_err tvm_yaml_parse(const char *path, const char *data, size_t n,
 {
     struct tree *t = NULL;
     yaml_parser_t parser;
-    unsigned n_docs = 0;
     bool done = false;
     enum tv_err rc = TV_OK;
 
@@ -499,7 +506,7 @@ enum tv_err tvm_yaml_parse(const char *path, const char *data, size_t n,
             break;
         }
         done = e.type == YAML_STREAM_END_EVENT;
-        on_event(t, &e, &n_docs);
+        on_event(t, &e);
         yaml_event_delete(&e);
     }
     if (t->oom)

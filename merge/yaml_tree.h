@@ -20,6 +20,7 @@
     100000u /* aliases counted as what they stand for                          \
              */
 #define TVM_YAML_ANCHORS_MAX 1000u
+#define TVM_YAML_DOCS_MAX    64u
 
 enum tvm_node_kind { TVM_NODE_SCALAR = 0, TVM_NODE_LIST = 1, TVM_NODE_MAP = 2 };
 
@@ -38,8 +39,9 @@ struct tvm_node {
     unsigned depth;               /* levels of the subtree, 1 for a scalar */
 };
 
-/* Parses one document. Syntax problems go into `problems` as `path:l:c`; *out
- * is NULL then and TV_OK is returned. Fails only for lack of memory. */
+/* Parses a file; of several documents the roots are each other's `next`. Syntax
+ * problems go into `problems` as `path:l:c`; *out is NULL then and TV_OK is
+ * returned. Fails only for lack of memory. */
 TV_NODISCARD enum tv_err tvm_yaml_parse(const char *path, const char *data,
                                         size_t n, struct tvm_arena *arena,
                                         struct tvm_problems *problems,

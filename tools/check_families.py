@@ -288,6 +288,25 @@ def ties(tvmerge, root, cls, name, said):
             said.append(f"ties {model}: the config says otherwise")
 
 
+# Modules that are stacked: [0, 2) of a, then [1, 2) of b. The rest is copied.
+STACKED = {"llava": ["text_decoder"], "t5": ["decoder"],
+           "t5-gated": ["encoder"], "whisper": ["encoder", "decoder"]}
+
+
+def modules(tvmerge, root, name, cls):
+    slices = [{"sources": [{"model": "a", "layer_range": [0, 2]}]},
+              {"sources": [{"model": "b", "layer_range": [1, 2]}]}]
+    r = run(tvmerge, root, {
+        "merge_method": "passthrough",
+        "modules": {m: {"slices": slices} for m in STACKED[name]}}, "mod")
+    if r.returncode:
+        return [f"modules: exit {r.returncode}: {r.stderr.strip()[:300]}"]
+    m, bad = loads(cls, os.path.join(root, "mod"))
+    if bad:
+        return [f"modules: loads with {str(bad)[:300]}"]
+    return [] if finite(m, name) else ["modules: logits are not finite"]
+
+
 def one(tvmerge, name):
     said = []
     with tempfile.TemporaryDirectory() as root:
@@ -309,6 +328,8 @@ def one(tvmerge, name):
             said.append(f"loads with {bad}")
         if not finite(m, name):
             said.append("logits are not finite")
+        if name in STACKED:
+            said += modules(tvmerge, root, name, cls)
         if not is_causal(name) and name != "llava":
             return said
         r = run(tvmerge, root, stack("a", "b"), "st")

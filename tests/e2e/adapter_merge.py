@@ -11,6 +11,7 @@ and inputs that cannot be merged.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -287,10 +288,46 @@ def wrong():
     no(5, "--memory", "svd", INPUTS, options=["--memory", "1KiB"])
 
 
+def warned():
+    """What nothing reads is said, with its place and what was meant."""
+    def warns(place, words, method, more="", options=(), **p):
+        extra = "".join(f", {k}: {v}" for k, v in p.items())
+        text = (f"merge_method: {method}\nmodels:\n" + "".join(
+            f"- model: {d}\n  parameters: {{{w}{extra}}}\n"
+            for d, w in ((SRC["plain"], "weight: 1"),
+                         (SRC["rslora"], "weight: 1"))) + more)
+        with open("r.yml", "w") as f:
+            f.write(text)
+        plan = run_json(TVMERGE, "plan", "r.yml", "--json", *options)
+        found = [x["message"] for x in plan["problems"]
+                 if x["where"] == place and x["severity"] == "warning"]
+        check(len(found) == 1 and all(w in found[0] for w in words),
+              f"{method} at {place}: {plan['problems']}")
+        r = run(TVMERGE, "run", "r.yml", "warned", *options, code=0)
+        check(r.stderr.count(place) == 1, f"run says it once: {r.stderr}")
+        shutil.rmtree("warned")
+
+    at = f"- model: {SRC['plain']}\n  parameters: {{weight: 1, "
+    col = len(at.split("\n")[1]) + 1
+    warns(f"r.yml:4:{col}", ["'wieght'", "'weight'"], "cat", wieght=2)
+    warns(f"r.yml:4:{col}", ["'density'"], "svd", density=0.5)
+    warns("r.yml:7:1", ["'ranks'", "'rank'"], "svd", "ranks: 3\n")
+    warns("r.yml:7:14", ["'density'"], "cat", "parameters: {density: 0.5}\n")
+    warns(f"r.yml:4:{col}", ["'densty'", "'density'"], "ties", densty=0.5)
+    warns("r.yml:7:14", ["'lamda'", "'lambda'"], "ties",
+          "parameters: {lamda: 0.5}\n")
+    warns("r.yml:7:1", ["'merge_metod'", "'merge_method'"], "linear",
+          "merge_metod: 3\n")
+    warns("r.yml:7:28", ["unknown parameter 'sign'"], "ties_svd",
+          "parameters: {density: 0.5, sign: total}\n",
+          ["--compat", "peft"])
+
+
 os.chdir(temp())
 exact()
 peft()
 again()
 killed()
 wrong()
+warned()
 finish("adapter_merge")

@@ -14,6 +14,7 @@
 #include "tmpdir.h"
 #include "tv/alloc.h"
 #include "tv/merge.h"
+#include "tv/stages.h"
 #include "tv/text.h"
 
 #define RECIPE_BYTES_MAX (1u << 20)
@@ -55,6 +56,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct tvm_problems problems;
     struct tvm_options options;
     struct tvm_plan *plan = NULL;
+    struct tvm_stages *stages = NULL;
     tvm_recipe *recipe = NULL;
     struct tv_error err;
     struct tv_buf b;
@@ -79,8 +81,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     const enum tv_err rc = tvm_recipe_load(path, &problems, &err, &recipe);
     FUZZ_CHECK(rc == TV_OK || problems.n_errors > 0 || err.msg[0] != '\0');
     FUZZ_CHECK(rc != TV_OK || recipe != NULL);
-    if (recipe != NULL &&
-        tvm_plan_make(recipe, &options, &problems, &err, &plan) != TV_OK)
+    if (recipe != NULL && tvm_recipe_next(recipe) != NULL) {
+        if (tvm_stages_make(recipe, &options, NULL, &problems, &err, &stages) !=
+            TV_OK)
+            FUZZ_CHECK(err.msg[0] != '\0');
+        tvm_stages_free(stages);
+    } else if (recipe != NULL &&
+               tvm_plan_make(recipe, &options, &problems, &err, &plan) != TV_OK)
         FUZZ_CHECK(err.msg[0] != '\0');
     for (size_t i = 0; i < problems.n; i++)
         FUZZ_CHECK(problems.items[i].message[0] != '\0');

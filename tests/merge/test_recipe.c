@@ -274,10 +274,10 @@ static void test_dtypes(void **state)
             "did you mean 'bfloat16'?");
     refused(HEAD AB "out_dtype: float61\n", TV_E_USAGE, "7:12",
             "unknown dtype 'float61'");
-    refused(HEAD AB "dtype: float64\n", TV_E_UNSUPPORTED, "7:8",
-            "float64 is not supported");
+    accepted(HEAD AB "dtype: float64\n", 1);
+    accepted(HEAD AB "dtype: torch.float64\nout_dtype: float16\n", 0);
     refused(HEAD AB "dtype: torch.int64\n", TV_E_UNSUPPORTED, "7:8",
-            "int64 is not supported");
+            "whole number");
     refused(HEAD AB "dtype: [float32]\n", TV_E_USAGE, "7:8", "a dtype is");
     accepted(HEAD AB "dtype: torch.float16\n", 0);
 }
@@ -290,12 +290,41 @@ static void test_later(void **state)
     accepted(HEAD AB "chat_template: auto\n", 0);
     refused(HEAD AB "chat_template: auto1\n", TV_E_USAGE, "7:16",
             "did you mean");
-    refused(HEAD "modules:\n  text_decoder:\n    models: []\n",
-            TV_E_UNSUPPORTED, "2:1", "later version");
-    refused(HEAD AB "---\n" HEAD AB, TV_E_UNSUPPORTED, "7:1",
-            "one recipe per file");
-    refused(HEAD "models:\n- model: {model: a, override_architecture: X}\n",
-            TV_E_UNSUPPORTED, "3:21", "override_architecture");
+    accepted(HEAD "modules:\n  text_decoder:\n    models:\n    - {model: a, "
+                  "parameters: {weight: 1}}\n",
+             0);
+    refused(HEAD "modules:\n  text_decoder:\n    models: []\n", TV_E_USAGE,
+            "4:13", "must be a list");
+    accepted(HEAD "models:\n- model: {model: a, override_architecture: X}\n"
+                  "  parameters: {weight: 1}\n",
+             0);
+    refused(HEAD "models:\n- model: {model: a, override_architecture: [X]}\n",
+            TV_E_USAGE, "3:44", "must be a name");
+}
+
+static void test_documents(void **state)
+{
+    struct loaded l;
+    (void)state;
+    load(&l, "name: one\n" HEAD AB "---\n" HEAD
+             "models: [{model: one+x, parameters: {weight: 1}}]\n---\n");
+    assert_int_equal(l.rc, TV_OK);
+    assert_int_equal(l.problems.n, 0);
+    assert_non_null(tvm_recipe_next(l.r));
+    assert_null(tvm_recipe_next(tvm_recipe_next(l.r)));
+    unload(&l);
+    /* An anchor ends with its document. */
+    refused("name: one\nx: &x 1\n" HEAD AB "---\n" HEAD AB "y: *x\n",
+            TV_E_USAGE, "16:4", "unknown anchor");
+    refused(HEAD AB "---\n" HEAD AB, TV_E_USAGE, "8:1", "no 'name'");
+    refused("name: one\n" HEAD AB "---\nname: one\n" HEAD AB, TV_E_USAGE, "9:7",
+            "two documents");
+    refused("name: a\n" HEAD "models: [{model: a, parameters: {weight: 1}}]\n"
+            "---\n" HEAD AB,
+            TV_E_USAGE, "1:7", "its own result");
+    refused("name: .a\n" HEAD AB "---\n" HEAD AB, TV_E_USAGE, "1:7", "letters");
+    refused("name: one\noutput: adapter\n" HEAD AB "---\n" HEAD AB,
+            TV_E_UNSUPPORTED, "2:1", "adapters");
 }
 
 static void test_structure(void **state)
@@ -664,25 +693,16 @@ static void test_load_as_many(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_load_as),
-        cmocka_unit_test(test_load_as_many),
-        cmocka_unit_test(test_forms),
-        cmocka_unit_test(test_yaml_1_1),
-        cmocka_unit_test(test_settings),
-        cmocka_unit_test(test_unknown_keys),
-        cmocka_unit_test(test_methods),
-        cmocka_unit_test(test_dtypes),
-        cmocka_unit_test(test_later),
-        cmocka_unit_test(test_structure),
-        cmocka_unit_test(test_ranges),
-        cmocka_unit_test(test_syntax),
-        cmocka_unit_test(test_aliases),
-        cmocka_unit_test(test_bombs),
-        cmocka_unit_test(test_all_at_once),
-        cmocka_unit_test(test_given_out),
-        cmocka_unit_test(test_missing_file),
-        cmocka_unit_test(test_text),
-        cmocka_unit_test(test_problem_order),
+        cmocka_unit_test(test_load_as),   cmocka_unit_test(test_load_as_many),
+        cmocka_unit_test(test_forms),     cmocka_unit_test(test_yaml_1_1),
+        cmocka_unit_test(test_settings),  cmocka_unit_test(test_unknown_keys),
+        cmocka_unit_test(test_methods),   cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_later),     cmocka_unit_test(test_documents),
+        cmocka_unit_test(test_structure), cmocka_unit_test(test_ranges),
+        cmocka_unit_test(test_syntax),    cmocka_unit_test(test_aliases),
+        cmocka_unit_test(test_bombs),     cmocka_unit_test(test_all_at_once),
+        cmocka_unit_test(test_given_out), cmocka_unit_test(test_missing_file),
+        cmocka_unit_test(test_text),      cmocka_unit_test(test_problem_order),
         cmocka_unit_test(test_no_memory),
     };
     return cmocka_run_group_tests_name("recipe", tests, setup, teardown);

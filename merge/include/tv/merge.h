@@ -35,6 +35,10 @@ struct tvm_problem {
     char *where;      /* "recipe.yml:3:7", tensor or file name; may be "" */
     char *message;
     bool is_note; /* of warnings: for who plans, nothing to act on */
+    /* Of what a method finds in a tensor: the parameter, and the source whose
+     * (SIZE_MAX: shared), so that the planner can name its place. */
+    bool of_param;
+    size_t param, source;
 };
 struct tvm_problems {
     struct tvm_problem *items;
@@ -71,7 +75,11 @@ struct tvm_param {
     double fallback; /* default; bools 0/1, choices their index */
     const char *help;
     const char *const *choices; /* TVM_CHOICE: names, NULL at the end */
+    bool has_min, has_max;      /* bounds of what a recipe may say, inclusive */
+    double min, max;
 };
+#define TVM_FROM(a)      .has_min = true, .min = (a)
+#define TVM_WITHIN(a, b) TVM_FROM(a), .has_max = true, .max = (b)
 
 struct tvm_method; /* merge/method.h */
 size_t tvm_method_count(void);
@@ -108,7 +116,9 @@ TV_NODISCARD enum tv_err
 tvm_recipe_load_as(const char *path, const char *method, const char *sparsify,
                    struct tvm_problems *problems, struct tv_error *err,
                    tvm_recipe **out);
-void tvm_recipe_free(tvm_recipe *r);
+void tvm_recipe_free(tvm_recipe *r); /* with those behind it */
+/* The next document of the file (stages.h), NULL: there is none. */
+tvm_recipe *tvm_recipe_next(const tvm_recipe *r);
 /* The file's bytes, borrowed. */
 const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 
@@ -145,6 +155,15 @@ struct tvm_options {
     bool keep_statistics;     /* --keep-statistics: in the store */
     enum tv_dtype lora_dtype; /* with it: what adapters are merged into;
                                * TV_DTYPE_NONE: the model's own */
+    const struct tvm_stage_ref *stages; /* [n_stages] names of results */
+    size_t n_stages;
+};
+/* The result of another merge, as a model reference. It is known by that
+ * merge's plan, not by the files, so that a plan does not change when they are
+ * made anew. */
+struct tvm_stage_ref {
+    const char *name, *dir;
+    struct tv_hash plan_hash;
 };
 void tvm_options_init(struct tvm_options *o);
 

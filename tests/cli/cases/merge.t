@@ -45,7 +45,7 @@ $ tvmerge --cuda --lazy-unpickle --lora-merge-cache c --low-cpu-memory r.yml out
 2> tvmerge: note: --cuda: <*>
 2> ...
 2> result in out3
-$ tvmerge r.yml out3b -q --transformers-cache c --read-to-gpu --multi-gpu --gpu-rich --no-async-write --write-threads 2 --clone-tensors --safe-serialization --num-threads 2 --lora-merge-dtype torch.float32 --no-cuda && tvstore diff s out3b out
+$ tvmerge r.yml out3b -q --transformers-cache c --read-to-gpu --multi-gpu --gpu-rich --no-async-write --write-threads 2 --clone-tensors --safe-serialization --num-threads 2 --lora-merge-dtype torch.float32 --no-cuda --no-quiet && tvstore diff s out3b out
 38 tensors, all equal
 $ tvmerge r.yml out4 -q --no-copy-tokenizer --no-write-model-card --out-shard-size 1MB && ls out4
 config.json

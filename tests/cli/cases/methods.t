@@ -13,7 +13,7 @@ base model: required
 <>
 PARAMETER <*>
 ...
-density <*>non_base  float   1  <*>
+density <*>non_base  float   1  <*>0 to 1  <*>
 ...
 $ tvmerge methods dare-ties
 2> tvmerge: error: unknown method 'dare-ties'
