@@ -96,6 +96,7 @@ struct shown {
     const char *model;
     json_t *list;
     struct tvc_table table;
+    bool any; /* rows */
 };
 
 static void on_calibrating(void *arg, const char *model, uint64_t done,
@@ -131,6 +132,7 @@ static void on_layer(void *arg, const struct tvm_layer_error *e)
     tvc_table_cell(&s->table, "%s", e->name);
     tvc_table_cell(&s->table, "%s", e->donor);
     tvc_table_cell(&s->table, "%g", e->density);
+    s->any = true;
     tvc_table_cell(&s->table, "%s", e->method);
     tvc_table_cell(&s->table, "%.6g", e->error);
     tvc_table_cell(&s->table, "%.4f", e->relative);
@@ -171,6 +173,8 @@ static int run(struct tvc *c)
         tvc_out_json(&c->out, json_pack("{s:s, s:o}", "schema",
                                         "tvmerge.layers/1", "layers", s.list));
         s.list = NULL;
+    } else if (!c->out.json && !s.any) {
+        tvc_table_free(&s.table); /* an error, and nothing to show beside it */
     } else if (!c->out.json) {
         struct tv_error unused;
         const enum tv_err shown =

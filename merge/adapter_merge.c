@@ -166,7 +166,7 @@ static void read_rank(struct tvm_adapters *a, const struct tvm_node *root)
     if (tvm_node_is_null(v))
         return;
     if (!tvm_node_number(v, &x) || x < 1 || x > RANK_MAX || x != floor(x))
-        problem(a, v, TV_E_USAGE, "'rank' must be an integer from 1 on");
+        problem(a, v, TV_E_USAGE, "'rank' must be an integer from 1 to 65536");
     else
         a->rank = (uint64_t)x;
 }

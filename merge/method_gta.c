@@ -213,20 +213,12 @@ static void check_statistics(const struct tvm_tensor *t,
 {
     if (!by_statistics(t))
         return;
-    const double damping = tvm_shared(t, GTA_DAMPING);
-    const double steps = tvm_shared(t, GTA_CG_STEPS);
     const double correct = tvm_shared(t, GTA_CORRECT);
 
     if (detail_of(t)->mergekit)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
                         "--compat mergekit: mergekit has no sparsify: %s",
                         gta_sparsifiers[(size_t)tvm_shared(t, GTA_SPARSIFY)]);
-    if (!(damping > 0.0) || damping > 1e3)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "damping must be above 0 and at most 1000");
-    if (!(steps >= 1.0) || steps > 1000.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "cg_steps must be from 1 to 1000");
     if (sparsify_of(t) == GTA_IMPORTANCE &&
         (correct == 1.0 + TVM_CORRECT_OBS ||
          correct == 1.0 + TVM_CORRECT_OBS_CG))

@@ -167,6 +167,7 @@ extern const struct tvm_surveyor gta_surveyor;
                      .type = TVM_FLOAT,                                        \
                      .has_default = true,                                      \
                      .fallback = 0.01,                                         \
+                     TVM_WITHIN(1e-12, 1e3),                                   \
                      .help = "part of the mean of the diagonal of X^T X "      \
                              "that is added to it"},                           \
     [GTA_CG_STEPS] = {.name = "cg_steps",                                      \
@@ -174,6 +175,7 @@ extern const struct tvm_surveyor gta_surveyor;
                       .type = TVM_INT,                                         \
                       .has_default = true,                                     \
                       .fallback = 3.0,                                         \
+                      TVM_WITHIN(1.0, 1e3),                                    \
                       .help = "steps of error_correction: cg"},                \
     [GTA_OTHERS] = {.name = "others",                                          \
                     .scope = TVM_SHARED,                                       \

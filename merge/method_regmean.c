@@ -39,12 +39,14 @@ static const struct tvm_param params[N_PARAMS] = {
                         .type = TVM_FLOAT,
                         .has_default = true,
                         .fallback = 0.9,
+                        TVM_WITHIN(0.0, 1.0),
                         .help = "factor of what two inputs have in common"},
     [P_REGULARIZATION] = {.name = "regularization",
                           .scope = TVM_SHARED,
                           .type = TVM_FLOAT,
                           .has_default = true,
                           .fallback = 1e-8,
+                          TVM_FROM(1e-12),
                           .help = "pull towards the mean of task vectors"},
 };
 
@@ -82,17 +84,9 @@ static size_t lay_out(const struct tvm_job *job, void *base,
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
-    const double r = tvm_shared(t, P_REGULARIZATION);
-    const double off = tvm_shared(t, P_NON_DIAGONAL);
     double sum = 0.0;
 
     tvm_matrix_check(t, problems);
-    if (!(r >= 1e-12))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "regularization must be at least 1e-12");
-    if (!(off >= 0.0 && off <= 1.0))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "non_diagonal must be from 0 to 1");
     for (size_t s = 0; s < t->n_sources; s++) {
         if ((int)s == t->base)
             continue;

@@ -45,6 +45,7 @@ static const struct tvm_param params[N_PARAMS] = {
                           .type = TVM_FLOAT,
                           .has_default = true,
                           .fallback = 0.01,
+                          TVM_FROM(1e-10),
                           .help = "pull towards the sum of task vectors"},
 };
 
@@ -92,14 +93,6 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     }
     st->panels = tvm_carve(&c, job->n_workers * st->each, sizeof(double));
     return c.used;
-}
-
-static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
-{
-    tvm_matrix_check(t, problems);
-    if (!(tvm_shared(t, P_REGULARIZATION) >= 1e-10))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "regularization must be at least 1e-10");
 }
 
 static size_t state_bytes(const struct tvm_job *job)
@@ -348,7 +341,7 @@ const struct tvm_method tvm_method_wudi = {
     .max_donors = TVK_DONORS_MAX,
     .params = params,
     .n_params = N_PARAMS,
-    .check = check,
+    .check = tvm_matrix_check,
     .fold = tvm_matrix_fold,
     .state_bytes = state_bytes,
     .next_phase = next_phase,

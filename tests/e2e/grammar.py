@@ -59,6 +59,8 @@ WRONG = {  # method: parameters that no tensor may have
     "ram": {"epsilon": ("-1e-5",)},
     "ramplus_tl": {"epsilon": ("-1",), "alpha": ("-0.2",)},
     "nearswap": {"t": ("-0.001",)},
+    "task_arithmetic": {"damping": ("0", "1001"), "cg_steps": ("0", "1001")},
+    "wudi": {"regularization": ("0",)},
     "consensus": {"agree": ("-1",), "mask_lambda": ("-0.4",)},
 }
 
