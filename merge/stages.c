@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "recipe.h"
+#include "state.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/sys.h"
@@ -392,7 +393,8 @@ static void warn_unused(struct tvm_stages *s, struct tvm_problems *problems)
             for (size_t j = 0; j < st->recipes[k]->n_needs; j++)
                 used = used || st->recipes[k]->needs[j] == st->recipes[i];
         }
-        if (!used)
+        /* One without a name was reported. */
+        if (!used && name->text != NULL)
             tvm_problem_add(problems, false, TV_OK,
                             tvm_where(where, sizeof(where),
                                       st->recipes[i]->path, name->line,
@@ -514,6 +516,33 @@ static bool is_ours(const char *dir)
            status.state != TVM_ABSENT;
 }
 
+/* Removes a stage at once: under its name there is all of it or nothing, or
+ * whoever comes after a kill would plan with half of it. A name with a dot in
+ * front is no stage's. */
+static enum tv_err remove_stage(const struct tvm_stages *s, size_t i,
+                                struct tv_error *err)
+{
+    const char *const dir = s->items[i].dir;
+    char *const gone =
+        tv_asprintf("%s/.%s.gone", storage_of(s)->dir, s->items[i].name);
+    enum tv_err rc = TV_OK;
+
+    if (gone == NULL)
+        return no_memory(err);
+    if (tv_path_exists(gone)) /* left by a kill */
+        TV_TRY(tv_dir_remove(gone, err));
+    if (!is_ours(dir))
+        goto out;
+    if (tv_sys()->rename(dir, gone) != 0) {
+        rc = tv_error_sys(err, errno, "cannot remove %s", dir);
+        goto out;
+    }
+    TV_TRY(tv_dir_remove(gone, err));
+out:
+    tv_free(gone);
+    return rc;
+}
+
 /* Stages that nobody needs from here on go. */
 static enum tv_err remove_used(struct tvm_stages *s, size_t done,
                                struct tv_error *err)
@@ -524,8 +553,8 @@ static enum tv_err remove_used(struct tvm_stages *s, size_t done,
     if (st->keep || st->dir == NULL)
         return TV_OK;
     for (size_t i = 0; i < done; i++) {
-        if (last_user(s, i) <= done && is_ours(s->items[i].dir))
-            TV_TRY(tv_dir_remove(s->items[i].dir, err));
+        if (last_user(s, i) <= done)
+            TV_TRY(remove_stage(s, i, err));
     }
     /* Empty after the last one; what is not ours in it stays. */
     if (is_output(s, done))
@@ -534,13 +563,61 @@ out:
     return rc;
 }
 
+/* What another merge in the output directory differs in. */
+static const char *difference(const char *dir, const struct tvm_plan *p,
+                              char *why, size_t cap)
+{
+    char *const path = tv_path_join(dir, "tvmerge.json");
+    struct tvm_record record = {.n_files = 0};
+    char *text = NULL;
+    size_t n = 0;
+    const char *said = "recipe, inputs or options have changed";
+
+    if (path != NULL &&
+        tv_file_read(path, 1u << 30, NULL, &text, &n) == TV_OK &&
+        tvm_record_parse(text, n, &record, NULL) == TV_OK)
+        said = tvm_identity_difference(record.identity, p->identity, why, cap);
+    tvm_record_free(&record);
+    tv_free(text);
+    tv_free(path);
+    return said;
+}
+
+/* An output directory with another merge is refused before the stages are
+ * made, not behind them. */
+static enum tv_err check_output(const struct tvm_stages *s,
+                                struct tv_error *err)
+{
+    const struct tvm_options *const o = &storage_of(s)->options;
+    const struct tvm_plan *const p = s->items[s->n - 1].plan;
+    struct tvm_status status;
+    char why[512];
+
+    if (o->out_dir == NULL || o->into != NULL || o->force || p == NULL ||
+        tvm_status(o->out_dir, &status, NULL) != TV_OK ||
+        status.state == TVM_ABSENT ||
+        (status.plan_hash.lo == 0 && status.plan_hash.hi == 0) ||
+        (status.plan_hash.lo == p->hash.lo &&
+         status.plan_hash.hi == p->hash.hi))
+        return TV_OK;
+    (void)tv_error_set(err, TV_E_CHANGED, "%s holds %s: %s", o->out_dir,
+                       status.state == TVM_FINISHED
+                           ? "the result of another merge"
+                           : "an unfinished merge of another plan",
+                       difference(o->out_dir, p, why, sizeof(why)));
+    tv_error_hint(err, "--force replaces it");
+    return TV_E_CHANGED;
+}
+
 enum tv_err tvm_stages_run(struct tvm_stages *s, size_t i,
                            const struct tvm_run_hooks *hooks,
                            struct tv_error *err)
 {
     struct tvm_stage *const one = &s->items[i];
-    enum tv_err rc = TV_OK;
+    enum tv_err rc = i == 0 ? check_output(s, err) : TV_OK;
 
+    if (rc != TV_OK)
+        return rc;
     /* The output is asked even when it is there: it says so. */
     if (one->needed && !is_output(s, i))
         TV_TRY(tv_dir_make(storage_of(s)->dir, err));

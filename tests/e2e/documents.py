@@ -240,6 +240,18 @@ def wrong():
     check(r.returncode == 4 and os.path.exists("out.stages/second/mine"),
           f"{r.returncode}: {r.stderr[-300:]}")
     shutil.rmtree("out.stages")
+    # Another merge in OUT is refused before any stage is made.
+    run(TVMERGE, "run", "all.yml", "out", code=0)
+    write("all.yml", DOCS["first"].replace("0.5", "0.4", 1),
+          *list(DOCS.values())[1:])
+    r = run(TVMERGE, "run", "all.yml", "out")
+    check(r.returncode == 4 and not os.path.exists("out.stages"),
+          f"changed: {r.returncode}: {r.stderr[-300:]}")
+    shutil.rmtree("out")
+    # Two without a name: said once, without a warning about no name.
+    write("all.yml", DOCS[""], DOCS[""])
+    r = run(TVMERGE, "plan", "all.yml")
+    check(r.returncode == 2 and "(null)" not in r.stderr, r.stderr[-300:])
 
 
 def main():
