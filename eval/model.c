@@ -407,6 +407,7 @@ static enum tv_err describe(struct tve_model *m, struct tv_error *err)
         names[i] = (struct tv_arch_name){t->name, t->rank, t->shape};
     }
     TV_TRY(tv_arch_describe(config, n_config, names, n, err, &m->arch));
+    TV_TRY(tv_arch_check_plain(m->arch, tv_input_label(m->in), err));
     TV_TRY(tve_spec_load(config, n_config, m->arch, &m->spec, err));
 out:
     if (rc != TV_OK)

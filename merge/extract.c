@@ -113,6 +113,7 @@ static enum tv_err side_open(struct side *s, const char *text, tv_store *store,
                               err));
     TV_TRY(tv_arch_describe(found ? config : NULL, n_config, names, n, err,
                             &s->arch));
+    TV_TRY(tv_arch_check_plain(s->arch, text, err));
 out:
     tv_free(config);
     tv_free(names);

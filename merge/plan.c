@@ -874,8 +874,8 @@ static enum tv_err make(struct planner *pl)
     enum tv_err rc = TV_OK;
 
     TV_TRY(add_inputs(pl));
-    TV_TRY(plan_inputs_agree(pl));
     choose_donor(pl);
+    TV_TRY(plan_inputs_agree(pl));
     TV_TRY(make_slices(pl));
     TV_TRY(check_out_place(pl));
     check_required(pl);
@@ -887,6 +887,7 @@ static enum tv_err make(struct planner *pl)
     TV_TRY(plan_vocab_make(pl));
     TV_TRY(plan_calibration_find(pl));
     TV_TRY(plan_tensors_make(pl));
+    plan_quantized_check(pl);
     if (pl->oom)
         goto out;
     TV_TRY(plan_calibration_make(pl));

@@ -598,6 +598,79 @@ static bool same_class(const struct tv_arch *a, const struct tv_arch *b)
     return strcmp(a->family, b->family) == 0;
 }
 
+/* ---- quantised weights ----------------------------------------------------
+ *
+ * They can be copied as they are (layers stacked), and nothing else. */
+
+static void report_quantized(struct planner *pl, size_t input)
+{
+    const struct tvm_plan_input *const in = &pl->plan->inputs[input];
+    struct tv_error e;
+    tv_error_clear(&e);
+    if (tv_arch_check_plain(in->arch, in->ref, &e) != TV_OK)
+        report_open(pl, pl->refs[input].where, &e);
+}
+
+/* True when that is an error for this recipe, reported. */
+static bool refuse_quantized(struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    const bool copies = pl->r->method != NULL &&
+                        strcmp(pl->r->method->name, "passthrough") == 0;
+    const char *first = NULL;
+    bool any = false;
+    bool mixed = false;
+
+    for (size_t i = 0; i < plan->n_inputs; i++) {
+        const char *how = NULL;
+        if (!pl->refs[i].usable)
+            continue;
+        how = plan->inputs[i].arch->quantized;
+        any = any || how != NULL;
+        how = how == NULL ? "" : how;
+        mixed = mixed || (first != NULL && strcmp(first, how) != 0);
+        first = how;
+    }
+    if (!any || (copies && !mixed))
+        return false;
+    for (size_t i = 0; i < plan->n_inputs; i++) {
+        if (pl->refs[i].usable && plan->inputs[i].arch->quantized != NULL)
+            report_quantized(pl, i);
+    }
+    return true;
+}
+
+void plan_quantized_check(struct planner *pl)
+{
+    for (size_t i = 0; i < pl->plan->n_tensors; i++) {
+        const struct tvm_tensor *const t = &pl->plan->tensors[i];
+        const struct tvm_source *const s =
+            t->n_sources == 0 ? NULL : &t->sources[0];
+        if (s == NULL || pl->plan->inputs[s->input].arch->quantized == NULL ||
+            (t->action == TVM_COPY && t->method != NULL &&
+             t->method->fold != NULL && t->method->fold(t) >= 0))
+            continue;
+        report_quantized(pl, s->input);
+        plan_report(pl, "more than a copy", 3, true, TV_E_INPUT, t->name,
+                    "quantised weights can only be copied, but this tensor "
+                    "would be scaled, converted or put in another order");
+    }
+}
+
+/* A language model alone, for the text module of a larger one: modules are put
+ * together one by one then, and its names are those of that module. */
+static bool is_text_for(const struct planner *pl, size_t input)
+{
+    const struct tv_arch *const a = pl->plan->inputs[input].arch;
+    const struct tv_arch *d = NULL;
+    if (pl->r->n_modules == 0 || input == pl->st->donor ||
+        !pl->refs[pl->st->donor].usable)
+        return false;
+    d = pl->plan->inputs[pl->st->donor].arch;
+    return d->n_modules > 1 && d->modules[0].is_main && a->n_modules == 1 &&
+           !d->inferred && !a->inferred && strcmp(d->family, a->family) == 0;
+}
+
 enum tv_err plan_inputs_agree(struct planner *pl)
 {
     const struct tvm_plan *const plan = pl->plan;
@@ -606,11 +679,13 @@ enum tv_err plan_inputs_agree(struct planner *pl)
     bool classes_differ = false;
     enum tv_err rc = TV_OK;
 
-    pl->agree = true;
+    pl->agree = !refuse_quantized(pl);
+    if (!pl->agree)
+        return TV_OK;
     tv_buf_init(&list, 1u << 16);
     for (size_t i = 0; i < plan->n_inputs; i++) {
         const struct tv_arch *const b = plan->inputs[i].arch;
-        if (!pl->refs[i].usable)
+        if (!pl->refs[i].usable || is_text_for(pl, i))
             continue;
         tv_buf_fmt(&list, "%s'%s' is %s", list.n_bytes == 0 ? "" : ", ",
                    plan->inputs[i].ref, arch_label(b));

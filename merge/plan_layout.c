@@ -381,6 +381,12 @@ static enum tv_err convert_layer(struct convert *c)
         refuse(c, "the layer has tensors of several layouts");
         return TV_OK;
     }
+    if (tv_expert_packed(have) != tv_expert_packed(c->want) &&
+        tv_expert_in_first(c->pl->plan->inputs[c->input].arch)) {
+        refuse(c, "this architecture packs them transposed, [experts, in, "
+                  "out]; save both models in one layout");
+        return TV_OK;
+    }
     const size_t before = ref->n_made;
     for (size_t i = 0; i < c->n; i++) {
         if (c->pieces[i].e.part == TV_EXPERT_ROUTER)

@@ -76,7 +76,11 @@ const struct tv_arch_module *plan_module_of(const struct tv_arch *a,
         if (strcmp(a->modules[i].name, name) == 0)
             return &a->modules[i];
     }
-    return NULL;
+    /* A language model alone is the text module of a larger one. */
+    return a->n_modules == 1 && a->modules[0].name[0] == '\0' &&
+                   strcmp(name, "text_decoder") == 0
+               ? &a->modules[0]
+               : NULL;
 }
 
 static const char *module_list(struct planner *pl, const struct tv_arch *a)
@@ -223,7 +227,7 @@ bool plan_in_slice(const struct plan_slice *s, const struct tv_arch *a,
                    const struct tv_arch_tensor *t)
 {
     return s->module == NULL ||
-           strcmp(a->modules[t->module].name, s->module) == 0;
+           plan_module_of(a, s->module) == &a->modules[t->module];
 }
 
 int64_t plan_slice_depth(const struct plan_slice *s, const struct tv_arch *a)

@@ -146,6 +146,8 @@ TV_NODISCARD enum tv_err plan_input_add(struct planner *pl,
                                         size_t *index);
 /* Do all usable inputs describe the same architecture? Sets pl->agree. */
 TV_NODISCARD enum tv_err plan_inputs_agree(struct planner *pl);
+/* Refuses tensors of quantised models that are not just copied. */
+void plan_quantized_check(struct planner *pl);
 /* Index of the input for a reference, SIZE_MAX when there is none. */
 size_t plan_input_find(const struct planner *pl, const char *ref);
 /* Gives every input the output's layout of experts: refs[].made, hidden. */

@@ -55,6 +55,10 @@ static const struct rule leading[] = {
 };
 static const struct rule indices[] = {
     {"mlp_only_layers", TENSORS, NULL},
+    {"moe_layers", TENSORS, NULL},             /* Llama 4 */
+    {"full_attn_idxs", TENSORS, NULL},         /* LFM2 */
+    {"attn_layer_indices", TENSORS, NULL},     /* Bamba */
+    {"cross_attention_layers", TENSORS, NULL}, /* Llama 3.2 Vision */
     {NULL, ARITHMETIC, NULL},
 };
 static const struct rule periods[] = {
@@ -95,8 +99,12 @@ static json_t *said(const struct stack *s, const struct origin *o,
                     const char *scope, const char *key)
 {
     const json_t *c = o->input == SIZE_MAX ? NULL : s->configs[o->input];
-    if (scope != NULL)
-        c = json_object_get(c, scope);
+    const json_t *const inner =
+        scope == NULL ? NULL : json_object_get(c, scope);
+    /* A language model alone says of itself what a larger one says of its text
+     * module. */
+    if (inner != NULL || scope == NULL || strcmp(scope, "text_config") != 0)
+        c = scope == NULL ? c : inner;
     return json_object_get(c, key);
 }
 
@@ -152,6 +160,15 @@ static json_t *list_entry(const struct stack *s, const struct origin *o,
     return json_array_get(list, (size_t)o->layer);
 }
 
+static bool is_index_list(const char *key)
+{
+    for (const struct rule *r = indices; r->key != NULL; r++) {
+        if (strcmp(key, r->key) == 0)
+            return true;
+    }
+    return false;
+}
+
 /* Lists with one entry per layer (layer_types, ...) follow the layers. */
 static bool restack(struct stack *s, const char *scope, json_t *object)
 {
@@ -170,8 +187,7 @@ static bool restack(struct stack *s, const char *scope, json_t *object)
         if (!json_is_array(value) || n_layers < 2 ||
             json_array_size(value) != (size_t)n_layers ||
             strstr(key, "token_id") != NULL ||
-            strcmp(key, "architectures") == 0 ||
-            strcmp(key, "mlp_only_layers") == 0)
+            strcmp(key, "architectures") == 0 || is_index_list(key))
             continue;
         list = json_array();
         for (int64_t i = 0; i < s->n && known; i++) {

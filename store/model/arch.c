@@ -542,9 +542,9 @@ static const struct tv_family *find_family(const struct tv_config *c,
     const struct tv_family *f =
         tv_family_find(c->model_type, c->architecture, type);
 
-    if (!f && c->has_text && c->text_type[0])
+    if (!f && c->text_type[0])
         f = tv_family_find(c->text_type, "", type);
-    return f && c->has_text && f->stacks ? NULL : f;
+    return f && c->has_parts && f->stacks ? NULL : f;
 }
 
 enum tv_err tv_arch_describe(const char *config, size_t n_config,
@@ -556,6 +556,7 @@ enum tv_err tv_arch_describe(const char *config, size_t n_config,
     struct tv_config c = {.present = false};
     const struct tv_family *f = NULL;
     const struct tv_family_type *type = NULL;
+    const char *quantized = NULL;
 
     *out = NULL;
     if (config)
@@ -576,13 +577,13 @@ enum tv_err tv_arch_describe(const char *config, size_t n_config,
     }
     TV_TRY(copy_names(a, names, n_names, err));
     TV_TRY(fill_config(a, &c, f, err));
-    if (c.has_text)
+    if (c.has_parts)
         TV_TRY(split_modalities(a, err));
     if (f)
         TV_TRY(describe_known(a, f, &c, err));
     else
         TV_TRY(describe_unknown(a, &c, names, err));
-    if (c.has_text)
+    if (c.has_parts)
         TV_TRY(describe_modalities(a, &c, names, err));
     TV_TRY(check_embedding(a, f, &c, names, err));
     if (c.has_tied)
@@ -590,6 +591,14 @@ enum tv_err tv_arch_describe(const char *config, size_t n_config,
     else
         a->tied = type ? type->tied : !has_head(a);
     link_head(a);
+    quantized = tv_quantized_by(&c, names, n_names, &a->quantized_at);
+    if (quantized) {
+        a->quantized = tv_strdup(quantized);
+        if (!a->quantized) {
+            rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+            goto out;
+        }
+    }
     *out = a;
     a = NULL;
 out:
@@ -606,6 +615,7 @@ void tv_arch_free(struct tv_arch *a)
     tv_free(a->architecture);
     tv_free(a->model_type);
     tv_free(a->dtype);
+    tv_free(a->quantized);
     for (size_t i = 0; i < a->n_modules; i++)
         tv_free(a->modules[i].name);
     tv_free(a->modules);

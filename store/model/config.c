@@ -154,7 +154,9 @@ enum tv_err tv_config_read(const char *data, size_t n, struct tv_config *out,
     TV_TRY(check_dims(&c, err));
 
     TV_TRY(get_string(&s, "model_type", &c.model_type, err));
-    c.has_text = s.text != NULL;
+    c.has_parts = s.text != NULL ||
+                  json_is_object(json_object_get(s.top, "vision_config")) ||
+                  json_is_object(json_object_get(s.top, "audio_config"));
     v = s.text ? json_object_get(s.text, "model_type") : NULL;
     c.text_type = tv_strdup(json_is_string(v) ? json_string_value(v) : "");
     if (!c.text_type) {

@@ -38,6 +38,19 @@ static const struct tv_expert_layout layouts[] = {
     {{[TV_EXPERT_ROUTER] = "block_sparse_moe.router.weight",
       [TV_EXPERT_GATE_UP] = "block_sparse_moe.experts.gate_up_proj",
       [TV_EXPERT_DOWNS] = "block_sparse_moe.experts.down_proj"}},
+    /* Jamba, Llama 4 written one by one; LFM2; all packed, which is how Llama 4
+     * comes, the other way round (tv_expert_in_first) */
+    {{[TV_EXPERT_ROUTER] = "feed_forward.router.weight",
+      [TV_EXPERT_GATE] = "feed_forward.experts.*.gate_proj.weight",
+      [TV_EXPERT_UP] = "feed_forward.experts.*.up_proj.weight",
+      [TV_EXPERT_DOWN] = "feed_forward.experts.*.down_proj.weight"}},
+    {{[TV_EXPERT_ROUTER] = "feed_forward.gate.weight",
+      [TV_EXPERT_GATE] = "feed_forward.experts.*.w1.weight",
+      [TV_EXPERT_UP] = "feed_forward.experts.*.w3.weight",
+      [TV_EXPERT_DOWN] = "feed_forward.experts.*.w2.weight"}},
+    {{[TV_EXPERT_ROUTER] = "feed_forward.router.weight",
+      [TV_EXPERT_GATE_UP] = "feed_forward.experts.gate_up_proj",
+      [TV_EXPERT_DOWNS] = "feed_forward.experts.down_proj"}},
     /* Phi-MoE's router beside packed experts */
     {{[TV_EXPERT_ROUTER] = "mlp.router.weight"}},
 };
@@ -80,6 +93,17 @@ struct tv_expert tv_expert_of(const struct tv_arch_tensor *t)
         }
     }
     return found;
+}
+
+bool tv_expert_in_first(const struct tv_arch *a)
+{
+    static const char *const types[] = {"llama4", "llama4_text", "gpt_oss",
+                                        "qwen3_vl_moe"};
+
+    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++)
+        if (!strcmp(a->model_type, types[i]))
+            return true;
+    return false;
 }
 
 bool tv_expert_packed(const struct tv_expert_layout *layout)

@@ -31,7 +31,8 @@ struct tv_family_row {
 
 struct tv_family_type {
     const char *model_type;
-    const char *architecture; /* class of the causal language model */
+    const char *architecture; /* class of the causal language model, "": only
+                               * within another model */
     bool tied;                /* default of tie_word_embeddings */
 };
 
@@ -88,8 +89,9 @@ struct tv_config {
         vocab, max_positions, embed_dim;
     int64_t n_beyond; /* layers behind the last one that count as none */
     bool has_tied, tied;
-    bool has_text;               /* the numbers are those of "text_config" */
-    char *text_type;             /* its model_type, "" when absent */
+    bool has_parts;  /* a model of several modalities, whose language model has
+                      * its numbers in "text_config" or, first, at the top */
+    char *text_type; /* its model_type, "" when absent */
     const char *text_layers_key; /* in it, or NULL */
     struct json_t *root;
 };
@@ -109,6 +111,13 @@ TV_NODISCARD enum tv_err tv_infer(struct tv_arch_tensor *tensors,
                                   const struct tv_arch_name *names, size_t n,
                                   int64_t vocab, int64_t *n_layers,
                                   struct tv_error *err);
+
+/* How a checkpoint's weights are quantised, by config.json or the names; NULL:
+ * they are not. Borrowed from the config, or constant. *at is the first tensor
+ * that shows it, SIZE_MAX when none does. */
+const char *tv_quantized_by(const struct tv_config *c,
+                            const struct tv_arch_name *names, size_t n,
+                            size_t *at);
 
 /* The part of a model of several modalities that a tensor is in: NULL for its
  * language model, else the component's name, *n_name long. */

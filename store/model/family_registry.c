@@ -18,7 +18,8 @@ const struct tv_family *tv_family_find(const char *model_type,
                                        const char *architecture,
                                        const struct tv_family_type **type)
 {
-    for (int by_class = 0; by_class < 2; by_class++) {
+    /* A language model within another one has no class of its own. */
+    for (int by_class = 0; by_class <= (architecture[0] != '\0'); by_class++) {
         for (size_t i = 0; i < N_FAMILIES; i++) {
             const struct tv_family_type *t = families[i]->types;
             for (; t->model_type; t++) {

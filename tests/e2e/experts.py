@@ -181,6 +181,73 @@ def bare_files():
     check(merge("got", recipe) == want, "bare files")
 
 
+def in_first():
+    """gpt-oss and Llama 4 pack their experts [experts, in, out], the first
+    gate and up in turns and with biases: merged as they are, and not taken
+    apart by rows."""
+    shapes = {
+        "gpt_oss": {"mlp.router.weight": (E, H), "mlp.router.bias": (E,),
+                    "mlp.experts.gate_up_proj": (E, H, 2 * INNER),
+                    "mlp.experts.gate_up_proj_bias": (E, 2 * INNER),
+                    "mlp.experts.down_proj": (E, INNER, H),
+                    "mlp.experts.down_proj_bias": (E, H),
+                    "self_attn.sinks": (4,)},
+        "llama4_text": {"feed_forward.router.weight": (E, H),
+                        "feed_forward.experts.gate_up_proj": (E, H, 2 * INNER),
+                        "feed_forward.experts.down_proj": (E, INNER, H),
+                        "feed_forward.shared_expert.up_proj.weight":
+                            (INNER, H)},
+    }
+    classes = {"gpt_oss": "GptOssForCausalLM",
+               "llama4_text": "Llama4ForCausalLM"}
+    values = {}
+    for kind, layer in shapes.items():
+        for m, seed in (("a", 1), ("b", 2), ("each", 3)):
+            r = np.random.default_rng(seed)
+            names = {"model.embed_tokens.weight": (V, H),
+                     "model.norm.weight": (H,), "lm_head.weight": (V, H)}
+            for i in range(N_LAYERS):
+                p = f"model.layers.{i}."
+                names[p + "input_layernorm.weight"] = (H,)
+                names.update({p + k: v for k, v in layer.items()})
+                if m != "each":
+                    continue
+                at = "mlp" if kind == "gpt_oss" else "feed_forward"
+                for n in ("gate_up_proj", "down_proj"):
+                    for x in (n, n + "_bias"):
+                        names.pop(f"{p}{at}.experts.{x}", None)
+                for e in range(E):
+                    x = f"{p}{at}.experts.{e}."
+                    names[x + "gate_proj.weight"] = (INNER, H)
+                    names[x + "up_proj.weight"] = (INNER, H)
+                    names[x + "down_proj.weight"] = (H, INNER)
+            t = {k: r.standard_normal(s).astype(np.float32)
+                 for k, s in names.items()}
+            os.makedirs(f"{kind}/{m}", exist_ok=True)
+            write_safetensors(f"{kind}/{m}/model.safetensors",
+                              {k: ("F32", v.shape, v.tobytes())
+                               for k, v in t.items()}, {"format": "pt"})
+            with open(f"{kind}/{m}/config.json", "w") as f:
+                json.dump({"architectures": [classes[kind]],
+                           "model_type": kind, "num_hidden_layers": N_LAYERS,
+                           "hidden_size": H, "num_attention_heads": 4,
+                           "vocab_size": V, "tie_word_embeddings": False}, f)
+            values[m] = t
+        merge("got", refs(METHODS["linear"], f"{kind}/a", f"{kind}/b", ""))
+        got = read_safetensors("got")
+        check(set(got) == set(values["a"]) and all(
+            np.allclose(np.frombuffer(got[k][2], np.float32).reshape(v.shape),
+                        0.4 * v + 0.6 * values["b"][k], atol=1e-6)
+            for k, v in values["a"].items()), f"{kind}: the mean")
+        for a, b in (("a", "each"), ("each", "a")):
+            with open("r.yml", "w") as f:
+                f.write(refs(METHODS["linear"], f"{kind}/{a}", f"{kind}/{b}",
+                             ""))
+            r = run(TVMERGE, "run", "r.yml", "never", code=4)
+            check("[experts, in, out]" in r.stderr and
+                  not os.path.exists("never"), f"{kind} {a}, {b}: {r.stderr}")
+
+
 def refusals():
     """What cannot be put in the other form is refused with a reason."""
     p = "model.layers.1.mlp.experts."
@@ -219,6 +286,7 @@ def main():
     conversions()
     ways()
     bare_files()
+    in_first()
     refusals()
     finish("experts")
 

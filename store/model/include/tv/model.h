@@ -91,6 +91,10 @@ struct tv_arch {        /* owned: tv_arch_free */
                              * level, or NULL */
     char *dtype;            /* config's dtype/torch_dtype, "" when none */
     bool dtype_key_new;     /* the key is "dtype" (transformers 5) */
+    /* How the weights are quantised ("fp8", "gptq", ...), NULL: they are not.
+     * Then its tensors are codes and scales, no numbers to merge. */
+    char *quantized;
+    size_t quantized_at; /* tensor that shows it, SIZE_MAX: only the config */
     struct tv_arch_tensor *tensors; /* in the order of names[] */
     size_t n_tensors;
     void *storage;
@@ -111,6 +115,11 @@ TV_NODISCARD enum tv_err tv_arch_describe(const char *config, size_t n_config,
                                           size_t n_names, struct tv_error *err,
                                           struct tv_arch **out);
 void tv_arch_free(struct tv_arch *a);
+/* INPUT when the weights are quantised: nothing can be computed from its
+ * tensors as they are. label names the model in the message. */
+TV_NODISCARD enum tv_err tv_arch_check_plain(const struct tv_arch *a,
+                                             const char *label,
+                                             struct tv_error *err);
 /* Name of the same tensor in another layer, owned; t->layer >= 0. */
 char *tv_arch_rename(const struct tv_arch_tensor *t, int64_t layer);
 
@@ -141,6 +150,9 @@ struct tv_expert {
 };
 /* What a tensor of a layer is, from its name. */
 struct tv_expert tv_expert_of(const struct tv_arch_tensor *t);
+/* Does a model pack its experts as [experts, in, out] (Llama 4; gpt-oss, its
+ * gate and up in turns)? Their rows are no rows of one expert's matrices. */
+bool tv_expert_in_first(const struct tv_arch *a);
 bool tv_expert_packed(const struct tv_expert_layout *layout);
 /* Name of a part in a layout, owned, in the layer of t; number is for those
  * that are one each. NULL: out of memory, or the layout has no such part. */
