@@ -677,6 +677,8 @@ enum tv_err plan_inputs_agree(struct planner *pl)
     struct tv_buf list;
     size_t first = plan->n_inputs;
     bool classes_differ = false;
+    bool larger = false;
+    bool alone = false;
     enum tv_err rc = TV_OK;
 
     pl->agree = !refuse_quantized(pl);
@@ -689,6 +691,8 @@ enum tv_err plan_inputs_agree(struct planner *pl)
             continue;
         tv_buf_fmt(&list, "%s'%s' is %s", list.n_bytes == 0 ? "" : ", ",
                    plan->inputs[i].ref, arch_label(b));
+        larger = larger || (b->n_modules > 1 && b->modules[0].is_main);
+        alone = alone || b->n_modules == 1;
         if (first == plan->n_inputs) {
             first = i;
             continue;
@@ -705,8 +709,13 @@ enum tv_err plan_inputs_agree(struct planner *pl)
     if (classes_differ) {
         pl->agree = false;
         plan_report(pl, "architectures", 1, true, TV_E_INPUT, "",
-                    "the models have different architectures: %s",
-                    list.failed ? "(too many to list)" : list.data);
+                    "the models have different architectures: %s%s",
+                    list.failed ? "(too many to list)" : list.data,
+                    larger && alone
+                        ? " (a language model goes into a larger one through "
+                          "'modules: {text_decoder: ...}', the larger one "
+                          "first or as base_model)"
+                        : "");
     }
 out:
     tv_buf_free(&list);

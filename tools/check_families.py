@@ -139,18 +139,43 @@ CASES = {  # name: (config class, model class, config)
 }
 
 
-def llava():
-    return tf.LlavaConfig(
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, image_size=16, patch_size=8)
+MROPE = dict(LM, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                  "mrope_section": [1, 1, 2]})
+IDS = dict(image_token_id=60, video_token_id=59, vision_start_token_id=58,
+           vision_end_token_id=57)
+VLMS = {  # name: (model class, its config, class of its text model alone)
+    "llava": ("LlavaForConditionalGeneration", lambda: tf.LlavaConfig(
         text_config=tf.LlamaConfig(**LM).to_dict(),
-        vision_config=tf.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, image_size=16, patch_size=8).to_dict(),
-        image_token_index=60)
+        vision_config=tf.CLIPVisionConfig(**VISION).to_dict(),
+        image_token_index=60), "LlamaForCausalLM"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", lambda: tf.Qwen2VLConfig(
+        text_config=MROPE, vision_config=dict(
+            depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2,
+            patch_size=4), **IDS), "Qwen2ForCausalLM"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",
+                   lambda: tf.Qwen2_5_VLConfig(
+                       text_config=MROPE, vision_config=dict(
+                           depth=2, hidden_size=32, num_heads=4,
+                           intermediate_size=48, out_hidden_size=32,
+                           patch_size=4, fullatt_block_indexes=[1]), **IDS),
+                   "Qwen2ForCausalLM"),
+    "gemma3": ("Gemma3ForConditionalGeneration", lambda: tf.Gemma3Config(
+        text_config=dict(LM, head_dim=8), vision_config=VISION,
+        mm_tokens_per_image=4, image_token_index=60, boi_token_index=58,
+        eoi_token_index=57), "Gemma3ForCausalLM"),
+    "mistral3": ("Mistral3ForConditionalGeneration", lambda: tf.Mistral3Config(
+        text_config=dict(LM, model_type="mistral", head_dim=8),
+        vision_config=dict(VISION, model_type="pixtral", head_dim=8),
+        image_token_index=60), "MistralForCausalLM"),
+}
 
 
 def make(name, vocab=V):
-    if name == "llava":
-        return llava(), tf.LlavaForConditionalGeneration
+    if name in VLMS:
+        cls, config, _ = VLMS[name]
+        return config(), getattr(tf, cls)
     config, cls, settings = CASES[name]
     known = dict(settings, vocab_size=vocab)
     if vocab == V:
@@ -203,8 +228,8 @@ def finite(m, name):
 
 
 def is_causal(name):
-    return name != "llava" and ("Causal" in CASES[name][1]
-                                or "LMHead" in CASES[name][1])
+    return name not in VLMS and ("Causal" in CASES[name][1]
+                                 or "LMHead" in CASES[name][1])
 
 
 def mean(a, b):
@@ -289,7 +314,7 @@ def ties(tvmerge, root, cls, name, said):
 
 
 # Modules that are stacked: [0, 2) of a, then [1, 2) of b. The rest is copied.
-STACKED = {"llava": ["text_decoder"], "t5": ["decoder"],
+STACKED = {**{v: ["text_decoder"] for v in VLMS}, "t5": ["decoder"],
            "t5-gated": ["encoder"], "whisper": ["encoder", "decoder"]}
 
 
@@ -305,6 +330,42 @@ def modules(tvmerge, root, name, cls):
     if bad:
         return [f"modules: loads with {str(bad)[:300]}"]
     return [] if finite(m, name) else ["modules: logits are not finite"]
+
+
+def text_part(m):
+    return {**m.model.language_model.state_dict(prefix="model."),
+            "lm_head.weight": m.get_output_embeddings().weight.detach()}
+
+
+def text_module(tvmerge, root, name, cls):
+    """The text module merged, with another model's and with a language model
+    of its own kind; everything else copied from the first."""
+    said = []
+    text = getattr(tf, VLMS[name][2])
+    config = text.config_class(**make(name)[0].text_config.to_dict())
+    torch.manual_seed(7)
+    t = text(config)
+    t.save_pretrained(os.path.join(root, "t"))
+    a, _ = loads(cls, os.path.join(root, "a"))
+    b, _ = loads(cls, os.path.join(root, "b"))
+    for other, theirs in (("b", text_part(b)), ("t", t.state_dict())):
+        recipe = mean("a", other)
+        recipe = {"merge_method": "linear", "base_model": "a",
+                  "modules": {"text_decoder": {"models": recipe["models"]}},
+                  "parameters": {"weight": 0.5}}
+        m = result(tvmerge, root, cls, name, recipe, f"text of {other}", said)
+        if m is None:
+            continue
+        ours, got = text_part(a), text_part(m)
+        for k, v in got.items():
+            if not torch.allclose(v, (ours[k] + theirs[k]) / 2, atol=1e-6):
+                said.append(f"text of {other}: {k} is not the mean")
+        inside = {x.data_ptr() for x in text_part(m).values()}
+        for k, v in m.state_dict().items():
+            if v.data_ptr() not in inside and not torch.equal(
+                    v, a.state_dict()[k]):
+                said.append(f"text of {other}: {k} is not copied")
+    return said
 
 
 def one(tvmerge, name):
@@ -330,7 +391,9 @@ def one(tvmerge, name):
             said.append("logits are not finite")
         if name in STACKED:
             said += modules(tvmerge, root, name, cls)
-        if not is_causal(name) and name != "llava":
+        if name in VLMS:
+            said += text_module(tvmerge, root, name, cls)
+        if not is_causal(name) and name not in VLMS:
             return said
         r = run(tvmerge, root, stack("a", "b"), "st")
         if r.returncode:
@@ -346,7 +409,7 @@ def one(tvmerge, name):
             except Exception as e:
                 said.append(f"stack: {type(e).__name__} {str(e)[:200]} "
                             f"[{r.stderr.strip()[:200]}]")
-        if name == "llava":
+        if name in VLMS:
             return said
         layouts(tvmerge, root, cls, name, said)
         if name not in ("gptj", "mpt", "falcon_mamba", "mamba", "bloom"):
@@ -370,7 +433,7 @@ def one(tvmerge, name):
 def main():
     tvmerge = os.path.abspath(sys.argv[1])
     failed = 0
-    for name in sys.argv[2:] or [*CASES, "llava"]:
+    for name in sys.argv[2:] or [*CASES, *VLMS]:
         try:
             said = one(tvmerge, name)
         except Exception as e:

@@ -92,6 +92,11 @@ TEXT = ("merge_method: linear\nmodules:\n  text_decoder:\n    models:\n"
         "    - {model: b, parameters: {weight: 0.75}}\n")
 
 
+LINEAR = ("merge_method: linear\nmodels:\n"
+          "- {model: a, parameters: {weight: 0.25}}\n"
+          "- {model: b, parameters: {weight: 0.75}}\n")
+
+
 def text_only(a, b):
     """The text module merged, the rest copied."""
     for key in ("text_decoder", "language_model",
@@ -136,6 +141,98 @@ def each(a, b):
                       "models:\n- {model: b, parameters: {weight: [0, 1]}}\n")
     n = "vision_tower.vision_model.encoder.layers.1.mlp.up_proj.weight"
     close(out[n], b[n], n)
+
+
+def language_model(prefix, head):
+    shapes = {prefix + "embed_tokens.weight": (16, H),
+              prefix + "norm.weight": (H,), head: (16, H)}
+    for i in range(LM):
+        shapes.update(layer(prefix + "layers.", i))
+    return shapes
+
+
+TEXT_CONFIG = {"hidden_size": H, "num_hidden_layers": LM,
+               "num_attention_heads": 2, "vocab_size": 16,
+               "intermediate_size": 2 * H, "tie_word_embeddings": False,
+               "layer_kinds": ["t", "u", "v"]}
+# class, its language model's prefix and head, the rest, config.json, and the
+# type and class of the language model alone. Qwen2-VL had its numbers at the
+# top at first, beside vision_config.
+LARGER = {
+    "llava": ("LlavaForConditionalGeneration", "language_model.model.",
+              "language_model.lm_head.weight",
+              {"multi_modal_projector.linear_1.weight": (H, H),
+               "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight":
+               (H, H)},
+              {"text_config": dict(TEXT_CONFIG, model_type="llama"),
+               "vision_config": {"num_hidden_layers": 1}},
+              "llama", "LlamaForCausalLM"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "model.",
+                 "lm_head.weight",
+                 {"visual.patch_embed.proj.weight": (H, 3, 2, 2, 2),
+                  "visual.blocks.0.attn.qkv.weight": (3 * H, H),
+                  "visual.merger.ln_q.weight": (H,)},
+                 dict(TEXT_CONFIG, vision_config={"depth": 1}),
+                 "qwen2", "Qwen2ForCausalLM"),
+    "gemma3": ("Gemma3ForConditionalGeneration", "model.language_model.",
+               "lm_head.weight",
+               {"model.multi_modal_projector.mm_input_projection_weight":
+                (H, H),
+                "model.vision_tower.head.probe": (1, 1, H),
+                "model.vision_tower.encoder.layers.0.mlp.fc1.weight": (H, H)},
+               {"text_config": dict(TEXT_CONFIG, model_type="gemma3_text"),
+                "vision_config": {"num_hidden_layers": 1}},
+               "gemma3_text", "Gemma3ForCausalLM"),
+}
+
+
+def language_model_alone():
+    """A language model's fine-tune goes into the text module of a larger one,
+    under its names; the rest is copied, and nothing is dropped."""
+    for kind, (cls, prefix, head, rest, config, text, text_cls) in \
+            LARGER.items():
+        v, t = kind + "-v", kind + "-t"
+        save(v, {**language_model(prefix, head), **rest},
+             dict(config, architectures=[cls], model_type=kind), 7)
+        save(t, language_model("model.", "lm_head.weight"),
+             dict(TEXT_CONFIG, architectures=[text_cls], model_type=text), 8)
+        a, b = load(v), load(t)
+        recipe = TEXT.replace("model: a", f"model: {v}").replace(
+            "model: b", f"model: {t}")
+        for text_recipe in (recipe, f"base_model: {v}\n" + recipe):
+            _, out, c = merge(text_recipe)
+            check(set(out) == set(a), f"{kind}: {set(out) ^ set(a)}")
+            for n in a:
+                own = n.replace(prefix, "model.", 1)
+                own = "lm_head.weight" if n == head else own
+                close(out[n], a[n] if n in rest else
+                      0.25 * a[n] + 0.75 * b[own], f"{kind} {n}")
+            check(c["architectures"] == [cls], f"{kind}: {c}")
+        # Its layers stacked with the larger one's; what config.json says of
+        # each comes from where it came from.
+        _, out, c = merge(
+            "merge_method: passthrough\nmodules:\n  text_decoder:\n"
+            "    slices:\n"
+            f"    - sources: [{{model: {v}, layer_range: [0, 2]}}]\n"
+            f"    - sources: [{{model: {t}, layer_range: [0, 3]}}]\n")
+        part = "layers.{}.mlp.up_proj.weight"
+        for i, (m, k) in enumerate([(a, 0), (a, 1), (b, 0), (b, 1), (b, 2)]):
+            close(out[prefix + part.format(i)],
+                  m[(prefix if m is a else "model.") + part.format(k)],
+                  f"{kind}: layer {i}")
+        said = c.get("text_config", c)
+        check(said["num_hidden_layers"] == 5 and
+              said["layer_kinds"] == list("tutuv"), f"{kind}: {c}")
+        check(set(rest) <= set(out), f"{kind}: the rest is there")
+        # Nothing else of a larger model can be made of it.
+        for wrong in (LINEAR.replace("model: a", f"model: {v}").replace(
+                "model: b", f"model: {t}"),
+                recipe.replace(f"model: {v}", "model: x").replace(
+                    f"model: {t}", f"model: {v}").replace(
+                    "model: x", f"model: {t}")):
+            p, _, _ = merge(wrong, 4)
+            check(any("through 'modules: {text_decoder" in x["message"]
+                      for x in p["problems"]), f"{kind}: {p['problems']}")
 
 
 def stacks(a, b):
@@ -253,6 +350,7 @@ def main():
     stacks(a, b)
     wrong()
     plain()
+    language_model_alone()
     two_stacks()
     finish("modules")
 
