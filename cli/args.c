@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +32,7 @@ enum {
     KEY_JSON,
     KEY_MEMORY,
     KEY_DEVICE,
+    KEY_DEVICE_MEMORY,
     KEY_USAGE,
 };
 
@@ -50,9 +52,11 @@ static const struct argp_option common_options[] = {
      "Most memory to allocate (default: 512MiB)", -2},
     {"device", KEY_DEVICE, "DEVICE", 0, "auto, cpu or cuda[:N] (default: auto)",
      -2},
+    {"device-memory", KEY_DEVICE_MEMORY, "SIZE", 0,
+     "Most GPU memory to use (default: 80% of what is free)", -2},
     {"help", 'h', NULL, 0, "Give this help", -1},
     {"usage", KEY_USAGE, NULL, 0, "Give a short usage message", -1},
-    {"version", 'V', NULL, 0, "Print versions and CPU features", -1},
+    {"version", 'V', NULL, 0, "Print versions, CPU features and the GPU", -1},
     {0}};
 
 static const char environment_text[] =
@@ -61,6 +65,9 @@ static const char environment_text[] =
     "Environment:\n"
     "  TV_STORE      store to use where --store is not given\n"
     "  TV_CPU        ref, avx2 or avx512: caps the instruction set in use\n"
+    "  TV_CUDA_LEAST 0: --device cuda sends every element-wise operation to "
+    "the\n"
+    "                GPU, not only those that it is faster at (same bits)\n"
     "  TV_PROGRESS   default of --progress\n"
     "  NO_COLOR      when set and not empty: no colours\n"
     "  HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME\n"
@@ -188,17 +195,29 @@ static error_t parse_device(struct tvc *c, const char *arg)
 {
     static const char *const words[] = {"auto", "cpu", "cuda"};
     if (is_cuda(arg)) {
-        (void)tvc_refuse(c, TV_E_UNSUPPORTED,
-                         "--device %s: CUDA support is not built into this "
-                         "program",
-                         arg);
-        tv_error_hint(&c->err, "--device auto uses the CPU here");
-        return EINVAL;
+        uint64_t index = 0;
+        if (arg[4] &&
+            tvc_parse_u64(c, "--device cuda:N", arg + 5, INT_MAX, &index))
+            return EINVAL;
+        c->device = TVC_DEVICE_CUDA;
+        c->device_index = (int)index;
+        return 0;
     }
     const int i = choose(c, "--device", arg, words, 3);
     if (i < 0)
         return EINVAL;
     c->device = i == 0 ? TVC_DEVICE_AUTO : TVC_DEVICE_CPU;
+    return 0;
+}
+
+static error_t parse_device_memory(struct tvc *c, const char *arg)
+{
+    const error_t e = tvc_parse_size(c, "--device-memory", arg, false,
+                                     &c->device_memory_bytes);
+    if (e)
+        return e;
+    if (c->device_memory_bytes == 0)
+        return tvc_bad(c, "--device-memory: 0 bytes are too few");
     return 0;
 }
 
@@ -251,6 +270,8 @@ static error_t common_option(int key, char *arg, struct argp_state *st)
         return parse_memory(c, arg);
     case KEY_DEVICE:
         return parse_device(c, arg);
+    case KEY_DEVICE_MEMORY:
+        return parse_device_memory(c, arg);
     case 'h':
         c->want_help = true;
         st->next = st->argc;
@@ -694,6 +715,67 @@ static enum tv_err parse_all(struct tvc *c)
     return c->err.code;
 }
 
+/* "--device cuda:1" in front of an error, and what else can be done. */
+static enum tv_err device_explain(struct tvc *c)
+{
+    tv_error_context(&c->err, "--device cuda:%d", c->device_index);
+    if (!c->err.hint[0])
+        tv_error_hint(&c->err, "--device cpu does the same work");
+    return c->err.code;
+}
+
+/* A device that was asked for and is not there is no small matter, whether the
+ * command would have used it or not. */
+static enum tv_err device_check(struct tvc *c)
+{
+    if (c->device != TVC_DEVICE_CUDA ||
+        tvk_cuda_find(c->device_index, &c->err) == TV_OK)
+        return TV_OK;
+    return device_explain(c);
+}
+
+enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
+{
+    struct tvk_cuda_options o;
+    const char *least = getenv("TV_CUDA_LEAST");
+    uint64_t n = 0;
+
+    *out = c->cuda;
+    if (c->cuda || c->device == TVC_DEVICE_CPU)
+        return TV_OK;
+    tvk_cuda_options_init(&o);
+    o.index = c->device_index;
+    o.memory_bytes = c->device_memory_bytes;
+    if (least && *least) {
+        if (tvc_parse_u64(c, "TV_CUDA_LEAST", least, SIZE_MAX, &n))
+            return c->err.code;
+        o.least_elems = (size_t)n;
+    }
+    if (c->device == TVC_DEVICE_AUTO) {
+        /* Nobody asked: without a usable GPU the CPU does it all. */
+        if (tvk_cuda_open(&o, NULL, &c->cuda) != TV_OK)
+            c->cuda = NULL;
+    } else if (tvk_cuda_open(&o, &c->err, &c->cuda) != TV_OK) {
+        return device_explain(c);
+    }
+    *out = c->cuda;
+    return TV_OK;
+}
+
+enum tv_err tvc_device_kernels(struct tvc *c, const struct tvk_table **out)
+{
+    tvk_cuda *d = NULL;
+    enum tv_err rc = TV_OK;
+
+    *out = c->kernels;
+    if (c->device != TVC_DEVICE_CUDA)
+        return TV_OK;
+    rc = tvc_device_open(c, &d);
+    if (rc == TV_OK)
+        rc = tvk_cuda_table(d, c->kernels, &c->err, out);
+    return rc;
+}
+
 static bool json_wanted(int argc, char **argv)
 {
     for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++)
@@ -715,6 +797,8 @@ static int run_command(struct tvc *c)
         return tvc_done(c, 0);
     }
     if (positions_check(c, c->cmd) != TV_OK)
+        return tvc_fail(c, &c->err);
+    if (device_check(c) != TV_OK)
         return tvc_fail(c, &c->err);
     tvc_print_ready(&c->out);
     tvc_signals_install(c->tool->name, c->cmd->cancellable, c->out.json);
@@ -741,6 +825,7 @@ int tvc_main(const struct tvc_tool *tool, int argc, char **argv)
         status = run_command(&c);
     else
         status = tvc_fail(&c, &c.err);
+    tvk_cuda_close(c.cuda);
     tv_free(c.opt);
     tv_free(c.pos);
     tvc_print_free(&c.out);

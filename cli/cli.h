@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #include "print.h"
+#include "tv/cuda.h"
 #include "tv/error.h"
 #include "tv/kernels.h"
 
@@ -49,7 +50,7 @@ struct tvc_tool {
     const char *examples;
 };
 
-enum tvc_device { TVC_DEVICE_AUTO = 0, TVC_DEVICE_CPU };
+enum tvc_device { TVC_DEVICE_AUTO = 0, TVC_DEVICE_CPU, TVC_DEVICE_CUDA };
 
 struct tvc {
     struct tvc_print out;
@@ -63,6 +64,9 @@ struct tvc {
     unsigned threads; /* 0: the cores we may use */
     uint64_t memory_bytes;
     enum tvc_device device;
+    int device_index;             /* of TVC_DEVICE_CUDA */
+    uint64_t device_memory_bytes; /* --device-memory; 0: 80% of what is free */
+    tvk_cuda *cuda;               /* opened by tvc_device_open */
     const struct tvk_table *kernels; /* capped by TV_CPU */
     struct tv_error err;
     /* private to args.c */
@@ -109,6 +113,14 @@ char *tvc_command_line(const struct tvc *c);
 void tvc_version(struct tvc *c);
 /* Worker threads: --threads, else the cores we may use. */
 unsigned tvc_threads(const struct tvc *c);
+/* The CUDA device that --device means, opened by the first call; borrowed until
+ * the command ends. *out is NULL for cpu, and for auto where no device can be
+ * used. Fails (c->err filled) only where one was asked for. */
+TV_NODISCARD enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out);
+/* The kernel table for element-wise work: the GPU's with --device cuda, else
+ * the CPU's (auto too: moving the data costs more than the CPU's work). */
+TV_NODISCARD enum tv_err tvc_device_kernels(struct tvc *c,
+                                            const struct tvk_table **out);
 /* TV_STORE, NULL when unset or empty. */
 const char *tvc_default_store(void);
 

@@ -880,7 +880,7 @@ static enum tv_err begin(struct tvc_compare *p)
         return no_memory(c);
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
-    m->kernels = c->kernels;
+    TV_TRY(tvc_device_kernels(c, &m->kernels));
     m->texts = o->tasks;
     m->n_texts = o->n_tasks;
     TV_TRY(read_texts(p));

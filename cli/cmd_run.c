@@ -43,7 +43,7 @@ static void header(struct tvc *c, const struct tvm_plan *p)
                     tv_hash_hex(p->inputs[i].fingerprint, hex));
         }
         tvc_say(&c->out, "%u threads, %s kernels", o->threads,
-                c->kernels->name);
+                o->kernels->name);
     }
 }
 

@@ -362,7 +362,9 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     m->n_texts = o->n_texts;
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
-    m->kernels = c->kernels;
+    rc = tvc_device_kernels(c, &m->kernels);
+    if (rc != TV_OK)
+        return rc;
     rc = group_bytes(c, &m->group_bytes);
     if (rc != TV_OK)
         return rc;

@@ -21,8 +21,6 @@ static const struct {
 };
 #define N_LIBRARIES (sizeof libraries / sizeof *libraries)
 
-static const char no_cuda[] = "none (not built)";
-
 static const char *version_of(size_t i)
 {
     /* Jansson is the one whose loaded version can be asked. */
@@ -34,7 +32,9 @@ static const char *version_of(size_t i)
 void tvc_version(struct tvc *c)
 {
     char features[256];
+    char cuda[320];
     tvk_cpu_features(features, sizeof features);
+    (void)tvk_cuda_describe(c->device_index, cuda, sizeof cuda);
     if (c->out.json) {
         json_t *libs = json_object();
         for (size_t i = 0; i < N_LIBRARIES; i++)
@@ -46,7 +46,7 @@ void tvc_version(struct tvc *c)
                      json_pack("{s:s, s:s, s:o, s:s, s:s, s:s}", "schema",
                                schema, "version", TVC_VERSION, "libraries",
                                libs, "cpu_features", features, "kernels",
-                               c->kernels->name, "cuda", no_cuda));
+                               c->kernels->name, "cuda", cuda));
         return;
     }
     tvc_out(&c->out, "%s %s\n", c->tool->name, TVC_VERSION);
@@ -56,5 +56,5 @@ void tvc_version(struct tvc *c)
                 version_of(i));
     tvc_out(&c->out, "\nCPU features: %s (kernels: %s)\n", features,
             c->kernels->name);
-    tvc_out(&c->out, "CUDA: %s\n", no_cuda);
+    tvc_out(&c->out, "CUDA: %s\n", cuda);
 }

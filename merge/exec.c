@@ -960,6 +960,10 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
         bad_out += t->dtype != TV_F32 ? tvk_from_f32(k, t->dtype, at, dst, n)
                                       : k->count_nonfinite(dst, n);
     }
+    /* What was computed is right, but a merge does not go on without the device
+     * that it was told to use. */
+    if (k->trouble)
+        TV_TRY(k->trouble(err));
     if (combine)
         hash_out(s, tile.first * each, w->buf, (size_t)tile.n * each);
     t1 = now();

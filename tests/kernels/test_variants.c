@@ -10,14 +10,22 @@
  * ordinary memory; only NaNs of arithmetic may differ in their payload. Where
  * the contract promises it, a call must equal two calls on its parts.
  * The reference row goes through the same mill, for its memory accesses.
+ *
+ * The CUDA row takes part where a device is found, every call of it however
+ * small. With tests' own driver (tests/support/fake_cuda.c) in LD_LIBRARY_PATH
+ * it is the same row, its kernels under an emulated grid: CTest runs this
+ * program a second time so, with the argument "cuda" that picks its rows.
  */
 #include "test.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "guard_buffer.h"
 #include "rng.h"
+#include "tv/cuda.h"
 #include "tv/kernels.h"
 #include "ulp.h"
 
@@ -49,6 +57,14 @@ struct place {
     size_t offset; /* bytes */
     size_t from;   /* where in the pools the values start */
 };
+
+/* Rows under test: those of the CPU by their enum tvk_isa, then the device's.
+ */
+enum { ROW_CUDA = TVK_ISA_COUNT, N_ROWS };
+
+/* The device of the CUDA row, NULL without one. */
+static tvk_cuda *device;
+static const struct tvk_table *device_table;
 
 typedef void place_fn(const struct tvk_table *k, const struct place *p);
 
@@ -83,11 +99,60 @@ static float value(int kind, float around)
     }
 }
 
+static void device_open(void)
+{
+    struct tv_error err = {.code = TV_OK};
+    struct tvk_cuda_options o;
+
+    tvk_cuda_options_init(&o);
+    o.least_elems = 0;
+    /* The tests' own driver takes any code; this build may have none. */
+    if (getenv("TV_TEST_FAKE_CUDA"))
+        o.image = "kernels of the emulated grid";
+    if (tvk_cuda_open(&o, &err, &device) != TV_OK) {
+        print_message("CUDA row: skipped: %s\n", err.msg);
+        return;
+    }
+    print_message("CUDA row: %s\n", tvk_cuda_about(device)->name);
+    assert_int_equal(
+        tvk_cuda_table(device, tvk_table_for(TVK_REF), &err, &device_table),
+        TV_OK);
+}
+
+/* The row that a test is to look at; skips the test where there is none. */
+static const struct tvk_table *row_of(void **state)
+{
+    const int row = *(const int *)*state;
+
+    if (row == ROW_CUDA) {
+        if (!device_table)
+            skip();
+        return device_table;
+    }
+    if (!tvk_isa_supported((enum tvk_isa)row)) {
+        print_message("this processor has no such instructions\n");
+        skip();
+    }
+    const struct tvk_table *const k = tvk_table_for((enum tvk_isa)row);
+    assert_int_equal(k->isa, row);
+    return k;
+}
+
+/* A device that stopped working leaves right results, made by the CPU. */
+static void still_works(const struct tvk_table *k)
+{
+    struct tv_error err = {.code = TV_OK};
+
+    if (k->trouble && k->trouble(&err) != TV_OK)
+        fail_msg("%s: %s", k->name, err.msg);
+}
+
 static int fixture_open(void **state)
 {
     (void)state;
     const size_t room = N_LARGEST * sizeof(float) + 64;
 
+    device_open();
     rng_open(&rng, 1);
     for (int j = 0; j < N_DONORS; j++) {
         guard_buffer_open(&in[j], room);
@@ -123,6 +188,7 @@ static int fixture_close(void **state)
     guard_buffer_close(&base);
     guard_buffer_close(&out);
     guard_buffer_close(&hist);
+    tvk_cuda_close(device);
     return 0;
 }
 
@@ -130,14 +196,8 @@ static int fixture_close(void **state)
 static void everywhere(void **state, size_t align, place_fn *fn)
 {
     static const size_t larger[] = {100, 127, 128, 129, 1023, N_LARGEST};
-    const enum tvk_isa isa = *(const enum tvk_isa *)*state;
+    const struct tvk_table *const k = row_of(state);
 
-    if (!tvk_isa_supported(isa)) {
-        print_message("this processor has no such instructions\n");
-        skip();
-    }
-    const struct tvk_table *const k = tvk_table_for(isa);
-    assert_int_equal(k->isa, isa);
     for (int kind = 0; kind < N_KINDS; kind++) {
         for (size_t s = 0; s < 66 + sizeof(larger) / sizeof(larger[0]); s++) {
             struct place p = {kind, s < 66 ? s : larger[s - 66], GUARD_AFTER, 0,
@@ -405,16 +465,13 @@ static void test_gta(void **state)
 /* The most donors there can be. */
 static void test_gta_many(void **state)
 {
-    const enum tvk_isa isa = *(const enum tvk_isa *)*state;
-    const struct tvk_table *const k = tvk_table_for(isa);
+    const struct tvk_table *const k = row_of(state);
     double coef[TVK_DONORS_MAX];
     const float *x[TVK_DONORS_MAX];
     const uint64_t *masks[TVK_DONORS_MAX];
     const struct place p = {0, 77, GUARD_AFTER, 0, 3};
     struct tvk_gta g = {TVK_DONORS_MAX, coef, coef, 0, 1, 0.7};
 
-    if (!tvk_isa_supported(isa))
-        skip();
     for (unsigned j = 0; j < TVK_DONORS_MAX; j++) {
         x[j] = raw_x(&p, j % N_DONORS);
         masks[j] = pool_mask[(j + 1) % N_DONORS];
@@ -665,14 +722,11 @@ static void test_reductions(void **state)
 
 static void test_whole_leaf(void **state)
 {
-    const enum tvk_isa isa = *(const enum tvk_isa *)*state;
-    const struct tvk_table *const k = tvk_table_for(isa);
+    const struct tvk_table *const k = row_of(state);
     const struct place p = {0, TVK_LEAF, GUARD_AFTER, 0, 0};
     struct tvk_dots got, expected;
     struct tvk_stats s, t;
 
-    if (!tvk_isa_supported(isa))
-        skip();
     k->dots(&got, leaf_a, leaf_b, TVK_LEAF);
     ref()->dots(&expected, leaf_a, leaf_b, TVK_LEAF);
     same_dots(k, &p, &got, &expected);
@@ -687,13 +741,10 @@ static void test_whole_leaf(void **state)
 /* Only zeros of both signs: the extremes are +0 whatever came first. */
 static void test_stats_zeros(void **state)
 {
-    const enum tvk_isa isa = *(const enum tvk_isa *)*state;
-    const struct tvk_table *const k = tvk_table_for(isa);
+    const struct tvk_table *const k = row_of(state);
     float x[70];
     struct tvk_stats s;
 
-    if (!tvk_isa_supported(isa))
-        skip();
     for (size_t n = 1; n <= 70; n++) {
         for (size_t i = 0; i < n; i++)
             x[i] = n % 2 == 1 || rng_below(&rng, 2) ? -0.0f : 0.0f;
@@ -806,21 +857,48 @@ static void test_split(void **state)
     everywhere(state, sizeof(uint64_t), one_split);
 }
 
-int main(void)
+/* Nothing above was left to the CPU quietly. */
+static void test_device(void **state)
 {
-    static enum tvk_isa isa[TVK_ISA_COUNT] = {TVK_REF, TVK_AVX2, TVK_AVX512};
+    (void)state;
+    if (!device_table)
+        skip();
+    still_works(device_table);
+    assert_true(tvk_cuda_launches(device) > 10000);
+}
+
+/* test_variants [ROW]: "ref", "avx2", "avx512", "cuda"; all by default. */
+int main(int argc, char **argv)
+{
+    static int row[N_ROWS] = {TVK_REF, TVK_AVX2, TVK_AVX512, ROW_CUDA};
+    char filter[32];
 #define ROWS(fn)                                                               \
-    {#fn " ref", fn, NULL, NULL, &isa[0]},                                     \
-        {#fn " avx2", fn, NULL, NULL, &isa[1]},                                \
+    {#fn " ref", fn, NULL, NULL, &row[0]},                                     \
+        {#fn " avx2", fn, NULL, NULL, &row[1]},                                \
+        {#fn " avx512", fn, NULL, NULL, &row[2]},                              \
     {                                                                          \
-#fn " avx512", fn, NULL, NULL, &isa[2]                                 \
+#fn " cuda", fn, NULL, NULL, &row[3]                                   \
     }
     const struct CMUnitTest tests[] = {
-        ROWS(test_convert),    ROWS(test_linear),     ROWS(test_gta),
-        ROWS(test_gta_many),   ROWS(test_topk),       ROWS(test_hist_hi),
-        ROWS(test_hist_lo),    ROWS(test_hist_range), ROWS(test_philox),
-        ROWS(test_reductions), ROWS(test_whole_leaf), ROWS(test_stats_zeros),
-        ROWS(test_lowrank),    ROWS(test_split),
+        ROWS(test_convert),
+        ROWS(test_linear),
+        ROWS(test_gta),
+        ROWS(test_gta_many),
+        ROWS(test_topk),
+        ROWS(test_hist_hi),
+        ROWS(test_hist_lo),
+        ROWS(test_hist_range),
+        ROWS(test_philox),
+        ROWS(test_reductions),
+        ROWS(test_whole_leaf),
+        ROWS(test_stats_zeros),
+        ROWS(test_lowrank),
+        ROWS(test_split),
+        {"test_device cuda", test_device, NULL, NULL, NULL},
     };
+    if (argc > 1) {
+        (void)snprintf(filter, sizeof filter, "* %s", argv[1]);
+        cmocka_set_test_filter(filter);
+    }
     return cmocka_run_group_tests(tests, fixture_open, fixture_close);
 }

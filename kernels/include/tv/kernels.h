@@ -33,6 +33,7 @@
 #include <stdint.h>
 
 #include "tv/dtype.h"
+#include "tv/error.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -76,7 +77,11 @@ struct tvk_gta {
 
 struct tvk_table {
     enum tvk_isa isa;
-    const char *name; /* "ref", "avx2", "avx512" */
+    const char *name; /* "ref", "avx2", "avx512", "cuda" */
+    /* NULL where nothing can go wrong (the CPU's rows). Else TV_OK, or why the
+     * device is not to be used any more: what its functions returned is right
+     * (the CPU finished it), but the caller has to stop. Any thread. */
+    enum tv_err (*trouble)(struct tv_error *err);
 
     /* ---- conversion -------------------------------------------------------
      * src [n] of the named type -> dst [n] fp32, exact. dst and src must not

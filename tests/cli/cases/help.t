@@ -14,6 +14,8 @@ Usage: tvstore ls [OPTION...] STORE [NAME]
 ...
   TV_STORE <*>
   TV_CPU <*>
+  TV_CUDA_LEAST <*>
+...
   TV_PROGRESS <*>
   NO_COLOR <*>
   HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME
@@ -28,7 +30,7 @@ $ TV_CPU=ref tvmerge --version
 tvmerge <n>
 libraries: LMDB <n>, <*>jansson <n>, libyaml <n>, <*>
 CPU features: <*> (kernels: ref)
-CUDA: none (not built)
+CUDA: <*>
 $ tvstore -V --json | head -n 3
 {
   "schema": "tvstore.version/1",

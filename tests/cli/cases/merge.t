@@ -77,8 +77,8 @@ $ tvmerge r.yml out5 --compat other
 2> tvmerge: error: --compat: 'other' is not known; mergekit and peft are
 2> ...
 => 2
-$ tvmerge r.yml out5 --device cuda
-2> tvmerge: error: --device cuda: CUDA support is not built into this program
+$ tvmerge r.yml out5 --device cuda:77
+2> tvmerge: error: --device cuda:77: <*>
 2> ...
 => 4
 $ test ! -e out5

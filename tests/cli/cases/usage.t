@@ -99,10 +99,14 @@ $ tvstore ls s --device tpu
 2> tvstore: error: --device: 'tpu' is not one of auto, cpu, cuda
 2>   hint: 'tvstore ls --help' lists the options
 => 2
-$ tvstore ls s --device cuda:1
-2> tvstore: error: --device cuda:1: CUDA support is not built into this program
-2>   hint: --device auto uses the CPU here
+$ tvstore ls s --device cuda:77
+2> tvstore: error: --device cuda:77: <*>
+2>   hint: --device cpu does the same work
 => 4
+$ tvstore ls s --device-memory 0
+2> tvstore: error: --device-memory: 0 bytes are too few
+2>   hint: 'tvstore ls --help' lists the options
+=> 2
 $ tvmerge --randm-seed 3 r.yml out
 2> tvmerge: error: unknown option '--randm-seed'
 2>   hint: did you mean --random-seed?

@@ -1,0 +1,488 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fake_cuda.c - a CUDA driver made of host memory, for tests without a GPU.
+ *
+ * A shared library with the functions that cuda_abi.h names, so that all of
+ * kernels/cuda runs as it is: dlopen, staging, tiles, streams, running out of
+ * memory, losing the device. Kernels are the host build of cu_ops.h under an
+ * emulated grid: blocks one after the other, in each block phase by phase, in
+ * each phase thread by thread.
+ *
+ * It is stricter than a device, so that luck does not hide mistakes:
+ *  - nothing on a stream happens before somebody waits for it (unless host
+ *    memory is not pinned, where the driver may wait too): memory that is
+ *    changed too early gives wrong results;
+ *  - every other launch runs blocks and threads backwards;
+ *  - every address must lie in an allocation; shared memory starts as garbage;
+ *  - freeing or unpinning what a stream still uses is an error.
+ *
+ * Environment, read by cuInit:
+ *   FAKE_CUDA_DEVICES  how many there are (default 1)
+ *   FAKE_CUDA_MEMORY   bytes of each (default 64 MiB)
+ *   FAKE_CUDA_LOSE     the device is lost at the N-th launch
+ */
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda/cu_ops.h"
+#include "cuda/cuda_abi.h"
+
+#define INVALID    1
+#define LOST       719 /* CUDA_ERROR_LAUNCH_FAILED */
+#define SHARED_MAX (48u << 10)
+#define ARGS_MAX   4096u
+#define N_DEVICES  4
+
+#define EXPORT     __attribute__((visibility("default")))
+
+/* ---- the emulated grid --------------------------------------------------- */
+
+struct grid {
+    uint32_t n_blocks, n_threads;
+    bool backwards;
+    unsigned char *shared;
+};
+
+static struct tvk_cu_place place(const struct grid *g, uint32_t block,
+                                 uint32_t thread)
+{
+    const struct tvk_cu_place at = {
+        g->backwards ? g->n_blocks - 1 - block : block,
+        g->backwards ? g->n_threads - 1 - thread : thread, g->n_blocks,
+        g->n_threads};
+    return at;
+}
+
+#define PHASE(call)                                                            \
+    for (uint32_t thread = 0; thread < g->n_threads; thread++) {               \
+        const struct tvk_cu_place at = place(g, block, thread);                \
+        call;                                                                  \
+    }
+#define EMULATE_ELEMENTS(name, args, body)                                     \
+    static void run_##name(const struct grid *g, const void *given)            \
+    {                                                                          \
+        const struct args *const a = given;                                    \
+        for (uint32_t block = 0; block < g->n_blocks; block++)                 \
+            PHASE(body(&at, a))                                                \
+    }
+#define SHARED(type, n)                                                        \
+    type *const shared = (type *)(void *)g->shared;                            \
+    memset(g->shared, 0xa5, (n) * sizeof(type))
+#define EMULATE_BLOCKS2(name, args, type, n, phase0, phase1)                   \
+    static void run_##name(const struct grid *g, const void *given)            \
+    {                                                                          \
+        const struct args *const a = given;                                    \
+        for (uint32_t block = 0; block < g->n_blocks; block++) {               \
+            SHARED(type, n);                                                   \
+            PHASE(phase0(&at, shared, a))                                      \
+            PHASE(phase1(&at, shared, a))                                      \
+        }                                                                      \
+    }
+#define EMULATE_BLOCKS3(name, args, type, n, phase0, phase1, phase2)           \
+    static void run_##name(const struct grid *g, const void *given)            \
+    {                                                                          \
+        const struct args *const a = given;                                    \
+        for (uint32_t block = 0; block < g->n_blocks; block++) {               \
+            SHARED(type, n);                                                   \
+            PHASE(phase0(&at, shared, a))                                      \
+            PHASE(phase1(&at, shared, a))                                      \
+            PHASE(phase2(&at, shared, a))                                      \
+        }                                                                      \
+    }
+TVK_CU_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
+
+struct kernel {
+    const char *name;
+    size_t args_bytes;
+    void (*run)(const struct grid *g, const void *args);
+};
+#define ROW_ELEMENTS(name, args, body)           {#name, sizeof(struct args), run_##name},
+#define ROW_BLOCKS2(name, args, type, n, p0, p1) ROW_ELEMENTS(name, args, p0)
+#define ROW_BLOCKS3(name, args, type, n, p0, p1, p2)                           \
+    ROW_ELEMENTS(name, args, p0)
+static const struct kernel kernels[] = {
+    TVK_CU_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
+#define N_KERNELS (sizeof kernels / sizeof *kernels)
+
+/* ---- the driver's state -------------------------------------------------- */
+
+struct range { /* device memory, or pinned host memory */
+    struct range *next;
+    unsigned char *at;
+    size_t bytes;
+};
+enum kind { COPY, FILL, LAUNCH };
+struct action { /* not done yet */
+    struct action *next;
+    enum kind kind;
+    unsigned char *to;
+    const unsigned char *from;
+    size_t bytes;
+    unsigned char value;
+    const struct kernel *kernel;
+    struct grid grid;
+    unsigned char args[ARGS_MAX];
+};
+struct stream {
+    struct action *first, **last;
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct range *memory, *pinned;
+static size_t n_devices = 1, total_bytes = 64u << 20, used_bytes;
+static unsigned long lose_at, n_launches, n_pending;
+static bool is_lost;
+
+static size_t number(const char *name, size_t fallback)
+{
+    const char *const text = getenv(name);
+    return text && *text ? (size_t)strtoull(text, NULL, 10) : fallback;
+}
+
+static bool within(const struct range *r, const void *p, size_t bytes)
+{
+    const unsigned char *const at = p;
+    for (; r; r = r->next)
+        if (at >= r->at && at <= r->at + r->bytes &&
+            bytes <= r->bytes - (size_t)(at - r->at))
+            return true;
+    return false;
+}
+
+static bool range_add(struct range **list, void *at, size_t bytes)
+{
+    struct range *const r = malloc(sizeof *r);
+    if (!r)
+        return false;
+    *r = (struct range){*list, at, bytes};
+    *list = r;
+    return true;
+}
+
+/* Bytes of the range that begins at `at`, which is taken out; 0: none does. */
+static size_t range_drop(struct range **list, const void *at)
+{
+    for (; *list; list = &(*list)->next)
+        if ((*list)->at == at) {
+            struct range *const r = *list;
+            const size_t bytes = r->bytes;
+            *list = r->next;
+            free(r);
+            return bytes;
+        }
+    return 0;
+}
+
+static void act(const struct action *a)
+{
+    if (a->kind == COPY)
+        memcpy(a->to, a->from, a->bytes);
+    else if (a->kind == FILL)
+        memset(a->to, a->value, a->bytes);
+    else
+        a->kernel->run(&a->grid, a->args);
+}
+
+/* Does what is waiting. Mutex held. */
+static tvk_cu_result drain(struct stream *s)
+{
+    static _Alignas(64) unsigned char shared[SHARED_MAX];
+
+    while (s->first) {
+        struct action *const a = s->first;
+        s->first = a->next;
+        if (a->kind == LAUNCH && ++n_launches == lose_at)
+            is_lost = true;
+        a->grid.shared = shared;
+        a->grid.backwards = n_launches % 2 == 1;
+        if (!is_lost)
+            act(a);
+        n_pending--;
+        free(a);
+    }
+    s->last = &s->first;
+    return is_lost ? LOST : TVK_CU_OK;
+}
+
+/* Adds to a stream; copies `a`. Mutex held. */
+static tvk_cu_result push(struct stream *s, const struct action *a, bool wait)
+{
+    if (is_lost)
+        return LOST;
+    struct action *const mine = malloc(sizeof *mine);
+    if (!mine)
+        return TVK_CU_NO_MEMORY;
+    *mine = *a;
+    mine->next = NULL;
+    *s->last = mine;
+    s->last = &mine->next;
+    n_pending++;
+    return wait ? drain(s) : TVK_CU_OK;
+}
+
+static tvk_cu_result locked(tvk_cu_result code)
+{
+    (void)pthread_mutex_unlock(&mutex);
+    return code;
+}
+
+static void *address(tvk_cu_ptr p)
+{
+    return (void *)(uintptr_t)p;
+}
+
+/* ---- what cuda_abi.h names ----------------------------------------------- */
+
+/* Declares what follows, with the types of cuda_abi.h. */
+#define DECLARE(field, symbol, params) EXPORT tvk_cu_result symbol params;
+TVK_CUDA_DRIVER(DECLARE)
+
+tvk_cu_result cuInit(unsigned flags)
+{
+    (void)flags;
+    n_devices = number("FAKE_CUDA_DEVICES", 1);
+    total_bytes = number("FAKE_CUDA_MEMORY", 64u << 20);
+    lose_at = number("FAKE_CUDA_LOSE", 0);
+    return n_devices > 0 ? TVK_CU_OK : TVK_CU_NO_DEVICE;
+}
+
+tvk_cu_result cuDriverGetVersion(int *version)
+{
+    *version = 12040;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuGetErrorName(tvk_cu_result code, const char **name)
+{
+    *name = code == LOST               ? "CUDA_ERROR_LAUNCH_FAILED"
+            : code == TVK_CU_NO_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+                                       : "CUDA_ERROR_INVALID_VALUE";
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDeviceGetCount(int *n)
+{
+    *n = (int)n_devices;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDeviceGet(tvk_cu_device *d, int index)
+{
+    *d = index;
+    return index >= 0 && (size_t)index < n_devices ? TVK_CU_OK : INVALID;
+}
+
+tvk_cu_result cuDeviceGetName(char *name, int cap, tvk_cu_device d)
+{
+    (void)snprintf(name, (size_t)cap, "Fake GPU %d", d);
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDeviceGetAttribute(int *value, tvk_cu_attribute which,
+                                   tvk_cu_device d)
+{
+    (void)d;
+    *value = which == TVK_CU_ATTR_MAJOR ? 7 : 5;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDeviceTotalMem_v2(size_t *bytes, tvk_cu_device d)
+{
+    (void)d;
+    *bytes = total_bytes;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDevicePrimaryCtxRetain(tvk_cu_context *c, tvk_cu_device d)
+{
+    static int context;
+    (void)d;
+    *c = &context;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuDevicePrimaryCtxRelease_v2(tvk_cu_device d)
+{
+    (void)d;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuCtxSetCurrent(tvk_cu_context c)
+{
+    return c ? TVK_CU_OK : INVALID;
+}
+
+tvk_cu_result cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
+{
+    (void)pthread_mutex_lock(&mutex);
+    *free_bytes = total_bytes - used_bytes;
+    *total = total_bytes;
+    return locked(TVK_CU_OK);
+}
+
+tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
+{
+    (void)pthread_mutex_lock(&mutex);
+    if (is_lost)
+        return locked(LOST);
+    if (bytes == 0)
+        return locked(INVALID);
+    if (bytes > total_bytes - used_bytes)
+        return locked(TVK_CU_NO_MEMORY);
+    void *const p = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (!p || !range_add(&memory, p, bytes)) {
+        free(p);
+        return locked(TVK_CU_NO_MEMORY);
+    }
+    memset(p, 0xc3, bytes);
+    used_bytes += bytes;
+    *at = (tvk_cu_ptr)(uintptr_t)p;
+    return locked(TVK_CU_OK);
+}
+
+tvk_cu_result cuMemFree_v2(tvk_cu_ptr at)
+{
+    (void)pthread_mutex_lock(&mutex);
+    const size_t bytes = range_drop(&memory, address(at));
+    if (bytes == 0)
+        return locked(INVALID);
+    used_bytes -= bytes;
+    free(address(at));
+    return locked(is_lost ? LOST : TVK_CU_OK);
+}
+
+tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
+{
+    (void)flags;
+    (void)pthread_mutex_lock(&mutex);
+    if (is_lost)
+        return locked(LOST);
+    return locked(range_add(&pinned, p, bytes) ? TVK_CU_OK : TVK_CU_NO_MEMORY);
+}
+
+tvk_cu_result cuMemHostUnregister(void *p)
+{
+    (void)pthread_mutex_lock(&mutex);
+    return locked(range_drop(&pinned, p) ? TVK_CU_OK : INVALID);
+}
+
+static tvk_cu_result copy(void *to, const void *from, size_t bytes,
+                          const void *host, tvk_cu_stream s)
+{
+    const struct action a = {
+        .kind = COPY, .to = to, .from = from, .bytes = bytes};
+    return push(s, &a, host && !within(pinned, host, bytes));
+}
+
+tvk_cu_result cuMemcpyHtoDAsync_v2(tvk_cu_ptr to, const void *from,
+                                   size_t bytes, tvk_cu_stream s)
+{
+    (void)pthread_mutex_lock(&mutex);
+    if (!within(memory, address(to), bytes))
+        return locked(INVALID);
+    return locked(copy(address(to), from, bytes, from, s));
+}
+
+tvk_cu_result cuMemcpyDtoHAsync_v2(void *to, tvk_cu_ptr from, size_t bytes,
+                                   tvk_cu_stream s)
+{
+    (void)pthread_mutex_lock(&mutex);
+    if (!within(memory, address(from), bytes))
+        return locked(INVALID);
+    return locked(copy(to, address(from), bytes, to, s));
+}
+
+tvk_cu_result cuMemcpyDtoDAsync_v2(tvk_cu_ptr to, tvk_cu_ptr from, size_t bytes,
+                                   tvk_cu_stream s)
+{
+    (void)pthread_mutex_lock(&mutex);
+    if (!within(memory, address(to), bytes) ||
+        !within(memory, address(from), bytes))
+        return locked(INVALID);
+    return locked(copy(address(to), address(from), bytes, NULL, s));
+}
+
+tvk_cu_result cuMemsetD8Async(tvk_cu_ptr at, unsigned char value, size_t bytes,
+                              tvk_cu_stream s)
+{
+    const struct action a = {
+        .kind = FILL, .to = address(at), .value = value, .bytes = bytes};
+    (void)pthread_mutex_lock(&mutex);
+    if (!within(memory, address(at), bytes))
+        return locked(INVALID);
+    return locked(push(s, &a, false));
+}
+
+tvk_cu_result cuStreamCreate(tvk_cu_stream *s, unsigned flags)
+{
+    (void)flags;
+    struct stream *const mine = malloc(sizeof *mine);
+    if (!mine)
+        return TVK_CU_NO_MEMORY;
+    mine->first = NULL;
+    mine->last = &mine->first;
+    *s = mine;
+    return TVK_CU_OK;
+}
+
+tvk_cu_result cuStreamDestroy_v2(tvk_cu_stream s)
+{
+    (void)pthread_mutex_lock(&mutex);
+    const tvk_cu_result code = drain(s);
+    free(s);
+    return locked(code);
+}
+
+tvk_cu_result cuStreamSynchronize(tvk_cu_stream s)
+{
+    (void)pthread_mutex_lock(&mutex);
+    return locked(drain(s));
+}
+
+tvk_cu_result cuModuleLoadData(tvk_cu_module *m, const void *image)
+{
+    static int module;
+    *m = &module;
+    return image ? TVK_CU_OK : INVALID;
+}
+
+tvk_cu_result cuModuleUnload(tvk_cu_module m)
+{
+    return m ? TVK_CU_OK : INVALID;
+}
+
+tvk_cu_result cuModuleGetFunction(tvk_cu_function *f, tvk_cu_module m,
+                                  const char *name)
+{
+    (void)m;
+    for (size_t i = 0; i < N_KERNELS; i++)
+        if (strcmp(kernels[i].name, name) == 0) {
+            *f = (tvk_cu_function)(uintptr_t)(i + 1);
+            return TVK_CU_OK;
+        }
+    return TVK_CU_NOT_FOUND;
+}
+
+tvk_cu_result cuLaunchKernel(tvk_cu_function f, unsigned grid_x,
+                             unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z,
+                             unsigned shared, tvk_cu_stream s, void **params,
+                             void **extra)
+{
+    const uintptr_t i = (uintptr_t)f - 1;
+
+    (void)shared;
+    (void)extra;
+    if (i >= N_KERNELS || grid_x == 0 || grid_y != 1 || grid_z != 1 ||
+        block_x == 0 || block_x > 1024 || block_y != 1 || block_z != 1)
+        return INVALID;
+    struct action a = {.kind = LAUNCH,
+                       .kernel = &kernels[i],
+                       .grid = {.n_blocks = grid_x, .n_threads = block_x}};
+    memcpy(a.args, params[0], kernels[i].args_bytes);
+    (void)pthread_mutex_lock(&mutex);
+    return locked(push(s, &a, false));
+}
