@@ -111,6 +111,15 @@ error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
     return EINVAL;
 }
 
+error_t tvc_parse_shard(struct tvc *c, const char *arg, uint64_t *out)
+{
+    const error_t e = tvc_parse_size(c, "--out-shard-size", arg, true, out);
+
+    if (e == 0 && *out == 0)
+        *out = INT64_MAX;
+    return e;
+}
+
 error_t tvc_parse_u64(struct tvc *c, const char *option, const char *arg,
                       uint64_t max, uint64_t *out)
 {

@@ -89,6 +89,8 @@ error_t tvc_refuse(struct tvc *c, enum tv_err code, const char *fmt, ...)
 /* Parsers of option values; messages name the option. */
 error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
                        bool mergekit_b, uint64_t *out);
+/* Of --out-shard-size; 0 is no limit, as for mergekit. */
+error_t tvc_parse_shard(struct tvc *c, const char *arg, uint64_t *out);
 error_t tvc_parse_u64(struct tvc *c, const char *option, const char *arg,
                       uint64_t max, uint64_t *out);
 /* Seconds, also "500ms"; at most a day. */

@@ -27,7 +27,7 @@ enum { KEY_FORCE = 0x2000, KEY_SHARD, KEY_NO_SYNC };
 
 static const struct argp_option options[] = {
     {"out-shard-size", KEY_SHARD, "SIZE", 0,
-     "Most bytes per safetensors file (default: 5GB)", 0},
+     "Most bytes per safetensors file (default: 5GB; 0: no limit)", 0},
     {"force", KEY_FORCE, NULL, 0, "Write into a directory that has files", 0},
     {"no-sync", KEY_NO_SYNC, NULL, 0, "Do not wait for the disk", 0},
     {0}};
@@ -43,8 +43,7 @@ static error_t option(struct tvc *c, int key, const char *arg)
         o->no_sync = true;
         return 0;
     case KEY_SHARD:
-        return tvc_parse_size(c, "--out-shard-size", arg, true,
-                              &o->shard_bytes);
+        return tvc_parse_shard(c, arg, &o->shard_bytes);
     default:
         return ARGP_ERR_UNKNOWN;
     }

@@ -52,7 +52,7 @@ const struct argp_option tvc_merge_options[] = {
     {"into", KEY_INTO, "NAME", 0, "Merge into this object of the store", 0},
     {"random-seed", KEY_SEED, "N", 0, "Seed of random masks (default: 0)", 0},
     {"out-shard-size", KEY_SHARD, "SIZE", 0,
-     "Most bytes per safetensors file (default: 5GB)", 0},
+     "Most bytes per safetensors file (default: 5GB; 0: no limit)", 0},
     {"quota", KEY_QUOTA, "SIZE", 0,
      "Most bytes that OUT may take on disk meanwhile", 0},
     {"compat", KEY_COMPAT, "TOOL", 0,
@@ -278,8 +278,7 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
         /* JSON documents carry it as an integer. */
         return tvc_parse_u64(c, "--random-seed", arg, INT64_MAX, &m->seed);
     case KEY_SHARD:
-        return tvc_parse_size(c, "--out-shard-size", arg, true,
-                              &m->shard_bytes);
+        return tvc_parse_shard(c, arg, &m->shard_bytes);
     case KEY_QUOTA:
         return tvc_parse_size(c, "--quota", arg, false, &m->quota_bytes);
     case KEY_LOCK_TIMEOUT:

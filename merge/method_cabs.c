@@ -35,12 +35,14 @@ static const struct tvm_param params[N_PARAMS] = {
              .type = TVM_INT,
              .has_default = true,
              .fallback = 64.0,
+             TVM_FROM(0.0),
              .help = "elements of every m that this model keeps"},
     [P_M] = {.name = "m",
              .scope = TVM_SHARED,
              .type = TVM_INT,
              .has_default = true,
              .fallback = 256.0,
+             TVM_WITHIN(1.0, (double)TVM_BLOCK),
              .help = "elements of a group: a power of two up to 2048"},
     [P_LAMBDA] = {.name = "lambda",
                   .scope = TVM_SHARED,
@@ -64,14 +66,14 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
     for (double p = 1.0; p <= (double)TVM_BLOCK; p *= 2.0)
         fits = fits || m == p;
     if (!fits)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "m is %g: it takes a power of two up to %u", m,
-                        TVM_BLOCK);
+        tvm_param_problem(t, P_M, SIZE_MAX, problems,
+                          "m is %g: it takes a power of two up to %u", m,
+                          TVM_BLOCK);
     for (size_t s = 0; fits && s < t->n_sources; s++)
-        if ((int)s != t->base && !(kept_of(t, s) >= 0.0 && kept_of(t, s) <= m))
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "n of input %zu is %g: it lies within 0 and m (%g)",
-                            s + 1, kept_of(t, s), m);
+        if ((int)s != t->base && kept_of(t, s) > m)
+            tvm_param_problem(t, P_N, s, problems,
+                              "n of model %zu is %g: it is at most m (%g)",
+                              t->sources[s].position + 1, kept_of(t, s), m);
 }
 
 static int fold(const struct tvm_tensor *t)

@@ -39,6 +39,7 @@ static const struct tvm_param params[N_PARAMS] = {
                 .type = TVM_INT,
                 .has_default = true,
                 .fallback = 0.0,
+                TVM_FROM(0.0),
                 .help = "rebuild the model of this number; 0: none"},
 };
 
@@ -60,10 +61,11 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
     const double task = tvm_shared(t, P_TASK);
 
     tvm_check_finite(t, problems);
-    if (task < 0.0 || task > (double)t->n_models)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "task is the number of a model from 1 to %zu, or 0",
-                        t->n_models);
+    if (task > (double)t->n_models)
+        tvm_param_problem(t, P_TASK, SIZE_MAX, problems,
+                          "task is %g: it takes the number of a model from 1 "
+                          "to %zu, or 0",
+                          task, t->n_models);
 }
 
 static int fold(const struct tvm_tensor *t)

@@ -26,12 +26,14 @@ static const struct tvm_param params[N_PARAMS] = {
                   .type = TVM_FLOAT,
                   .has_default = true,
                   .fallback = 1.0,
+                  TVM_FROM(0.0),
                   .help = "factor of this model's Fisher information"},
     [P_FISHER_OF] = {.name = "fisher_of",
                      .scope = TVM_INPUT,
                      .type = TVM_INT,
                      .has_default = true,
                      .fallback = 0.0,
+                     TVM_FROM(0.0),
                      .help = "this is no model, but the Fisher information of "
                              "the model of this number"},
     [P_FLOOR] = {.name = "floor",
@@ -39,6 +41,7 @@ static const struct tvm_param params[N_PARAMS] = {
                  .type = TVM_FLOAT,
                  .has_default = true,
                  .fallback = 0.0,
+                 TVM_FROM(0.0),
                  .help = "added to all Fisher information"},
 };
 
@@ -78,35 +81,31 @@ static bool names_a_model(const struct tvm_tensor *t, size_t fisher)
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     double sum = 0.0;
+    size_t first = NONE; /* model */
 
     tvm_check_finite(t, problems);
     for (size_t s = 0; s < t->n_sources; s++) {
         const size_t number = t->sources[s].position + 1;
         if (is_fisher(t, s)) {
             if (!names_a_model(t, s))
-                tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                                "entry %zu is the Fisher information of entry "
-                                "%g, which is no model with this tensor",
-                                number, tvm_of(t, s, P_FISHER_OF, N_PARAMS));
+                tvm_param_problem(t, P_FISHER_OF, s, problems,
+                                  "entry %zu is the Fisher information of "
+                                  "entry %g, which is no model with this "
+                                  "tensor",
+                                  number, tvm_of(t, s, P_FISHER_OF, N_PARAMS));
             continue;
         }
-        const double w = tvm_of(t, s, P_WEIGHT, N_PARAMS);
-        sum += w;
-        if (w < 0.0)
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "weight of entry %zu is negative", number);
+        first = first == NONE ? s : first;
+        sum += tvm_of(t, s, P_WEIGHT, N_PARAMS);
         if (fisher_of(t, s) == NONE)
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "entry %zu needs its Fisher information, once: "
-                            "another entry with fisher_of: %zu",
-                            number, number);
+            tvm_param_problem(t, P_FISHER_OF, s, problems,
+                              "entry %zu needs its Fisher information, once: "
+                              "another entry with fisher_of: %zu",
+                              number, number);
     }
     if (sum == 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "the weights sum to 0");
-    if (tvm_shared(t, P_FLOOR) < 0.0)
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "floor must not be negative");
+        tvm_param_problem(t, P_WEIGHT, first == NONE ? 0 : first, problems,
+                          "the weights sum to 0");
 }
 
 static int fold(const struct tvm_tensor *t)

@@ -216,19 +216,19 @@ static void check_statistics(const struct tvm_tensor *t,
     const double correct = tvm_shared(t, GTA_CORRECT);
 
     if (detail_of(t)->mergekit)
-        tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,
-                        "--compat mergekit: mergekit has no sparsify: %s",
-                        gta_sparsifiers[(size_t)tvm_shared(t, GTA_SPARSIFY)]);
+        tvm_param_problem(t, GTA_SPARSIFY, SIZE_MAX, problems,
+                          "--compat mergekit: mergekit has no sparsify: %s",
+                          gta_sparsifiers[(size_t)tvm_shared(t, GTA_SPARSIFY)]);
     if (sparsify_of(t) == GTA_IMPORTANCE &&
         (correct == 1.0 + TVM_CORRECT_OBS ||
          correct == 1.0 + TVM_CORRECT_OBS_CG))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "error_correction: obs chooses entries itself: write "
-                        "sparsify: sparsegpt");
+        tvm_param_problem(t, GTA_CORRECT, SIZE_MAX, problems,
+                          "error_correction: obs chooses entries itself: write "
+                          "sparsify: sparsegpt");
     if (sparsify_of(t) == GTA_IMPORTANCE &&
         tvm_shared(t, GTA_COMPARE) == 1.0 + TVM_COMPARE_LOOP)
-        tvm_problem_add(
-            problems, true, TV_E_USAGE, t->name,
+        tvm_param_problem(
+            t, GTA_COMPARE, SIZE_MAX, problems,
             "importance_scope: loop is SparseGPT's: write sparsify: "
             "sparsegpt");
 }
@@ -252,9 +252,9 @@ void gta_check(const struct tvm_tensor *t, struct tvm_problems *problems)
     }
     check_statistics(t, problems);
     if (detail_of(t)->mergekit && is_scoped(t))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "mergekit has no trim_scope: it cannot be combined "
-                        "with --compat mergekit");
+        tvm_param_problem(t, GTA_SCOPE, SIZE_MAX, problems,
+                          "mergekit has no trim_scope: it cannot be combined "
+                          "with --compat mergekit");
     /* The histograms count in 32 bits. */
     if (n_top > 0 && t->n_elems > UINT32_MAX)
         tvm_problem_add(problems, true, TV_E_UNSUPPORTED, t->name,

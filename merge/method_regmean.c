@@ -93,12 +93,12 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
         const double w = tvm_of(t, s, TVM_MATRIX_WEIGHT, N_PARAMS);
         sum += w;
         if (w < 0.0)
-            tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                            "regmean takes no negative weights");
+            tvm_param_problem(t, TVM_MATRIX_WEIGHT, s, problems,
+                              "regmean takes no negative weights");
     }
     if (tvm_donor_count(t) > 0 && !(sum > 0.0))
-        tvm_problem_add(problems, true, TV_E_USAGE, t->name,
-                        "the weights of regmean add up to nothing");
+        tvm_param_problem(t, TVM_MATRIX_WEIGHT, t->base == 0 ? 1 : 0, problems,
+                          "the weights of regmean add up to nothing");
 }
 
 static size_t state_bytes(const struct tvm_job *job)

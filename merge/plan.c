@@ -617,9 +617,13 @@ static enum tv_err check_out_dir(struct planner *pl)
     parent = existing_parent(plan->options.out_dir);
     if (parent == NULL)
         return plan_oom(pl);
+    if (!tvm_room_is_finished(plan) &&
+        tv_dir_check_writable(parent, &e) != TV_OK)
+        plan_report(pl, "OUT", 1, true, e.code, "", "OUT '%s': %s",
+                    plan->options.out_dir, e.msg);
     /* What an earlier attempt has allocated there is used again. */
-    if (tv_disk_free(parent, &disk, &e) != TV_OK ||
-        tv_disk_used(plan->options.out_dir, &used, &e) != TV_OK)
+    else if (tv_disk_free(parent, &disk, &e) != TV_OK ||
+             tv_disk_used(plan->options.out_dir, &used, &e) != TV_OK)
         plan_report(pl, "disk", 1, false, TV_OK, plan->options.out_dir,
                     "cannot tell how much room there is: %s", e.msg);
     else if (need > add_capped(disk, used))

@@ -151,6 +151,7 @@ struct build {
     const struct tvm_node **from;
     bool is_head;
     bool ok;
+    bool refused; /* a setting, which was said; its default stands in */
 };
 
 static const char *ref_of(const struct build *b, size_t slice_source)
@@ -629,7 +630,9 @@ static double take(struct build *b, const struct tvm_param *p,
                    bool *set)
 {
     *set = v->set;
-    if (refused) {
+    if (refused && p->has_default) {
+        b->refused = true;
+    } else if (refused) {
         b->ok = false;
     } else if (!v->set && p->required) {
         b->ok = false;
@@ -693,17 +696,23 @@ static enum tv_err resolve_parameters(struct build *b, int64_t k, int64_t n_k)
     return TV_OK;
 }
 
-/* Of a value of a parameter: where it was written, or the method that has it as
- * a default. */
+/* Of a value of a parameter: where it was written, or what has it as a default:
+ * the model, or the method. */
 static const char *param_where(struct build *b, const struct tvm_problem *p)
 {
     struct planner *const pl = b->pl;
     const size_t row = p->source == SIZE_MAX ? b->slice->n : p->source;
     const struct tvm_node *const from =
         b->from[row * b->t->method->n_params + p->param];
-    const struct tvm_recipe_ref at = {
-        "", from != NULL ? from->line : pl->r->method_line,
-        from != NULL ? from->col : pl->r->method_col};
+    const struct tvm_recipe_slice *const rs = b->slice->recipe;
+    struct tvm_recipe_ref at = {"", pl->r->method_line, pl->r->method_col};
+    if (from != NULL) {
+        at.line = from->line;
+        at.col = from->col;
+    } else if (p->source != SIZE_MAX && b->at[p->source] < rs->n_sources &&
+               rs->sources[b->at[p->source]].model.line > 0) {
+        at = rs->sources[b->at[p->source]].model;
+    }
     return plan_where(pl, &at);
 }
 
@@ -933,6 +942,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     compat_arithmetic(&b);
     if (b.ok && !slice->broken && all_math(t) && b.like->role != TV_ROLE_BUFFER)
         ask_method(&b);
+    b.ok = b.ok && !b.refused;
     TV_TRY(choose_dtype(&b));
     TV_TRY(count_bytes(&b));
     if (b.is_head)

@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -349,6 +350,23 @@ static void check_room(struct tvm_stages *s, struct tvm_problems *problems)
     tv_free(parent);
 }
 
+/* OUT by a name that something can be put behind; owned. */
+static char *name_of_out(const char *out)
+{
+    char real[PATH_MAX];
+    size_t n = strlen(out);
+
+    while (n > 1 && out[n - 1] == '/')
+        n--;
+    const bool dots = (n >= 1 && out[n - 1] == '.') &&
+                      (n == 1 || out[n - 2] == '/' ||
+                       (out[n - 2] == '.' && (n == 2 || out[n - 3] == '/')));
+    /* A place that is not there is found out about later. */
+    if (dots && realpath(out, real) != NULL)
+        return tv_strdup(real);
+    return tv_asprintf("%.*s", (int)n, out);
+}
+
 /* Without a directory for them, stages stand beside the output. */
 static enum tv_err choose_dir(struct tvm_stages *s, const char *dir,
                               struct tvm_problems *problems,
@@ -356,15 +374,14 @@ static enum tv_err choose_dir(struct tvm_stages *s, const char *dir,
 {
     struct storage *const st = storage_of(s);
     const char *const out = st->options.out_dir;
-    size_t n = 0;
 
     st->keep = dir != NULL;
     if (dir != NULL) {
         st->dir = tv_strdup(dir);
     } else if (out != NULL) {
-        for (n = strlen(out); n > 1 && out[n - 1] == '/';)
-            n--;
-        st->dir = tv_asprintf("%.*s.stages", (int)n, out);
+        char *const name = name_of_out(out);
+        st->dir = name == NULL ? NULL : tv_asprintf("%s.stages", name);
+        tv_free(name);
     } else {
         if (st->options.into != NULL)
             tvm_problem_add(problems, true, TV_E_USAGE, "",

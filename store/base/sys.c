@@ -492,6 +492,26 @@ char *tv_path_join(const char *dir, const char *name)
 
 /* ---- disk space ---------------------------------------------------------- */
 
+enum tv_err tv_dir_check_writable(const char *path, struct tv_error *err)
+{
+    struct statvfs fs;
+
+    if (!tv_path_is_dir(path))
+        return tv_error_set(err, TV_E_INPUT, "%s is not a directory", path);
+    if (faccessat(AT_FDCWD, path, W_OK | X_OK, AT_EACCESS) != 0) {
+        (void)tv_error_sys(err, errno, "%s cannot be written to", path);
+        if (err != NULL)
+            err->code = TV_E_INPUT;
+        return TV_E_INPUT;
+    }
+    /* Such as /proc, where the owner may write, but nothing new. */
+    if (statvfs(path, &fs) == 0 && fs.f_blocks == 0 && fs.f_bfree == 0 &&
+        fs.f_files == 0)
+        return tv_error_set(err, TV_E_INPUT,
+                            "the file system of %s keeps no files", path);
+    return TV_OK;
+}
+
 enum tv_err tv_disk_free(const char *path, uint64_t *bytes,
                          struct tv_error *err)
 {

@@ -8,6 +8,7 @@ wrong with any document is listed before anything is made.
 """
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,20 @@ def wrong():
     check("no other document uses 'first'" in r.stderr and
           not os.path.exists("out.stages"), r.stderr[-300:])
     shutil.rmtree("out")
+    # OUT by its dots: the stages stand beside it all the same.
+    here = os.getcwd()
+    write("dots.yml", *(re.sub(r"(model|path): (base|ft-code|ft-prose|"
+                               r"lora-jargon)", rf"\1: {here}/\2", d)
+                        for d in DOCS.values()))
+    for out in (".", "./", "../in/."):
+        os.mkdir("in")
+        r = run(TVMERGE, "run", "../dots.yml", out, cwd="in")
+        check(r.returncode == 0 and not os.path.exists("in.stages"),
+              f"OUT {out}: {r.returncode} {r.stderr[-300:]}")
+        check("config.json" in os.listdir("in") and
+              not [n for n in os.listdir("in") if "stages" in n],
+              f"OUT {out}: {os.listdir('in')}")
+        shutil.rmtree("in")
     # A directory that is not ours stays.
     write("all.yml", *DOCS.values())
     os.makedirs("out.stages/second")

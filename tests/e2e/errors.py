@@ -105,6 +105,54 @@ recipe("unequal ranges", "merge_method: linear\nslices:\n- sources:\n"
 recipe("zero weight sum", "merge_method: linear\nmodels:\n"
        "- {model: base, parameters: {weight: 1}}\n"
        "- {model: ft-code, parameters: {weight: -1}}\n", 2, "weight")
+
+
+def at_once(what, text, *said):
+    """Every problem once, with its place in the recipe."""
+    err = recipe(what, text, 2, *said).stderr
+    for s in said:
+        check(err.count(s) == 1, f"{what}: {err.count(s)} times '{s}'")
+    errors = [x for x in err.splitlines()
+              if "error: " in x and not x.startswith("tvmerge:")]
+    check(len(errors) == len(said), f"{what}: {len(errors)} errors: {err}")
+
+
+TWO = """base_model: base
+models:
+- model: ft-prose
+  parameters: {{{0}}}
+- model: ft-code
+  parameters: {{{1}}}
+"""
+at_once("cabs", "merge_method: cabs\nparameters: {m: 3}\n" +
+        TWO.format("weight: 1, n: -1", "weight: 1"),
+        "r.yml:2:17: error: m is 3", "r.yml:6:30: error: parameter 'n'")
+at_once("cabs n of m", "merge_method: cabs\nparameters: {m: 16}\n" +
+        TWO.format("weight: 1", "weight: 1, n: 32"),
+        "r.yml:5:10: error: n of model 1 is 64",
+        "r.yml:8:30: error: n of model 2 is 32")
+at_once("emr task", "merge_method: emr\nparameters: {task: 9}\n" +
+        TWO.format("weight: 1", "weight: 1"), "r.yml:2:20: error: task is 9")
+at_once("emr task below 0", "merge_method: emr\nparameters: {task: -2}\n" +
+        TWO.format("weight: 1", "weight: 1"),
+        "r.yml:2:20: error: parameter 'task'")
+at_once("weights that cancel", "merge_method: linear\nmodels:\n"
+        "- {model: base, parameters: {weight: 1}}\n"
+        "- {model: ft-code, parameters: {weight: -1}}\n",
+        "r.yml:3:38: error: the weights")
+at_once("weights that cancel on a sphere", "merge_method: multislerp\n" +
+        TWO.format("weight: 1", "weight: -1"), "r.yml:5:24: error: the weights")
+at_once("fisher of nobody", "merge_method: fisher\nmodels:\n"
+        "- {model: base, parameters: {weight: -1}}\n"
+        "- {model: ft-code, parameters: {fisher_of: 7}}\n",
+        "r.yml:3:38: error: parameter 'weight'",
+        "r.yml:3:11: error: entry 1 needs",
+        "r.yml:4:44: error: entry 2 is the Fisher")
+at_once("fisher of nobody", "merge_method: fisher\nmodels:\n"
+        "- {model: base}\n"
+        "- {model: ft-code, parameters: {fisher_of: 7}}\n",
+        "r.yml:3:11: error: entry 1 needs",
+        "r.yml:4:44: error: entry 2 is the Fisher")
 r = recipe("all at once", "merge_method: task_arithmetic\nbase_model: nope1\n"
            "models:\n- model: nope2\n  parameters: {weight: 1}\n"
            "- model: nope3\n  parameters: {weight: 1}\n", 4, "nope1", "nope2",
@@ -119,6 +167,14 @@ recipe("many aliases", "a: &a 1\nb: [" + "*a, " * 100000 + "1]\n", 2, "r.yml")
 expect("recipe file missing", [TVMERGE, "run", "nope.yml",
                                os.path.join(WORK, "out")], 4, "nope.yml",
        out=os.path.join(WORK, "out"))
+ok = os.path.join(WORK, "ok.yml")
+with open(ok, "w") as f:
+    f.write(TA)
+for out in (ok + "/out", "/proc/nothing/here", "/sys/out"):
+    for more in ([], ["--json"]):
+        expect("no place for OUT", [TVMERGE, "run", ok, out, *more], 4,
+               os.path.dirname(out) if out[1] != "p" else "/proc")
+    expect("no place for OUT", [TVMERGE, "plan", ok, out], 4, out)
 expect("no arguments", [TVMERGE], 2)
 expect("unknown option", [TVMERGE, "run", "--randomseed", "3"], 2,
        "randomseed")

@@ -47,6 +47,13 @@ $ tvmerge --cuda --lazy-unpickle --lora-merge-cache c --low-cpu-memory r.yml out
 2> result in out3
 $ tvmerge r.yml out3b -q --transformers-cache c --read-to-gpu --multi-gpu --gpu-rich --no-async-write --write-threads 2 --clone-tensors --safe-serialization --num-threads 2 --lora-merge-dtype torch.float32 --no-cuda --no-quiet && tvstore diff s out3b out
 38 tensors, all equal
+$ tvmerge r.yml out0 -q --no-copy-tokenizer --no-write-model-card --out-shard-size 0 && ls out0
+config.json
+generation_config.json
+mergekit_config.yml
+model.safetensors
+tvmerge.json
+tvmerge_config.yml
 $ tvmerge r.yml out4 -q --no-copy-tokenizer --no-write-model-card --out-shard-size 1MB && ls out4
 config.json
 generation_config.json

@@ -109,6 +109,10 @@ bool tv_path_exists(const char *path);
 bool tv_path_is_dir(const char *path);
 /* dir/name, owned; NULL when out of memory. */
 char *tv_path_join(const char *dir, const char *name);
+/* Can files be made in this directory, as far as can be told without making
+ * one? INPUT with the reason when not. */
+TV_NODISCARD enum tv_err tv_dir_check_writable(const char *path,
+                                               struct tv_error *err);
 /* Free bytes a non-root user may use on path's file system. */
 TV_NODISCARD enum tv_err tv_disk_free(const char *path, uint64_t *bytes,
                                       struct tv_error *err);
