@@ -14,10 +14,12 @@
  * 2403.19522. A tensor that fewer than two fine-tunes have is the base's
  * (mergekit leaves it out of the output).
  */
+#include "compat_sums.h"
 #include "method.h"
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "gram.h"
 
@@ -179,6 +181,197 @@ static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
     add(job, coef, x, dst, n);
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ */
+
+struct compat_state {
+    struct tvm_compat_sums sums; /* of pairs, as in gram.c */
+    float *delta;                /* [n_workers][n][TVM_BLOCK] */
+    double *pairs;               /* [n_pairs] */
+    float t;
+};
+
+static size_t pair_of(size_t i, size_t j)
+{
+    return j * (j + 1) / 2 + i;
+}
+
+static size_t compat_lay_out(const struct tvm_job *job, void *base,
+                             struct compat_state *st)
+{
+    struct tvm_carver c = {base, 0};
+    const size_t n = tvm_donor_count(job->tensor);
+    const size_t n_pairs = n * (n + 1) / 2;
+
+    (void)tvm_carve(&c, 1, sizeof *st);
+    if (n < 2)
+        return c.used;
+    st->delta = tvm_carve(&c, (uint64_t)job->n_workers * n * TVM_BLOCK,
+                          sizeof *st->delta);
+    if (!by_row(job->tensor)) {
+        st->pairs = tvm_carve(&c, n_pairs, sizeof *st->pairs);
+        tvm_compat_sums_carve(&st->sums, &c, job, n_pairs);
+    }
+    return c.used;
+}
+
+static size_t compat_state_bytes(const struct tvm_job *job)
+{
+    struct compat_state st;
+
+    return compat_lay_out(job, NULL, &st);
+}
+
+/* Task vectors of a block. */
+static const float *compat_deltas(const struct tvm_job *job,
+                                  const struct tvm_tile *tile,
+                                  const float *const *x, size_t at, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const float *v[TVK_DONORS_MAX];
+    const size_t n_donors = tvm_donors(job->tensor, x, v);
+    float *d = st->delta + (size_t)tile->worker * n_donors * TVM_BLOCK;
+
+    for (size_t i = 0; i < n_donors; i++)
+        tvm_compat_sub(job, d + i * TVM_BLOCK, v[i] + at,
+                       x[job->tensor->base] + at, n);
+    return d;
+}
+
+/* Square of task vector i, or product of two. */
+static double compat_share(const struct tvm_job *job, const float *d, size_t i,
+                           size_t j, size_t n)
+{
+    float product[TVM_BLOCK];
+
+    if (i == j)
+        return tvm_compat_squares(d + i * TVM_BLOCK, n);
+    tvm_compat_mul(job, product, d + i * TVM_BLOCK, d + j * TVM_BLOCK, n);
+    return tvm_compat_total(product, n);
+}
+
+static float compat_t(const struct tvm_job *job, const double *pairs, size_t n)
+{
+    const float least = tvm_compat_one(job, NORMS_MIN);
+    float sum = 0.0f;
+
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = i + 1; j < n; j++) {
+            const float a = tvm_compat_one(job, sqrt(pairs[pair_of(i, i)]));
+            const float b = tvm_compat_one(job, sqrt(pairs[pair_of(j, j)]));
+            const float norms = tvm_compat_one(job, (double)(a * b));
+            const float dot = tvm_compat_one(job, pairs[pair_of(i, j)]);
+            const float c = tvm_compat_one(
+                job, (double)(dot / (norms > least ? norms : least)));
+            sum += c > 1.0f ? 1.0f : c < -1.0f ? -1.0f : c;
+        }
+    const float many = (float)(n * (n - 1) / 2);
+    const float c = tvm_compat_one(job, (double)(sum / many));
+    const float others = tvm_compat_one(job, (double)((float)(n - 1) * c));
+    const float divisor = tvm_compat_one(job, (double)(1.0f + others));
+    if (fabsf(divisor) < tvm_compat_one(job, DIVISOR_MIN))
+        return 0.0f;
+    const float all = tvm_compat_one(job, (double)((float)n * c));
+    return tvm_compat_one(job, (double)(all / divisor));
+}
+
+static bool compat_next_phase(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const size_t n = tvm_donor_count(job->tensor);
+
+    if (job->phase == 0) {
+        (void)compat_lay_out(job, st, st);
+        return n >= 2 && !by_row(job->tensor);
+    }
+    for (size_t p = 0; p < n * (n + 1) / 2; p++)
+        st->pairs[p] = tvm_compat_sums_get(&st->sums, job, p);
+    st->t = compat_t(job, st->pairs, n);
+    return false;
+}
+
+static void compat_measure(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const float *d = compat_deltas(job, tile, x, 0, n);
+    const size_t n_donors = tvm_donor_count(job->tensor);
+
+    for (size_t j = 0; j < n_donors; j++)
+        for (size_t i = 0; i <= j; i++)
+            tvm_compat_sums_put(&st->sums, job, tile, pair_of(i, j),
+                                compat_share(job, d, i, j, n), n);
+}
+
+/* t mean(x) + (1 - t) b of elements [at, at + n). */
+static void compat_mix(const struct tvm_job *job, float t,
+                       const float *const *x, float *dst, size_t at, size_t n)
+{
+    const float *v[TVK_DONORS_MAX];
+    const size_t n_donors = tvm_donors(job->tensor, x, v);
+    float rest[TVM_BLOCK];
+
+    memset(dst, 0, n * sizeof *dst);
+    for (size_t i = 0; i < n_donors; i++)
+        tvm_compat_add(job, dst, dst, v[i] + at, n);
+    tvm_compat_div1(job, dst, dst, (float)n_donors, n);
+    tvm_compat_mul1(job, dst, dst, t, n);
+    tvm_compat_mul1(job, rest, x[job->tensor->base] + at,
+                    tvm_compat_one(job, (double)(1.0f - t)), n);
+    tvm_compat_add(job, dst, dst, rest, n);
+}
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct compat_state *st = job->state;
+
+    (void)tile;
+    if (tvm_donor_count(job->tensor) < 2)
+        memcpy(dst, x[job->tensor->base], n * sizeof *dst);
+    else
+        compat_mix(job, st->t, x, dst, 0, n);
+}
+
+static void compat_combine_row(struct tvm_job *job, struct tvm_tile *tile,
+                               uint64_t row, const float *const *x, float *dst,
+                               size_t n)
+{
+    const size_t n_donors = tvm_donor_count(job->tensor);
+    double pairs[TVM_GRAM_ROW_VECTORS * (TVM_GRAM_ROW_VECTORS + 1) / 2] = {0};
+
+    (void)row;
+    for (size_t at = 0; at < n; at += TVM_BLOCK) {
+        const size_t m = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+        const float *d = compat_deltas(job, tile, x, at, m);
+        for (size_t j = 0; j < n_donors; j++)
+            for (size_t i = 0; i <= j; i++)
+                pairs[pair_of(i, j)] += compat_share(job, d, i, j, m);
+    }
+    const float t = compat_t(job, pairs, n_donors);
+    for (size_t at = 0; at < n; at += TVM_BLOCK)
+        compat_mix(job, t, x, dst + at, at,
+                   n - at < TVM_BLOCK ? n - at : TVM_BLOCK);
+}
+
+static const struct tvm_method compat = {
+    .name = "model_stock",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 2,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .missing = TVM_MISSING_COPY_BASE,
+    .check = check,
+    .fold = fold,
+    .state_bytes = compat_state_bytes,
+    .next_phase = compat_next_phase,
+    .measure = compat_measure,
+    .combine = compat_combine,
+    .row_elems = row_elems,
+    .combine_row = compat_combine_row,
+};
+
 const struct tvm_method tvm_method_model_stock = {
     .name = "model_stock",
     .summary = "base plus the average task vector, scaled by its agreement",
@@ -197,4 +390,5 @@ const struct tvm_method tvm_method_model_stock = {
     .combine = combine,
     .row_elems = row_elems,
     .combine_row = combine_row,
+    .compat = &compat,
 };

@@ -14,10 +14,12 @@
  * merge, here the weighted average is taken for any number. All of it follows
  * from the Gram matrix: one pass to measure, one to combine.
  */
+#include "compat_sums.h"
 #include "method.h"
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #include "gram.h"
 
@@ -201,6 +203,262 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
                           "change a weight or set normalize_weights: false");
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ * Nothing between the steps is kept: every pass makes an element's chain of
+ * roundings again, as far as the sums are known. */
+
+enum { NORMS, MEAN, DOTS, TANGENT, KNOWN };
+
+struct compat_state {
+    struct tvm_compat_sums sums;
+    unsigned step;
+    bool cancels; /* the mean has no direction */
+    float weight[N_MAX], norm[N_MAX], dot[N_MAX]; /* norm: as measured */
+    float mean_norm, tangent_norm, length;
+    float *delta; /* [n_workers][TVM_BLOCK] */
+};
+
+static size_t compat_lay_out(const struct tvm_job *job, void *base,
+                             struct compat_state *st)
+{
+    struct tvm_carver c = {base, 0};
+
+    (void)tvm_carve(&c, 1, sizeof *st);
+    st->delta =
+        tvm_carve(&c, (uint64_t)job->n_workers * TVM_BLOCK, sizeof *st->delta);
+    tvm_compat_sums_carve(&st->sums, &c, job, tvm_donor_count(job->tensor));
+    return c.used;
+}
+
+static size_t compat_state_bytes(const struct tvm_job *job)
+{
+    struct compat_state st;
+
+    return compat_lay_out(job, NULL, &st);
+}
+
+/* Vector i of a block. */
+static const float *compat_vector(const struct tvm_job *job,
+                                  const struct tvm_tile *tile,
+                                  const float *const *x, size_t i, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    float *d = st->delta + (size_t)tile->worker * TVM_BLOCK;
+    const float *v[N_MAX];
+
+    (void)tvm_donors(t, x, v);
+    if (t->base < 0)
+        return v[i];
+    tvm_compat_sub(job, d, v[i], x[t->base], n);
+    return d;
+}
+
+static float compat_eps(const struct tvm_job *job, float norm)
+{
+    const float eps = (float)tvm_shared(job->tensor, P_EPS);
+    return tvm_compat_one(job, (double)(norm + eps));
+}
+
+/* out = sum w_i u_i, brought to length 1 once that is known. */
+static void compat_mean(const struct tvm_job *job, const struct tvm_tile *tile,
+                        const float *const *x, float *out, size_t n)
+{
+    const struct compat_state *st = job->state;
+    float u[TVM_BLOCK];
+
+    memset(out, 0, n * sizeof *out);
+    for (size_t i = 0; i < st->sums.n; i++) {
+        tvm_compat_div1(job, u, compat_vector(job, tile, x, i, n),
+                        compat_eps(job, st->norm[i]), n);
+        tvm_compat_mul1(job, u, u, st->weight[i], n);
+        for (size_t e = 0; e < n; e++)
+            out[e] += u[e];
+    }
+    tvm_compat_round(job->k, job->tensor->compute, out, n);
+    if (st->step > MEAN)
+        tvm_compat_div1(job, out, out, st->mean_norm, n);
+}
+
+/* out = sum w_i (u_i - dot_i mean) */
+static void compat_tangent(const struct tvm_job *job,
+                           const struct tvm_tile *tile, const float *const *x,
+                           const float *mean, float *out, size_t n)
+{
+    const struct compat_state *st = job->state;
+    float u[TVM_BLOCK];
+    float along[TVM_BLOCK];
+
+    memset(out, 0, n * sizeof *out);
+    for (size_t i = 0; i < st->sums.n; i++) {
+        tvm_compat_div1(job, u, compat_vector(job, tile, x, i, n),
+                        compat_eps(job, st->norm[i]), n);
+        tvm_compat_mul1(job, along, mean, st->dot[i], n);
+        tvm_compat_sub(job, u, u, along, n);
+        tvm_compat_mul1(job, u, u, st->weight[i], n);
+        for (size_t e = 0; e < n; e++)
+            out[e] += u[e];
+    }
+    tvm_compat_round(job->k, job->tensor->compute, out, n);
+}
+
+static void compat_weights(const struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        if ((int)s != t->base)
+            st->weight[n++] =
+                tvm_compat_one(job, tvm_of(t, s, P_WEIGHT, N_PARAMS));
+    const float sum =
+        tvm_compat_one(job, (double)tvm_compat_sum(st->weight, n));
+    for (size_t i = 0; tvm_shared(t, P_NORMALIZE) != 0.0 && i < n; i++)
+        st->weight[i] = tvm_compat_one(job, (double)(st->weight[i] / sum));
+}
+
+static void compat_length(const struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    float sum = 0.0f;
+
+    for (size_t i = 0; i < st->sums.n; i++)
+        sum += tvm_compat_one(job, (double)(st->norm[i] * st->weight[i]));
+    st->length = tvm_compat_one(job, (double)sum);
+}
+
+static bool compat_next_phase(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+
+    if (job->phase == 0) {
+        (void)compat_lay_out(job, st, st);
+        if (tvm_donor_count(job->tensor) < 2)
+            return false;
+        compat_weights(job);
+        return true;
+    }
+    for (size_t i = 0; i < st->sums.n; i++) {
+        const double sum = tvm_compat_sums_get(&st->sums, job, i);
+        const float root = tvm_compat_one(job, sqrt(sum));
+        switch (st->step) {
+        case NORMS:
+            st->norm[i] = root;
+            break;
+        case MEAN:
+            st->mean_norm = i == 0 ? root : st->mean_norm;
+            break;
+        case DOTS:
+            st->dot[i] = tvm_compat_one(job, sum);
+            break;
+        default:
+            st->tangent_norm =
+                i == 0 ? compat_eps(job, root) : st->tangent_norm;
+            break;
+        }
+    }
+    if (st->step == NORMS)
+        compat_length(job);
+    if (st->step == MEAN) {
+        st->cancels =
+            st->mean_norm < tvm_compat_one(job, tvm_shared(job->tensor, P_EPS));
+        if (st->cancels)
+            return false;
+    }
+    st->step++;
+    return st->step < KNOWN;
+}
+
+static void compat_measure(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, size_t n)
+{
+    const struct compat_state *st = job->state;
+    float mean[TVM_BLOCK];
+    float other[TVM_BLOCK];
+
+    if (st->step != NORMS)
+        compat_mean(job, tile, x, mean, n);
+    if (st->step == TANGENT)
+        compat_tangent(job, tile, x, mean, other, n);
+    for (size_t i = 0; i < st->sums.n; i++) {
+        double sum = 0.0;
+        const float *v = compat_vector(job, tile, x, i, n);
+        if (st->step == NORMS)
+            sum = tvm_compat_squares(v, n);
+        if (st->step == MEAN && i == 0)
+            sum = tvm_compat_squares(mean, n);
+        if (st->step == DOTS) {
+            tvm_compat_div1(job, other, v, compat_eps(job, st->norm[i]), n);
+            tvm_compat_mul(job, other, other, mean, n);
+            sum = tvm_compat_total(other, n);
+        }
+        if (st->step == TANGENT && i == 0)
+            sum = tvm_compat_squares(other, n);
+        tvm_compat_sums_put(&st->sums, job, tile, i, sum, n);
+    }
+}
+
+/* mergekit averages two inputs that cancel and refuses more in the middle of
+ * the merge; here any number is averaged. */
+static void compat_average(const struct tvm_job *job,
+                           const struct tvm_tile *tile, const float *const *x,
+                           float *dst, size_t n)
+{
+    const struct compat_state *st = job->state;
+    float v[TVM_BLOCK];
+
+    for (size_t i = 0; i < st->sums.n; i++) {
+        tvm_compat_mul1(job, i == 0 ? dst : v,
+                        compat_vector(job, tile, x, i, n), st->weight[i], n);
+        if (i > 0)
+            tvm_compat_add(job, dst, dst, v, n);
+    }
+}
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    float tangent[TVM_BLOCK];
+
+    if (tvm_donor_count(t) < 2) {
+        memcpy(dst, x[fold(t)], n * sizeof *dst);
+        return;
+    }
+    if (st->cancels) {
+        compat_average(job, tile, x, dst, n);
+    } else {
+        const float a = st->tangent_norm;
+        const float s = tvm_compat_one(job, (double)sinf(a));
+        compat_mean(job, tile, x, dst, n);
+        compat_tangent(job, tile, x, dst, tangent, n);
+        tvm_compat_mul1(job, dst, dst, tvm_compat_one(job, (double)cosf(a)), n);
+        tvm_compat_mul1(job, tangent, tangent,
+                        tvm_compat_one(job, (double)(s / a)), n);
+        tvm_compat_add(job, dst, dst, tangent, n);
+        tvm_compat_mul1(job, dst, dst, st->length, n);
+    }
+    if (t->base >= 0)
+        tvm_compat_add(job, dst, dst, x[t->base], n);
+}
+
+static const struct tvm_method compat = {
+    .name = "multislerp",
+    .base = TVM_BASE_OPTIONAL,
+    .min_donors = 1,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = check,
+    .fold = fold,
+    .state_bytes = compat_state_bytes,
+    .next_phase = compat_next_phase,
+    .measure = compat_measure,
+    .combine = compat_combine,
+};
+
 const struct tvm_method tvm_method_multislerp = {
     .name = "multislerp",
     .summary = "spherical interpolation of any number of models",
@@ -216,4 +474,5 @@ const struct tvm_method tvm_method_multislerp = {
     .next_phase = next_phase,
     .measure = measure,
     .combine = combine,
+    .compat = &compat,
 };

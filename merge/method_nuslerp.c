@@ -22,6 +22,7 @@
  * order: one pass for the largest entries, one for the sums. A product is held
  * to 2^-41 of the largest one for columns of up to 2^20 entries.
  */
+#include "compat_sums.h"
 #include "method.h"
 
 #include <math.h>
@@ -348,6 +349,316 @@ static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
     mix(job, coef, x, dst, n);
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ * y = (f_0 v_0 + f_1 v_1) / by, or without `by` where the two are colinear. */
+
+struct factors {
+    float f[2], by; /* by 0: none */
+};
+
+struct compat_state {
+    struct nuslerp_state columns;
+    struct tvm_compat_sums sums;
+    unsigned step;
+    float norm[2];
+    struct factors factors;
+    float *delta;                   /* [n_workers][2][TVM_BLOCK] */
+    float *column_norm;             /* [columns][2], COLUMNS */
+    struct factors *column_factors; /* [columns], COLUMNS */
+};
+
+static size_t compat_lay_out(const struct tvm_job *job, void *base,
+                             struct compat_state *st)
+{
+    struct tvm_carver c = {base, 0};
+    const struct tvm_tensor *t = job->tensor;
+    const size_t columns = columns_of(t);
+    const uint64_t w = job->n_workers;
+
+    (void)tvm_carve(&c, 1, sizeof *st);
+    st->delta = tvm_carve(&c, w * 2 * TVM_BLOCK, sizeof *st->delta);
+    if (feed_of(t) == WHOLE)
+        tvm_compat_sums_carve(&st->sums, &c, job, 2);
+    if (feed_of(t) == COLUMNS) {
+        st->columns.column =
+            tvm_carve(&c, w * columns, sizeof *st->columns.column);
+        st->column_norm = tvm_carve(&c, 2 * columns, sizeof *st->column_norm);
+        st->column_factors = tvm_carve(&c, columns, sizeof *st->column_factors);
+    }
+    return c.used;
+}
+
+static size_t compat_state_bytes(const struct tvm_job *job)
+{
+    struct compat_state st;
+
+    return compat_lay_out(job, NULL, &st);
+}
+
+/* The two vectors of a block, from element `at` of x on. */
+static void compat_vectors(const struct tvm_job *job,
+                           const struct tvm_tile *tile, const float *const *x,
+                           size_t at, const float **v, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    float *d = st->delta + (size_t)tile->worker * 2 * TVM_BLOCK;
+
+    (void)tvm_donors(t, x, v);
+    for (size_t i = 0; i < 2; i++) {
+        v[i] += at;
+        if (t->base < 0)
+            continue;
+        tvm_compat_sub(job, d + i * TVM_BLOCK, v[i], x[t->base] + at, n);
+        v[i] = d + i * TVM_BLOCK;
+    }
+}
+
+static float compat_norm(const struct tvm_job *job, double squares)
+{
+    const float norm = tvm_compat_one(job, sqrt(squares));
+    const float least = tvm_compat_one(job, NORM_MIN);
+
+    return norm > least ? norm : least;
+}
+
+static double compat_dot(const struct tvm_job *job, const float *const *v,
+                         const float *norm, size_t n)
+{
+    float a[TVM_BLOCK];
+    float b[TVM_BLOCK];
+
+    tvm_compat_div1(job, a, v[0], norm[0], n);
+    tvm_compat_div1(job, b, v[1], norm[1], n);
+    tvm_compat_mul(job, a, a, b, n);
+    return tvm_compat_total(a, n);
+}
+
+static struct factors compat_factors(const struct tvm_job *job, double dot)
+{
+    const double t = t_of(job->tensor);
+    float c = tvm_compat_one(job, dot);
+
+    c = c > 1.0f ? 1.0f : c < -1.0f ? -1.0f : c;
+    const float square = tvm_compat_one(job, (double)(c * c));
+    if (tvm_compat_one(job, (double)(1.0f - square)) <= 1e-16f)
+        return (struct factors){{(float)(1.0 - t), (float)t}, 0.0f};
+    const float theta = tvm_compat_one(job, (double)acosf(c));
+    const float a = tvm_compat_one(job, (double)((float)(1.0 - t) * theta));
+    const float b = tvm_compat_one(job, (double)((float)t * theta));
+    return (struct factors){{tvm_compat_one(job, (double)sinf(a)),
+                             tvm_compat_one(job, (double)sinf(b))},
+                            tvm_compat_one(job, (double)sinf(theta))};
+}
+
+/* Products of unit vectors are at most 1 in size. */
+static void compat_measure_units(const struct tvm_job *job,
+                                 const struct tvm_tile *tile,
+                                 const float *const *v, size_t n)
+{
+    struct compat_state *st = job->state;
+    const size_t columns = columns_of(job->tensor);
+    struct column *mine = st->columns.column + (size_t)tile->worker * columns;
+    size_t at = (size_t)(tile->start % columns);
+    int rows = 0;
+
+    (void)frexp((double)job->tensor->shape[0], &rows);
+    for (size_t i = 0; i < n; i++, at = at + 1 == columns ? 0 : at + 1) {
+        const float *norm = st->column_norm + 2 * at;
+        const float a = tvm_compat_one(job, (double)(v[0][i] / norm[0]));
+        const float b = tvm_compat_one(job, (double)(v[1][i] / norm[1]));
+        const float p = tvm_compat_one(job, (double)(a * b));
+        if (isfinite(p))
+            mine[at].sum[2] += llrint(ldexp((double)p, 60 - rows));
+    }
+}
+
+static void compat_column_norms(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const size_t columns = columns_of(job->tensor);
+
+    for (size_t i = 0; i < columns; i++) {
+        for (size_t k = 0; k < 2; k++)
+            st->column_norm[2 * i + k] = compat_norm(
+                job, isfinite(st->columns.column[i].most[k])
+                         ? column_sum(job, &st->columns, columns, i, k)
+                         : NAN);
+        for (unsigned w = 0; w < job->n_workers; w++)
+            st->columns.column[w * columns + i].sum[2] = 0;
+    }
+}
+
+static void compat_column_factors(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const size_t columns = columns_of(job->tensor);
+    int rows = 0;
+
+    (void)frexp((double)job->tensor->shape[0], &rows);
+    for (size_t i = 0; i < columns; i++) {
+        int64_t sum = 0;
+        for (unsigned w = 0; w < job->n_workers; w++)
+            sum += st->columns.column[w * columns + i].sum[2];
+        st->column_factors[i] =
+            compat_factors(job, ldexp((double)sum, rows - 60));
+    }
+}
+
+static bool compat_next_phase(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const enum feed feed = feed_of(t);
+
+    if (job->phase == 0) {
+        (void)compat_lay_out(job, st, st);
+        return tvm_donor_count(t) == 2 && feed != ROWS;
+    }
+    st->step++;
+    if (feed == WHOLE && st->step == 1) {
+        for (size_t i = 0; i < 2; i++)
+            st->norm[i] =
+                compat_norm(job, tvm_compat_sums_get(&st->sums, job, i));
+        return true;
+    }
+    if (feed == WHOLE) {
+        st->factors =
+            compat_factors(job, tvm_compat_sums_get(&st->sums, job, 0));
+        return false;
+    }
+    if (st->step == 1) {
+        join_most(job, &st->columns, columns_of(t));
+        st->columns.summing = true;
+        return true;
+    }
+    if (st->step == 2) {
+        compat_column_norms(job);
+        return true;
+    }
+    compat_column_factors(job);
+    return false;
+}
+
+static void compat_measure(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const float *v[2];
+
+    compat_vectors(job, tile, x, 0, v, n);
+    if (feed_of(job->tensor) == COLUMNS) {
+        if (st->step < 2)
+            measure_columns(job, tile, v, NULL, n);
+        else
+            compat_measure_units(job, tile, v, n);
+        return;
+    }
+    if (st->step == 1) {
+        tvm_compat_sums_put(&st->sums, job, tile, 0,
+                            compat_dot(job, v, st->norm, n), n);
+        return;
+    }
+    for (size_t i = 0; i < 2; i++)
+        tvm_compat_sums_put(&st->sums, job, tile, i,
+                            tvm_compat_squares(v[i], n), n);
+}
+
+static float compat_value(const struct tvm_job *job, const struct factors *f,
+                          float a, float b)
+{
+    const float x = tvm_compat_one(job, (double)(f->f[0] * a));
+    const float y = tvm_compat_one(job, (double)(f->f[1] * b));
+    const float sum = tvm_compat_one(job, (double)(x + y));
+
+    return f->by == 0.0f ? sum : tvm_compat_one(job, (double)(sum / f->by));
+}
+
+static void compat_mix(const struct tvm_job *job, const struct factors *f,
+                       const float *const *v, float *dst, size_t n)
+{
+    float other[TVM_BLOCK];
+
+    tvm_compat_mul1(job, dst, v[0], f->f[0], n);
+    tvm_compat_mul1(job, other, v[1], f->f[1], n);
+    tvm_compat_add(job, dst, dst, other, n);
+    if (f->by != 0.0f)
+        tvm_compat_div1(job, dst, dst, f->by, n);
+}
+
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const size_t columns = columns_of(t);
+    const float *v[2];
+
+    if (tvm_donor_count(t) != 2) {
+        memcpy(dst, x[fold(t)], n * sizeof *dst);
+        return;
+    }
+    compat_vectors(job, tile, x, 0, v, n);
+    if (feed_of(t) == WHOLE)
+        compat_mix(job, &st->factors, v, dst, n);
+    size_t at = (size_t)(tile->start % columns);
+    for (size_t i = 0; feed_of(t) == COLUMNS && i < n;
+         i++, at = at + 1 == columns ? 0 : at + 1)
+        dst[i] = compat_value(job, &st->column_factors[at], v[0][i], v[1][i]);
+    if (t->base >= 0)
+        tvm_compat_add(job, dst, x[t->base], dst, n);
+}
+
+static void compat_combine_row(struct tvm_job *job, struct tvm_tile *tile,
+                               uint64_t row, const float *const *x, float *dst,
+                               size_t n)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const float *v[2];
+    double sum[2] = {0.0, 0.0};
+    double dot = 0.0;
+
+    (void)row;
+    for (size_t at = 0; at < n; at += TVM_BLOCK) {
+        const size_t m = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+        compat_vectors(job, tile, x, at, v, m);
+        for (size_t i = 0; i < 2; i++)
+            sum[i] += tvm_compat_squares(v[i], m);
+    }
+    const float norm[2] = {compat_norm(job, sum[0]), compat_norm(job, sum[1])};
+    for (size_t at = 0; at < n; at += TVM_BLOCK) {
+        const size_t m = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+        compat_vectors(job, tile, x, at, v, m);
+        dot += compat_dot(job, v, norm, m);
+    }
+    const struct factors f = compat_factors(job, dot);
+    for (size_t at = 0; at < n; at += TVM_BLOCK) {
+        const size_t m = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+        compat_vectors(job, tile, x, at, v, m);
+        compat_mix(job, &f, v, dst + at, m);
+        if (t->base >= 0)
+            tvm_compat_add(job, dst + at, x[t->base] + at, dst + at, m);
+    }
+}
+
+static const struct tvm_method compat = {
+    .name = "nuslerp",
+    .base = TVM_BASE_OPTIONAL,
+    .min_donors = 2,
+    .max_donors = 2,
+    .params = params,
+    .n_params = N_PARAMS,
+    .missing = TVM_MISSING_COPY_ONLY,
+    .check = tvm_check_finite,
+    .fold = fold,
+    .state_bytes = compat_state_bytes,
+    .next_phase = compat_next_phase,
+    .measure = compat_measure,
+    .combine = compat_combine,
+    .row_elems = row_elems,
+    .combine_row = compat_combine_row,
+};
+
 const struct tvm_method tvm_method_nuslerp = {
     .name = "nuslerp",
     .summary = "weighted spherical interpolation of two models or task vectors",
@@ -366,4 +677,5 @@ const struct tvm_method tvm_method_nuslerp = {
     .combine = combine,
     .row_elems = row_elems,
     .combine_row = combine_row,
+    .compat = &compat,
 };

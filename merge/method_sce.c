@@ -14,6 +14,7 @@
  * Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
  * Variances are fp64, compared as fp32; equal ones are taken by lowest index.
  */
+#include "compat_sums.h"
 #include "method.h"
 
 #include <math.h>
@@ -112,6 +113,12 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
                         "supported");
 }
 
+/* Does the tensor go by mergekit's roundings? */
+static bool is_compat(const struct tvm_job *job)
+{
+    return job->tensor->compute != TV_DTYPE_NONE;
+}
+
 /* ---- passes -------------------------------------------------------------- */
 
 /* Returns true when the lower bits of the threshold are to be found. */
@@ -122,7 +129,9 @@ static bool after_high(struct tvm_job *job, struct sce_state *st)
 
     for (unsigned w = 0; w < job->n_workers; w++)
         nonzero += st->nonzero[w];
-    st->k = (uint64_t)((double)nonzero * tvm_shared(job->tensor, P_TOPK));
+    const double top = tvm_shared(job->tensor, P_TOPK);
+    st->k = is_compat(job) ? (uint64_t)((float)nonzero * (float)top)
+                           : (uint64_t)((double)nonzero * top);
     if (st->k == 0) {
         st->keep = KEEP_NONE;
         return false;
@@ -175,6 +184,27 @@ static void after_squares(const struct tvm_job *job, struct sce_state *st)
                                             : st->weight[j] / sum;
 }
 
+static void compat_after_squares(const struct tvm_job *job,
+                                 struct sce_state *st)
+{
+    const size_t n_leaves = (size_t)job->n_leaves;
+    const double n = (double)job->tensor->n_elems;
+    float sum = 0.0f;
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        const float w = tvm_compat_one(
+            job, tvk_sum_tree(st->square + j * n_leaves, n_leaves) / n);
+        st->weight[j] = (double)w;
+        sum += w;
+    }
+    sum = tvm_compat_one(job, (double)sum);
+    for (size_t j = 0; j < st->n_donors; j++)
+        st->weight[j] = (double)tvm_compat_one(
+            job,
+            (double)(fabs((double)sum) < SUM_MIN ? 1.0f / (float)st->n_donors
+                                                 : (float)st->weight[j] / sum));
+}
+
 static bool next_phase(struct tvm_job *job)
 {
     struct sce_state *st = job->state;
@@ -207,7 +237,10 @@ static bool next_phase(struct tvm_job *job)
         after_count(job, st);
         break;
     case STEP_SQUARES:
-        after_squares(job, st);
+        if (is_compat(job))
+            compat_after_squares(job, st);
+        else
+            after_squares(job, st);
         return false;
     }
     st->step = STEP_SQUARES;
@@ -245,6 +278,39 @@ static void variances(const float *base, const float *const *x, size_t n_donors,
     }
 }
 
+/* The same of rounded task vectors, and rounded. */
+static void compat_variances(const struct tvm_job *job, const float *base,
+                             const float *const *x, size_t n_donors, float *v,
+                             size_t n)
+{
+    double sum[TVM_BLOCK] = {0.0};
+    double mean[TVM_BLOCK] = {0.0};
+    float d[TVM_BLOCK];
+
+    for (size_t j = 0; j < n_donors; j++) {
+        tvm_compat_sub(job, d, x[j], base, n);
+        for (size_t i = 0; i < n; i++) {
+            const double off = (double)d[i] - mean[i];
+            mean[i] += off / (double)(j + 1);
+            sum[i] += off * ((double)d[i] - mean[i]);
+        }
+    }
+    for (size_t i = 0; i < n; i++)
+        v[i] = (float)(sum[i] / (double)n_donors);
+    tvm_compat_round(job->k, job->tensor->compute, v, n);
+}
+
+static void spread(const struct tvm_job *job, const float *base,
+                   const float *const *x, float *v, size_t n)
+{
+    const struct sce_state *st = job->state;
+
+    if (is_compat(job))
+        compat_variances(job, base, x, st->n_donors, v, n);
+    else
+        variances(base, x, st->n_donors, v, n);
+}
+
 static void select_mask(const struct tvm_job *job, const struct tvm_tile *tile,
                         const float *v, uint64_t *mask, size_t n)
 {
@@ -272,11 +338,19 @@ static void squares(const struct tvm_job *job, const struct tvm_tile *tile,
         double *block =
             st->block + (tile->worker * st->n_donors + j) * BLOCKS_PER_LEAF;
         struct tvk_dots dots;
-        job->k->delta(d, x[j], base, n);
+        if (is_compat(job))
+            tvm_compat_sub(job, d, x[j], base, n);
+        else
+            job->k->delta(d, x[j], base, n);
         for (size_t i = 0; mask && i < n; i++)
             d[i] = is_kept(mask, i) ? d[i] : 0.0f;
-        job->k->dots(&dots, d, d, n);
-        block[in_leaf] = dots.aa;
+        if (is_compat(job)) {
+            tvm_compat_mul(job, d, d, d, n);
+            block[in_leaf] = tvm_compat_total(d, n);
+        } else {
+            job->k->dots(&dots, d, d, n);
+            block[in_leaf] = dots.aa;
+        }
         if (in_leaf + 1 == BLOCKS_PER_LEAF ||
             tile->start + n == job->tensor->n_elems)
             st->square[j * (size_t)job->n_leaves + leaf] =
@@ -297,7 +371,7 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     (void)tvm_donors(job->tensor, x, d);
     if (st->keep == KEEP_TOP) {
         hist = st->hist + (size_t)tile->worker * TVK_HIST_HI;
-        variances(base, d, st->n_donors, v, n);
+        spread(job, base, d, v, n);
     }
     switch (st->step) {
     case STEP_HIGH:
@@ -319,6 +393,48 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
     }
 }
 
+/* The merge of a block with mergekit's roundings. */
+static void compat_erase(const struct tvm_job *job, const float *base,
+                         const float *const *x, const uint64_t *mask,
+                         float *dst, size_t n)
+{
+    const struct sce_state *st = job->state;
+    const enum tv_dtype c = job->tensor->compute;
+    const float least = tvm_compat_one(job, SUM_MIN);
+    float vote[TVM_BLOCK] = {0.0f};
+    float by[TVM_BLOCK] = {0.0f};
+    float d[TVM_BLOCK];
+
+    memset(dst, 0, n * sizeof *dst);
+    for (unsigned round = 0; round < 2; round++) {
+        for (size_t j = 0; j < st->n_donors; j++) {
+            tvm_compat_sub(job, d, x[j], base, n);
+            for (size_t i = 0; mask && i < n; i++)
+                d[i] = is_kept(mask, i) ? d[i] : 0.0f;
+            if (round == 0) {
+                for (size_t i = 0; i < n; i++)
+                    vote[i] += d[i];
+                continue;
+            }
+            for (size_t i = 0; i < n; i++) {
+                const bool in = vote[i] >= 0.0f ? d[i] > 0.0f : d[i] < 0.0f;
+                const float w = in ? (float)st->weight[j] : 0.0f;
+                by[i] += w;
+                d[i] *= w;
+            }
+            tvm_compat_round(job->k, c, d, n);
+            for (size_t i = 0; i < n; i++)
+                dst[i] += d[i];
+        }
+        tvm_compat_round(job->k, c, round == 0 ? vote : by, n);
+    }
+    tvm_compat_round(job->k, c, dst, n);
+    for (size_t i = 0; i < n; i++)
+        dst[i] /= by[i] > least ? by[i] : least;
+    tvm_compat_round(job->k, c, dst, n);
+    tvm_compat_add(job, dst, base, dst, n);
+}
+
 static void combine(struct tvm_job *job, struct tvm_tile *tile,
                     const float *const *x, float *dst, size_t n)
 {
@@ -334,8 +450,12 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     }
     (void)tvm_donors(job->tensor, x, d);
     if (st->keep == KEEP_TOP) {
-        variances(base, d, st->n_donors, v, n);
+        spread(job, base, d, v, n);
         select_mask(job, tile, v, mask, n);
+    }
+    if (is_compat(job)) {
+        compat_erase(job, base, d, st->keep == KEEP_TOP ? mask : NULL, dst, n);
+        return;
     }
     for (size_t i = 0; i < n; i++) {
         const double b = (double)base[i];
@@ -361,6 +481,24 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     }
 }
 
+/* With the roundings of is_compat(); which of equal variances are kept is
+ * torch's affair there. */
+static const struct tvm_method compat = {
+    .name = "sce",
+    .base = TVM_BASE_REQUIRED,
+    .min_donors = 0,
+    .max_donors = TVK_DONORS_MAX,
+    .params = params,
+    .n_params = N_PARAMS,
+    .check = check,
+    .fold = fold,
+    .state_bytes = state_bytes,
+    .next_phase = next_phase,
+    .tile_begin = tile_begin,
+    .measure = measure,
+    .combine = combine,
+};
+
 const struct tvm_method tvm_method_sce = {
     .name = "sce",
     .summary = "positions that differ most, weighed by energy, majority signs",
@@ -377,4 +515,5 @@ const struct tvm_method tvm_method_sce = {
     .tile_begin = tile_begin,
     .measure = measure,
     .combine = combine,
+    .compat = &compat,
 };
