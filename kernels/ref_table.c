@@ -24,4 +24,6 @@ void tvk_row_ref(struct tvk_table *t)
     tvk_ref_stats(t);
     tvk_ref_lowrank(t);
     tvk_ref_swap(t);
+    tvk_ref_variance(t);
+    tvk_ref_divergence(t);
 }

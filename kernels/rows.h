@@ -22,6 +22,8 @@ void tvk_ref_dots(struct tvk_table *t);
 void tvk_ref_stats(struct tvk_table *t);
 void tvk_ref_lowrank(struct tvk_table *t);
 void tvk_ref_swap(struct tvk_table *t);
+void tvk_ref_variance(struct tvk_table *t);
+void tvk_ref_divergence(struct tvk_table *t);
 /* Fills the whole row. */
 void tvk_row_ref(struct tvk_table *t);
 

@@ -55,6 +55,7 @@
 
 struct geometry { /* how the memory budget is spent */
     unsigned n_workers, n_bufs;
+    bool roomy; /* methods may spend memory to save passes */
     size_t n_slots;
     size_t buf_bytes;                        /* output of one tile */
     size_t src_floats, mask_words, l_floats; /* of a worker */
@@ -101,17 +102,18 @@ static uint64_t tile_elems(const struct tvm_tensor *t, size_t buf_bytes)
     return n > unit ? n : unit;
 }
 
-static struct tvm_job job_of(const struct tvm_tensor *t, size_t buf_bytes,
-                             unsigned n_workers)
+static struct tvm_job job_of(const struct tvm_tensor *t,
+                             const struct geometry *g)
 {
     struct tvm_job job = {
         .tensor = t,
         .n_leaves = round_up(t->n_elems, TVK_LEAF) / TVK_LEAF,
-        .tile_elems = tile_elems(t, buf_bytes),
+        .tile_elems = tile_elems(t, g->buf_bytes),
+        .roomy = g->roomy,
     };
     job.n_tiles = round_up(t->n_elems, job.tile_elems) / job.tile_elems;
-    job.n_workers = n_workers;
-    if (job.n_tiles < n_workers)
+    job.n_workers = g->n_workers;
+    if (job.n_tiles < g->n_workers)
         job.n_workers = job.n_tiles > 0 ? (unsigned)job.n_tiles : 1;
     return job;
 }
@@ -185,14 +187,14 @@ static uint64_t reader_bytes(const struct tvm_tensor *t)
 }
 
 static uint64_t slot_bytes(const struct tvm_plan *p, const struct tvm_tensor *t,
-                           size_t buf_bytes, unsigned n_workers)
+                           const struct geometry *g)
 {
     if (t->action == TVM_COPY)
         return 4096 + reader_bytes(t) +
                tv_leaf_count(t->bytes) * sizeof(struct tv_hash) +
-               n_workers * sizeof(uint32_t);
-    const struct tvm_job job = job_of(t, buf_bytes, n_workers);
-    return 4096 + reader_bytes(t) + lay_out(p, t, &job, n_workers).end;
+               g->n_workers * sizeof(uint32_t);
+    const struct tvm_job job = job_of(t, g);
+    return 4096 + reader_bytes(t) + lay_out(p, t, &job, g->n_workers).end;
 }
 
 static bool is_into(const struct tvm_plan *p)
@@ -240,8 +242,7 @@ static uint64_t most_slot(const struct tvm_plan *p, const struct geometry *g)
 {
     uint64_t most = 0;
     for (size_t i = 0; i < p->n_tensors; i++) {
-        const uint64_t bytes =
-            slot_bytes(p, &p->tensors[i], g->buf_bytes, g->n_workers);
+        const uint64_t bytes = slot_bytes(p, &p->tensors[i], g);
         if (bytes > most)
             most = bytes;
     }
@@ -268,7 +269,7 @@ static uint64_t plan_memory(const struct tvm_plan *p, struct geometry *g,
     const size_t least = least_buf(p);
     uint64_t total = 0;
 
-    *g = (struct geometry){.n_workers = asked};
+    *g = (struct geometry){.n_workers = asked, .roomy = true};
     g->other_bytes = is_into(p) ? budget / 4 : 1u << 20;
     if (is_into(p) && g->other_bytes > (64u << 20))
         g->other_bytes = 64u << 20;
@@ -280,7 +281,9 @@ static uint64_t plan_memory(const struct tvm_plan *p, struct geometry *g,
         *fits = total <= budget;
         if (*fits)
             break;
-        if (g->buf_bytes > least)
+        if (g->roomy)
+            g->roomy = false;
+        else if (g->buf_bytes > least)
             g->buf_bytes = least;
         else if (g->n_workers > 1)
             g->n_workers--;
@@ -612,7 +615,7 @@ static struct slot *reserve_next(struct exec *ex)
     const struct tvm_tensor *t = &ex->p->tensors[ex->next_tensor];
     struct tvm_job job = {.tensor = t, .n_workers = 1};
     if (t->action == TVM_MERGE)
-        job = job_of(t, ex->g.buf_bytes, ex->g.n_workers);
+        job = job_of(t, &ex->g);
     const struct slot_layout layout = lay_out(ex->p, t, &job, ex->g.n_workers);
     const uint64_t extra = reader_bytes(t);
     struct slot *s = find_slot(ex, layout.end, extra);

@@ -101,6 +101,7 @@ struct tvm_job {
     uint64_t tile_elems;                /* elements per tile of this tensor */
     uint64_t n_tiles;
     unsigned n_workers; /* highest worker index + 1 */
+    bool roomy;         /* memory may be spent to save a pass (state_bytes) */
     void *state;        /* state_bytes(job) of zeroed memory */
     unsigned phase;
     /* Set by next_phase for the pass to come: feed only so many elements at the

@@ -23,7 +23,6 @@
 #include "select.h"
 
 #define QUARTILES 3
-#define EPS       1e-8
 
 struct arcee_state {
     unsigned step; /* 0 rows, 1 HIGH, 2 LOW */
@@ -32,6 +31,7 @@ struct arcee_state {
     uint32_t hi[QUARTILES];
     double *kl;     /* [n_rows] */
     uint32_t *hist; /* [n_workers][TVK_HIST_HI]; LOW: of three buckets */
+    double *exps;   /* [n_workers][2][row] */
 };
 
 #define LOW_WORDS ((size_t)QUARTILES * TVK_HIST_LO)
@@ -54,6 +54,8 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     (void)tvm_carve(&c, 1, sizeof *st);
     st->kl = tvm_carve(&c, n_rows(job->tensor), sizeof *st->kl);
     st->hist = tvm_carve(&c, job->n_workers * LOW_WORDS, sizeof *st->hist);
+    st->exps = tvm_carve(&c, 2 * job->n_workers * tvm_row_elems(job->tensor),
+                         sizeof *st->exps);
     return c.used;
 }
 
@@ -81,37 +83,19 @@ static const float *other(const struct tvm_job *job, const float *const *x)
     return x[1 - job->tensor->base];
 }
 
-static double softmax_sum(const float *x, size_t n, double *most)
-{
-    double sum = 0.0;
-
-    *most = (double)x[0];
-    for (size_t i = 1; i < n; i++)
-        *most = (double)x[i] > *most ? (double)x[i] : *most;
-    for (size_t i = 0; i < n; i++)
-        sum += exp((double)x[i] - *most);
-    return sum;
-}
-
 static void measure_row(struct tvm_job *job, struct tvm_tile *tile,
                         uint64_t row, const float *const *x, size_t n)
 {
     struct arcee_state *st = job->state;
+    const struct tvk_table *k = job->k;
     const float *b = x[job->tensor->base];
     const float *a = other(job, x);
-    double most_a = 0.0;
-    double most_b = 0.0;
-    const double sum_a = softmax_sum(a, n, &most_a);
-    const double sum_b = softmax_sum(b, n, &most_b);
-    double kl = 0.0;
+    double *exp_a = st->exps + (size_t)tile->worker * 2 * n;
+    double *exp_b = exp_a + n;
+    const double sum_a = k->softmax(exp_a, a, (double)k->highest(a, n), n);
+    const double sum_b = k->softmax(exp_b, b, (double)k->highest(b, n), n);
 
-    (void)tile;
-    for (size_t i = 0; i < n; i++) {
-        const double p = exp((double)a[i] - most_a) / sum_a + EPS;
-        const double q = exp((double)b[i] - most_b) / sum_b + EPS;
-        kl += p * log(p / q);
-    }
-    st->kl[row] = kl;
+    st->kl[row] = k->divergence(exp_a, exp_b, sum_a, sum_b, n);
 }
 
 /* Importances of a block. */
@@ -125,12 +109,10 @@ static void importance(const struct tvm_job *job, const struct tvm_tile *tile,
     uint64_t row = tile->start / len;
     uint64_t left = len - tile->start % len;
 
-    for (size_t i = 0; i < n; i++) {
-        out[i] = (float)(fabs((double)a[i] - (double)b[i]) * st->kl[row]);
-        if (--left == 0) {
-            row++;
-            left = len;
-        }
+    for (size_t at = 0; at < n; row++, left = len) {
+        const size_t here = n - at < left ? n - at : (size_t)left;
+        job->k->change_by(out + at, a + at, b + at, st->kl[row], here);
+        at += here;
     }
 }
 

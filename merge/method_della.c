@@ -15,8 +15,16 @@
  * function of seed, donor, tensor name and index (design.md, "Random masks"):
  * entry e stays iff its Philox word is below p_j 2^32.
  *
- * Rows are what is held: the ranks of one row and one donor at a time. With
- * rescale there are two passes, and each ranks anew.
+ * No row needs to be sorted for that. The odds rise with the rank, so a word
+ * below those of the first rank stays whatever the rank, one from those of the
+ * last rank on goes; of the others, some 2 epsilon of a row, buckets of equal
+ * upper magnitude bits tell between which ranks they lie, which decides nearly
+ * all. The rest have their rank counted, or, where they are many, the row is
+ * sorted. Unchanged entries are left out: keeping nothing changes nothing.
+ *
+ * Rows are what is held. With rescale there are two passes; masks of the first
+ * are kept for the second where the memory budget has room for them, else made
+ * again.
  */
 #include "method_gta.h"
 
@@ -29,6 +37,14 @@
 #define RADIX_BITS    11u
 #define RADIX_BUCKETS (1u << RADIX_BITS)
 #define RESCALE_MIN   1e-7
+/* Buckets of a row: upper 15 magnitude bits, counted down from the largest
+ * entry; what is smaller than 2^-8 of that shares bucket 0. */
+#define BUCKETS       1024u
+#define BUCKET_SHIFT  16u
+#define LOW_BITS      0xffffu
+/* A row that has more undecided entries than this (and 1/256) is sorted. */
+#define UNDECIDED     32u
+#define MASKS_MAX     ((uint64_t)128 << 20) /* bytes of masks kept, a tensor */
 
 static const struct tvm_param params_normalized[GTA_N_PARAMS + 1] = {
     GTA_PARAM_LIST(1.0, 1.0)[GTA_EXTRA] = {
@@ -56,6 +72,12 @@ struct entry {
     uint32_t key, at;
 };
 
+/* Entries of a row with the same upper bits. */
+struct bucket {
+    uint32_t before, n;   /* entries of lower buckets, of this one */
+    uint32_t ones, zeros; /* lower bits that are 1 somewhere, 0 somewhere */
+};
+
 struct della_state {
     struct tvk_gta call;
     size_t n_donors;
@@ -64,10 +86,14 @@ struct della_state {
     uint64_t key[TVK_DONORS_MAX];
     double coef[TVK_DONORS_MAX], weight[TVK_DONORS_MAX];
     double *sum_all, *sum_kept; /* [n_donors][n_rows], with rescale */
+    uint64_t *limit;            /* [n_donors][row]: words below stay, by rank */
+    uint64_t *kept; /* [n_donors][rows][mask words of a row], or NULL */
     /* Of a worker: */
-    struct entry *entries; /* [2][row] */
-    uint32_t *words;       /* [row] */
-    uint64_t *masks;       /* [n_donors][mask words of a row] */
+    struct entry *entries;  /* [2][row] */
+    uint32_t *words, *keys; /* [row] */
+    uint32_t *place;        /* [row]: in its bucket */
+    struct bucket *buckets; /* [BUCKETS] */
+    uint64_t *masks;        /* [n_donors + 1][mask words of a row] */
 };
 
 static double value_of(const struct tvm_tensor *t, size_t source, size_t p)
@@ -154,13 +180,20 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     (void)tvm_carve(&c, 1, sizeof *st);
     if (row == 0)
         return c.used;
+    const size_t rows = (size_t)(t->n_elems / row);
+    st->limit = tvm_carve(&c, k * row, sizeof *st->limit);
     st->entries = tvm_carve(&c, w * 2 * row, sizeof *st->entries);
     st->words = tvm_carve(&c, w * row, sizeof *st->words);
-    st->masks = tvm_carve(&c, w * k * mask_words(row), sizeof *st->masks);
+    st->keys = tvm_carve(&c, w * row, sizeof *st->keys);
+    st->place = tvm_carve(&c, w * row, sizeof *st->place);
+    st->buckets = tvm_carve(&c, w * BUCKETS, sizeof *st->buckets);
+    st->masks = tvm_carve(&c, w * (k + 1) * mask_words(row), sizeof *st->masks);
     if (rescales(t)) {
-        const size_t rows = (size_t)(t->n_elems / row);
         st->sum_all = tvm_carve(&c, k * rows, sizeof *st->sum_all);
         st->sum_kept = tvm_carve(&c, k * rows, sizeof *st->sum_kept);
+        if (job->roomy && k * rows * mask_words(row) <= MASKS_MAX / 8)
+            st->kept =
+                tvm_carve(&c, k * rows * mask_words(row), sizeof *st->kept);
     }
     return c.used;
 }
@@ -170,6 +203,26 @@ static size_t state_bytes(const struct tvm_job *job)
     struct della_state st = {.n_donors = 0};
 
     return lay_out(job, NULL, &st);
+}
+
+/* round() of a number from 0 to 2^32, without the call. */
+static uint64_t rounded(double v)
+{
+    const uint64_t whole = (uint64_t)v;
+    return whole + (v - (double)whole >= 0.5);
+}
+
+/* The odds of every rank. */
+static void set_limits(struct della_state *st, size_t j, size_t n)
+{
+    const double least = st->density[j] - st->epsilon[j];
+
+    for (size_t r = 0; r < n; r++) {
+        const double p =
+            n == 1 ? st->density[j]
+                   : least + 2.0 * st->epsilon[j] * (double)r / (double)(n - 1);
+        st->limit[j * n + r] = rounded(p * 4294967296.0);
+    }
 }
 
 static void set_up(struct tvm_job *job)
@@ -192,6 +245,8 @@ static void set_up(struct tvm_job *job)
         st->coef[j] = st->density[j] > 0.0 ? st->weight[j] : 0.0;
         tv_put_le32(bytes + 8, (uint32_t)t->sources[s].position);
         st->key[j] = tv_hash64(bytes, sizeof bytes);
+        if (is_thinned(t, s))
+            set_limits(st, j, (size_t)row_elems(t));
     }
     st->call = (struct tvk_gta){
         .n_donors = st->n_donors,
@@ -231,27 +286,17 @@ static bool next_phase(struct tvm_job *job)
 
 /* ---- rows ---------------------------------------------------------------- */
 
-static uint32_t magnitude(float x, float b)
-{
-    const float d = x - b;
-    uint32_t bits = 0;
-
-    memcpy(&bits, &d, sizeof bits);
-    bits &= 0x7fffffffu;
-    return bits > 0x7f800001u ? 0x7f800001u : bits;
-}
-
 /* Sorts by magnitude, equal ones by index: three stable counting passes. The
  * result is in the returned half of entries. */
-static const struct entry *sort_row(struct entry *entries, const float *x,
-                                    const float *base, size_t n)
+static const struct entry *sort_row(struct entry *entries, const uint32_t *keys,
+                                    size_t n)
 {
     struct entry *from = entries;
     struct entry *to = entries + n;
     uint32_t count[RADIX_BUCKETS];
 
     for (size_t i = 0; i < n; i++)
-        from[i] = (struct entry){magnitude(x[i], base[i]), (uint32_t)i};
+        from[i] = (struct entry){keys[i], (uint32_t)i};
     for (unsigned shift = 0; shift < 31; shift += RADIX_BITS) {
         uint32_t before = 0;
         memset(count, 0, sizeof count);
@@ -271,11 +316,60 @@ static const struct entry *sort_row(struct entry *entries, const float *x,
     return from;
 }
 
-/* round() of a number from 0 to 2^32, without the call. */
-static uint64_t rounded(double v)
+static void set_bit(uint64_t *mask, size_t i)
 {
-    const uint64_t whole = (uint64_t)v;
-    return whole + (v - (double)whole >= 0.5);
+    mask[i / 64] |= UINT64_C(1) << (i % 64);
+}
+
+/* What stays of a row with too many entries that nothing but their rank
+ * decides. */
+static void thin_sorted(struct entry *entries, const uint32_t *keys,
+                        const uint32_t *words, const uint64_t *limit,
+                        uint64_t *mask, size_t n)
+{
+    const struct entry *sorted = sort_row(entries, keys, n);
+
+    memset(mask, 0, mask_words(n) * sizeof *mask);
+    for (size_t r = 0; r < n; r++)
+        if (words[sorted[r].at] < limit[r])
+            set_bit(mask, sorted[r].at);
+}
+
+/* Entries of lower rank than entry i. */
+static size_t rank_of(const uint32_t *keys, size_t i, size_t n)
+{
+    const int32_t key = (int32_t)keys[i]; /* of 31 bits; cheaper signed */
+    uint32_t lower = 0;
+
+    for (size_t e = 0; e < i; e++)
+        lower += (int32_t)keys[e] <= key;
+    for (size_t e = i + 1; e < n; e++)
+        lower += (int32_t)keys[e] < key;
+    return lower;
+}
+
+/* Sorts the entries of a row into buckets; place[i] is how many of the bucket
+ * of entry i came before it. Returns the bits of bucket 1, less one. */
+static uint32_t fill_buckets(struct bucket *buckets, const uint32_t *keys,
+                             uint32_t *place, uint32_t most, size_t n)
+{
+    const uint32_t top = most >> BUCKET_SHIFT;
+    const uint32_t first = top < BUCKETS ? 0 : top - (BUCKETS - 1);
+    uint32_t before = 0;
+
+    memset(buckets, 0, BUCKETS * sizeof *buckets);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t high = keys[i] >> BUCKET_SHIFT;
+        struct bucket *b = &buckets[high > first ? high - first : 0];
+        place[i] = b->n++;
+        b->ones |= keys[i];
+        b->zeros |= ~keys[i];
+    }
+    for (size_t i = 0; i < BUCKETS; i++) {
+        buckets[i].before = before;
+        before += buckets[i].n;
+    }
+    return first;
 }
 
 /* The entries of donor j that stay in a row. */
@@ -284,29 +378,61 @@ static void thin(const struct tvm_job *job, const struct tvm_tile *tile,
                  uint64_t *mask, size_t n)
 {
     const struct della_state *st = job->state;
-    struct entry *entries = st->entries + (size_t)tile->worker * 2 * n;
-    uint32_t *words = st->words + (size_t)tile->worker * n;
-    const struct entry *sorted = sort_row(entries, x, base, n);
-    const double least = st->density[j] - st->epsilon[j];
+    const size_t w = tile->worker;
+    uint32_t *words = st->words + w * n;
+    uint32_t *keys = st->keys + w * n;
+    uint32_t *place = st->place + w * n;
+    struct bucket *buckets = st->buckets + w * BUCKETS;
+    const uint64_t *limit = st->limit + j * n;
+    uint64_t *maybe = st->masks + (w * (job->tensor->n_sources + 1) +
+                                   job->tensor->n_sources) *
+                                      mask_words(n);
+    size_t undecided = 0;
 
     job->k->philox_words(words, row * n, st->key[j], job->tensor->name_hash, n);
-    memset(mask, 0, mask_words(n) * sizeof *mask);
-    for (size_t r = 0; r < n; r++) {
-        const double p =
-            n == 1 ? st->density[j]
-                   : least + 2.0 * st->epsilon[j] * (double)r / (double)(n - 1);
-        const uint32_t at = sorted[r].at;
-        if (words[at] < rounded(p * 4294967296.0))
-            mask[at / 64] |= UINT64_C(1) << (at % 64);
+    job->k->below(mask, words, limit[0], n);
+    job->k->below(maybe, words, limit[n - 1], n);
+    const uint32_t most = job->k->magnitudes(keys, x, base, n);
+    const uint32_t first = fill_buckets(buckets, keys, place, most, n);
+
+    for (size_t v = 0; v < mask_words(n); v++) {
+        for (uint64_t left = maybe[v] & ~mask[v]; left != 0; left &= left - 1) {
+            const size_t i = 64 * v + (size_t)__builtin_ctzll(left);
+            const uint32_t high = keys[i] >> BUCKET_SHIFT;
+            const struct bucket *b = &buckets[high > first ? high - first : 0];
+            if (words[i] >= limit[b->before + b->n - 1] || keys[i] == 0)
+                continue;
+            if (words[i] >= limit[b->before]) {
+                size_t rank = b->before + place[i];
+                /* Not all equal? */
+                if (high <= first || (b->ones & b->zeros & LOW_BITS) != 0) {
+                    if (++undecided > UNDECIDED + n / 256) {
+                        thin_sorted(st->entries + w * 2 * n, keys, words, limit,
+                                    mask, n);
+                        return;
+                    }
+                    rank = rank_of(keys, i, n);
+                }
+                if (words[i] >= limit[rank])
+                    continue;
+            }
+            set_bit(mask, i);
+        }
     }
 }
 
+/* Where the mask of a row of donor j is. */
 static uint64_t *mask_of(const struct tvm_job *job, const struct tvm_tile *tile,
-                         size_t j, size_t n)
+                         size_t j, uint64_t row, size_t n)
 {
     const struct della_state *st = job->state;
+    const size_t rows = (size_t)(job->tensor->n_elems / n);
+
+    if (st->kept)
+        return st->kept + (j * rows + (size_t)row) * mask_words(n);
     return st->masks +
-           ((size_t)tile->worker * job->tensor->n_sources + j) * mask_words(n);
+           ((size_t)tile->worker * (job->tensor->n_sources + 1) + j) *
+               mask_words(n);
 }
 
 static void measure_row(struct tvm_job *job, struct tvm_tile *tile,
@@ -319,7 +445,7 @@ static void measure_row(struct tvm_job *job, struct tvm_tile *tile,
 
     for (size_t j = 0; j < st->n_donors; j++) {
         const float *xj = x[st->source[j]];
-        uint64_t *mask = mask_of(job, tile, j, n);
+        uint64_t *mask = mask_of(job, tile, j, row, n);
         double all = 0.0;
         double kept = 0.0;
         if (!is_thinned(t, st->source[j]))
@@ -350,10 +476,10 @@ static void combine_row(struct tvm_job *job, struct tvm_tile *tile,
         masks[j] = NULL;
         if (!is_thinned(t, s) && st->density[j] > 0.0)
             continue;
-        uint64_t *mask = mask_of(job, tile, j, n);
-        if (is_thinned(t, s))
+        uint64_t *mask = mask_of(job, tile, j, row, n);
+        if (is_thinned(t, s) && !st->kept)
             thin(job, tile, j, row, x[s], x[t->base], mask, n);
-        else
+        else if (!is_thinned(t, s) && !st->kept) /* those are 0 */
             memset(mask, 0, mask_words(n) * sizeof *mask);
         masks[j] = mask;
     }

@@ -13,6 +13,7 @@
  *
  * Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
  * Variances are fp64, compared as fp32; equal ones are taken by lowest index.
+ * The formulas of both are tvk_table::variance and elect.
  */
 #include "compat_sums.h"
 #include "method.h"
@@ -257,28 +258,7 @@ static void tile_begin(struct tvm_job *job, struct tvm_tile *tile)
         st->eq_seen[tile->worker] = st->eq[tile->tile];
 }
 
-/* Population variances. Deviations are from the first task vector, so that
- * equal ones give exactly 0. */
-static void variances(const float *base, const float *const *x, size_t n_donors,
-                      float *v, size_t n)
-{
-    for (size_t i = 0; i < n; i++) {
-        const double b = (double)base[i];
-        const double first = (double)x[0][i] - b;
-        double mean = 0.0;
-        double sum = 0.0;
-        for (size_t j = 1; j < n_donors; j++)
-            mean += ((double)x[j][i] - b) - first;
-        mean /= (double)n_donors;
-        for (size_t j = 0; j < n_donors; j++) {
-            const double d = ((double)x[j][i] - b) - first - mean;
-            sum += d * d;
-        }
-        v[i] = (float)(sum / (double)n_donors);
-    }
-}
-
-/* The same of rounded task vectors, and rounded. */
+/* Population variances of rounded task vectors, and rounded. */
 static void compat_variances(const struct tvm_job *job, const float *base,
                              const float *const *x, size_t n_donors, float *v,
                              size_t n)
@@ -308,7 +288,7 @@ static void spread(const struct tvm_job *job, const float *base,
     if (is_compat(job))
         compat_variances(job, base, x, st->n_donors, v, n);
     else
-        variances(base, x, st->n_donors, v, n);
+        job->k->variance(v, base, x, st->n_donors, n);
 }
 
 static void select_mask(const struct tvm_job *job, const struct tvm_tile *tile,
@@ -318,11 +298,6 @@ static void select_mask(const struct tvm_job *job, const struct tvm_tile *tile,
 
     (void)job->k->topk_mask(mask, v, NULL, st->pattern,
                             &st->eq_seen[tile->worker], st->eq_limit, n);
-}
-
-static bool is_kept(const uint64_t *mask, size_t i)
-{
-    return (mask[i / 64] >> (i % 64) & 1u) != 0;
 }
 
 static void squares(const struct tvm_job *job, const struct tvm_tile *tile,
@@ -342,8 +317,8 @@ static void squares(const struct tvm_job *job, const struct tvm_tile *tile,
             tvm_compat_sub(job, d, x[j], base, n);
         else
             job->k->delta(d, x[j], base, n);
-        for (size_t i = 0; mask && i < n; i++)
-            d[i] = is_kept(mask, i) ? d[i] : 0.0f;
+        if (mask)
+            job->k->keep(d, mask, n);
         if (is_compat(job)) {
             tvm_compat_mul(job, d, d, d, n);
             block[in_leaf] = tvm_compat_total(d, n);
@@ -409,8 +384,8 @@ static void compat_erase(const struct tvm_job *job, const float *base,
     for (unsigned round = 0; round < 2; round++) {
         for (size_t j = 0; j < st->n_donors; j++) {
             tvm_compat_sub(job, d, x[j], base, n);
-            for (size_t i = 0; mask && i < n; i++)
-                d[i] = is_kept(mask, i) ? d[i] : 0.0f;
+            if (mask)
+                job->k->keep(d, mask, n);
             if (round == 0) {
                 for (size_t i = 0; i < n; i++)
                     vote[i] += d[i];
@@ -457,28 +432,8 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
         compat_erase(job, base, d, st->keep == KEEP_TOP ? mask : NULL, dst, n);
         return;
     }
-    for (size_t i = 0; i < n; i++) {
-        const double b = (double)base[i];
-        double vote = 0.0;
-        double sum = 0.0;
-        double by = 0.0;
-        dst[i] = base[i];
-        if (st->keep == KEEP_TOP && !is_kept(mask, i))
-            continue;
-        for (size_t j = 0; j < st->n_donors; j++)
-            vote += (double)d[j][i] - b;
-        for (size_t j = 0; j < st->n_donors; j++) {
-            const double dj = (double)d[j][i] - b;
-            if (vote >= 0.0 ? !(dj > 0.0) : !(dj < 0.0))
-                continue;
-            sum += st->weight[j] * dj;
-            by += st->weight[j];
-        }
-        if (isnan(vote))
-            sum = vote;
-        if (sum != 0.0)
-            dst[i] = (float)(b + sum / (by > SUM_MIN ? by : SUM_MIN));
-    }
+    job->k->elect(dst, base, d, st->keep == KEEP_TOP ? mask : NULL, st->weight,
+                  st->n_donors, n);
 }
 
 /* With the roundings of is_compat(); which of equal variances are kept is

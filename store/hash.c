@@ -9,8 +9,7 @@
 
 #include <string.h>
 
-#define XXH_STATIC_LINKING_ONLY
-#include <xxhash.h>
+#include "xxh.h"
 
 #include "tv/alloc.h"
 #include "tv/checked.h"

@@ -12,8 +12,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#define XXH_STATIC_LINKING_ONLY
-#include <xxhash.h>
+#include "xxh.h"
 
 #include "tv/checked.h"
 

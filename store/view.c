@@ -10,8 +10,7 @@
 #include <assert.h>
 #include <string.h>
 
-#define XXH_STATIC_LINKING_ONLY
-#include <xxhash.h>
+#include "xxh.h"
 
 void tv_view_copy(const struct tv_view *v, uint64_t off, uint64_t n, void *dst)
 {

@@ -70,6 +70,17 @@ static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
     return count;
 }
 
+static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
+                           const float *b, size_t n)
+{
+    uint32_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        dst[i] = magnitude(x, b, i);
+        most = dst[i] > most ? dst[i] : most;
+    }
+    return most;
+}
+
 static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
                           const float *b, uint32_t pattern, uint64_t *eq_seen,
                           uint64_t eq_limit, size_t n)
@@ -101,5 +112,6 @@ void tvk_ref_topk(struct tvk_table *t)
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;
     t->count_eq = count_eq;
+    t->magnitudes = magnitudes;
     t->topk_mask = topk_mask;
 }

@@ -20,6 +20,8 @@ void tvk_avx2_dots(struct tvk_table *t);
 void tvk_avx2_stats(struct tvk_table *t);
 void tvk_avx2_lowrank(struct tvk_table *t);
 void tvk_avx2_swap(struct tvk_table *t);
+void tvk_avx2_variance(struct tvk_table *t);
+void tvk_avx2_divergence(struct tvk_table *t);
 
 /* Needs the above and AVX512F, BW, DQ, VL. */
 void tvk_row_avx512(struct tvk_table *t);

@@ -645,6 +645,118 @@ static void test_stats(void **state)
 
 /* ---- low rank ---- */
 
+/* exp and log of our own against the C library's, which are good to less than
+ * one unit in the last place. */
+static void test_exp_and_log(void **state)
+{
+    enum { N = 4000 };
+    static float x[N];
+    static double e[N], f[N];
+    (void)state;
+    double worst_exp = 0.0;
+    double worst_log = 0.0;
+
+    for (size_t i = 0; i < N; i++)
+        x[i] = -(float)(i < N / 2 ? 1e-3 * (double)i
+                                  : 698.0 * (double)(i - N / 2) / (N / 2));
+    x[N - 1] = -701.0f;
+    (void)k->softmax(e, x, 0.0, N);
+    for (size_t i = 0; i + 1 < N; i++) {
+        const double want = exp((double)x[i]);
+        worst_exp = fmax(worst_exp, fabs(e[i] - want) / want);
+    }
+    assert_true(e[N - 1] == 0.0 && e[0] == 1.0);
+    assert_true(worst_exp < 1e-15);
+
+    /* One element at a time, sums of 1: p log(p/q) alone. */
+    for (size_t i = 0; i < N; i++) {
+        e[i] = pow(2.0, -25.0 + 27.0 * (double)(i % 997) / 997.0);
+        f[i] = i % 2 ? e[i] * (1.0 + 1e-3 * ((double)i / N - 0.5))
+                     : pow(2.0, -25.0 + 27.0 * (double)(i % 991) / 991.0);
+        const double p = e[i] + 1e-8;
+        const double q = f[i] + 1e-8;
+        /* p / q near 1 has lost what matters. */
+        const double off = (p - q) / q;
+        const double want = p * (fabs(off) < 0.5 ? log1p(off) : log(p / q));
+        const double got = k->divergence(e + i, f + i, 1.0, 1.0, 1);
+        worst_log = fmax(worst_log, fabs(got - want) / (fabs(want) + 1e-300));
+    }
+    assert_true(worst_log < 2e-15);
+}
+
+static void test_divergence(void **state)
+{
+    (void)state;
+    const float x[3] = {0.0f, NAN, -INFINITY};
+    const float rows[2][3] = {{0.1f, 0.2f, 0.4f}, {0.3f, -0.1f, 0.2f}};
+    double e[3], f[3];
+
+    assert_true(k->highest(x, 3) == 0.0f);
+    assert_true(k->highest(x + 1, 2) == -INFINITY);
+    assert_true(k->highest(x, 0) == -INFINITY);
+    assert_true(isnan(k->softmax(e, x, 0.0, 3)));
+    assert_true(e[2] == 0.0);
+
+    const double sum_e = k->softmax(e, rows[0], (double)rows[0][2], 3);
+    const double sum_f = k->softmax(f, rows[1], (double)rows[1][0], 3);
+    double want = 0.0;
+    for (size_t i = 0; i < 3; i++) {
+        const double p = e[i] / sum_e + 1e-8;
+        const double q = f[i] / sum_f + 1e-8;
+        want += p * log(p / q);
+    }
+    assert_true(fabs(k->divergence(e, f, sum_e, sum_f, 3) - want) < 1e-15);
+    /* A row and itself. */
+    assert_true(k->divergence(e, e, sum_e, sum_e, 3) == 0.0);
+}
+
+static void test_variance(void **state)
+{
+    (void)state;
+    const float b[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    const float x0[4] = {1.5f, 3.0f, 1.0f, 1.1f};
+    const float x1[4] = {0.5f, 3.0f, 2.0f, 1.2f};
+    const float x2[4] = {1.0f, 3.0f, 4.0f, NAN};
+    const float *const x[3] = {x0, x1, x2};
+    float v[4];
+
+    k->variance(v, b, x, 1, 4);
+    for (int i = 0; i < 3; i++)
+        assert_true(v[i] == 0.0f);
+    k->variance(v, b, x, 3, 4);
+    assert_true(v[0] == (float)(0.5 / 3.0));
+    assert_true(v[1] == 0.0f);
+    assert_true(v[2] == (float)(14.0 / 9.0));
+    assert_true(isnan(v[3]));
+}
+
+static void test_elect(void **state)
+{
+    (void)state;
+    const float b[5] = {1.0f, 1.0f, 1.0f, -0.0f, 1.0f};
+    const float x0[5] = {2.0f, 2.0f, -2.0f, -0.0f, NAN};
+    const float x1[5] = {3.0f, -1.0f, 2.0f, -0.0f, 2.0f};
+    const float *const x[2] = {x0, x1};
+    const double w[2] = {0.75, 0.25};
+    const double none[2] = {0.0, 0.0};
+    const uint64_t mask = 0x1e;
+    float y[5];
+
+    k->elect(y, b, x, NULL, w, 2, 5);
+    assert_true(y[0] == 1.0f + 0.75f * 1.0f + 0.25f * 2.0f);
+    /* Votes are not weighted: -2 beats 1; only it is taken, whole. */
+    assert_true(y[1] == -1.0f);
+    assert_true(y[2] == -2.0f);
+    assert_bits(y[3], -0.0f);
+    assert_true(isnan(y[4]));
+    k->elect(y, b, x, &mask, w, 2, 5);
+    assert_true(y[0] == 1.0f && y[1] == -1.0f);
+    /* No weight at all: nothing is taken over. */
+    k->elect(y, b, x, NULL, none, 2, 4);
+    for (int i = 0; i < 4; i++)
+        assert_bits(y[i], b[i]);
+}
+
 static void test_lowrank_add(void **state)
 {
     (void)state;
@@ -684,6 +796,10 @@ int main(void)
         cmocka_unit_test(test_topk_zeros_never_kept),
         cmocka_unit_test(test_topk_eq_limit),
         cmocka_unit_test(test_topk_nan_on_top),
+        cmocka_unit_test(test_exp_and_log),
+        cmocka_unit_test(test_divergence),
+        cmocka_unit_test(test_variance),
+        cmocka_unit_test(test_elect),
         cmocka_unit_test(test_dots_exact),
         cmocka_unit_test(test_dots_lanes),
         cmocka_unit_test(test_abs_sum),

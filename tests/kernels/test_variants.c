@@ -38,7 +38,8 @@ enum {
 };
 
 /* What the kernels under test read and write. */
-static struct guard_buffer in[N_DONORS], base, out, bits[N_DONORS], hist;
+static struct guard_buffer in[N_DONORS], base, out, bits[N_DONORS], hist,
+    exps[2];
 /* What the inputs are copied from, per kind of values, and the expectation. */
 static float pool_x[N_KINDS][N_DONORS][N_POOL];
 static float pool_b[N_KINDS][N_POOL];
@@ -163,6 +164,8 @@ static int fixture_open(void **state)
     guard_buffer_open(&base, room);
     guard_buffer_open(&out, room);
     guard_buffer_open(&hist, sizeof(want_hist));
+    for (int j = 0; j < 2; j++)
+        guard_buffer_open(&exps[j], N_LARGEST * sizeof(double));
     for (int kind = 0; kind < N_KINDS; kind++) {
         for (int i = 0; i < N_POOL; i++) {
             const float b = value(kind, 0.02f * rng_normal(&rng));
@@ -189,6 +192,8 @@ static int fixture_close(void **state)
     guard_buffer_close(&out);
     guard_buffer_close(&hist);
     tvk_cuda_close(device);
+    for (int j = 0; j < 2; j++)
+        guard_buffer_close(&exps[j]);
     return 0;
 }
 
@@ -518,6 +523,14 @@ static void one_topk(const struct tvk_table *k, const struct place *p)
     assert_true(k->count_eq(x, b, pattern, p->n) ==
                 ref()->count_eq(raw_x(p, 0), plain_b, pattern, p->n));
 
+    uint32_t *const keys =
+        put_out(p, p->n * sizeof(uint32_t), sizeof(uint32_t));
+    static uint32_t want_keys[N_LARGEST];
+    assert_int_equal(k->magnitudes(keys, x, b, p->n),
+                     ref()->magnitudes(want_keys, raw_x(p, 0), plain_b, p->n));
+    assert_same_bytes("magnitudes", keys, want_keys, p->n * 4);
+    guard_buffer_check(&out);
+
     const uint64_t seen = rng_below(&rng, 10);
     const uint64_t limit = rng_below(&rng, seen + p->n + 2);
     uint64_t got_seen = seen;
@@ -656,6 +669,11 @@ static void one_philox(const struct tvk_table *k, const struct place *p)
     ref()->philox_words(want_words, start, key, name, p->n);
     assert_same_bytes("philox_words", got_words, want_words, p->n * 4);
     guard_buffer_check(&out);
+    /* The words lie before a page that faults now. */
+    uint64_t got_below[N_WORDS];
+    k->below(got_below, got_words, threshold, p->n);
+    ref()->below(want_mask, want_words, threshold, p->n);
+    assert_same_bytes("below", got_below, want_mask, words(p->n) * 8);
     assert_true(got == expected);
 }
 
@@ -753,6 +771,110 @@ static void test_stats_zeros(void **state)
         assert_int_equal(bits_of(s.max), 0);
         assert_true(s.n_zero == n && s.n_nonfinite == 0);
     }
+}
+
+/* ---- several task vectors ---- */
+
+static void one_several(const struct tvk_table *k, const struct place *p)
+{
+    static const double weight[N_DONORS] = {0.3, 0.0, 1.1,  -0.2, 0.7,
+                                            0.4, 2.0, 0.25, 0.1};
+    static const double epsilon[] = {1e-3, 0.0, 0.25};
+    const size_t n_donors = 1 + (size_t)rng_below(&rng, N_DONORS);
+    const float *x[N_DONORS];
+    const float *px[N_DONORS];
+    const float *const b = put_b(p);
+    const float *const pb = raw_b(p);
+    const uint64_t *const mask = put_mask(p, 0);
+    float *const dst = put_out(p, p->n * sizeof(float), sizeof(float));
+
+    for (unsigned j = 0; j < n_donors; j++) {
+        x[j] = put_x(p, j);
+        px[j] = raw_x(p, j);
+    }
+    k->variance(dst, b, x, n_donors, p->n);
+    ref()->variance(want, pb, px, n_donors, p->n);
+    same_floats("variance", k, p, dst, want, 0);
+
+    k->elect(dst, b, x, NULL, weight, n_donors, p->n);
+    ref()->elect(want, pb, px, NULL, weight, n_donors, p->n);
+    same_floats("elect", k, p, dst, want, 0);
+    k->elect(dst, b, x, mask, weight, n_donors, p->n);
+    ref()->elect(want, pb, px, pool_mask[0], weight, n_donors, p->n);
+    same_floats("elect mask", k, p, dst, want, 0);
+
+    const double least = epsilon[p->kind];
+    k->ram(dst, b, x, weight, n_donors, least, p->n);
+    ref()->ram(want, pb, px, weight, n_donors, least, p->n);
+    same_floats("ram", k, p, dst, want, 0);
+    k->nearswap(dst, b, x[0], least, p->n);
+    ref()->nearswap(want, pb, px[0], least, p->n);
+    same_floats("nearswap", k, p, dst, want, 0);
+
+    if (p->n > 0) {
+        memcpy(dst, px[0], p->n * sizeof(float));
+        memcpy(want, px[0], p->n * sizeof(float));
+    }
+    k->keep(dst, mask, p->n);
+    ref()->keep(want, pool_mask[0], p->n);
+    same_floats("keep", k, p, dst, want, 1);
+}
+
+static void test_several(void **state)
+{
+    everywhere(state, sizeof(float), one_several);
+}
+
+/* ---- rows as distributions ---- */
+
+/* Around values of e^x of all sizes, now and then something special. */
+static double some_exp(void)
+{
+    if (rng_below(&rng, 50) == 0)
+        return (double)special();
+    return ldexp(1.0 + (double)rng_unit(&rng), -(int)rng_below(&rng, 60));
+}
+
+static void one_row(const struct tvk_table *k, const struct place *p)
+{
+    static double e[N_LARGEST], f[N_LARGEST];
+    const float *const x = put_x(p, 0);
+    const float *const b = put_b(p);
+    const float *const px = raw_x(p, 0);
+    const float *const pb = raw_b(p);
+    float *const dst = put_out(p, p->n * sizeof(float), sizeof(float));
+    const double most = (double)ref()->highest(px, p->n);
+
+    k->change_by(dst, x, b, 1.7, p->n);
+    ref()->change_by(want, px, pb, 1.7, p->n);
+    same_floats("change_by", k, p, dst, want, 0);
+    assert_int_equal(bits_of(k->highest(x, p->n)),
+                     bits_of(ref()->highest(px, p->n)));
+
+    double *const to =
+        guard_buffer_place(&exps[0], p->n * sizeof(double), p->side, 0);
+    same_double("softmax", k, p, k->softmax(to, x, most, p->n),
+                ref()->softmax(e, px, most, p->n));
+    for (size_t i = 0; i < p->n; i++)
+        same_double("exp", k, p, to[i], e[i]);
+
+    for (size_t i = 0; i < p->n; i++) {
+        f[i] = some_exp();
+        to[i] = p->kind == 0 ? f[i] * (1.0 + 0.01 * (double)px[i]) : some_exp();
+        e[i] = to[i];
+    }
+    double *const other =
+        guard_buffer_place(&exps[1], p->n * sizeof(double), p->side, 0);
+    if (p->n > 0)
+        memcpy(other, f, p->n * sizeof(double));
+    same_double("divergence", k, p, k->divergence(to, other, 3.0, 2.7, p->n),
+                ref()->divergence(e, f, 3.0, 2.7, p->n));
+    guard_buffer_check(&exps[0]);
+}
+
+static void test_row(void **state)
+{
+    everywhere(state, sizeof(float), one_row);
 }
 
 /* ---- low rank ---- */
@@ -895,6 +1017,22 @@ int main(int argc, char **argv)
         ROWS(test_lowrank),
         ROWS(test_split),
         {"test_device cuda", test_device, NULL, NULL, NULL},
+        ROWS(test_convert),
+        ROWS(test_linear),
+        ROWS(test_gta),
+        ROWS(test_gta_many),
+        ROWS(test_topk),
+        ROWS(test_hist_hi),
+        ROWS(test_hist_lo),
+        ROWS(test_hist_range),
+        ROWS(test_philox),
+        ROWS(test_reductions),
+        ROWS(test_whole_leaf),
+        ROWS(test_stats_zeros),
+        ROWS(test_several),
+        ROWS(test_row),
+        ROWS(test_lowrank),
+        ROWS(test_split),
     };
     if (argc > 1) {
         (void)snprintf(filter, sizeof filter, "* %s", argv[1]);

@@ -138,6 +138,39 @@ struct tvk_table {
                 const float *const *x, const double *alone, size_t n_donors,
                 double epsilon, size_t n);
 
+    /* ---- several task vectors against each other ---------------------------
+     * With d_j = x_j[i]-b[i] and e_j = d_j - d_0, sums in donor order from +0:
+     * mean = (sum over j >= 1 of e_j) / n_donors,
+     * dst[i] = fp32((sum of (e_j - mean)^2) / n_donors). n_donors 1.. */
+    void (*variance)(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                     const float *const *x, size_t n_donors, size_t n);
+    /* With d_j = x_j[i]-b[i]: V = sum of all d_j; m = sum of the weight_j*d_j
+     * whose d_j is above zero when V >= 0, else of those whose is below; w the
+     * sum of their weight_j, at least 1e-6. dst[i] = fp32(b[i] + m / w), but
+     * b[i] bit for bit when m == 0 or, mask given, its bit is 0; NaN when V
+     * is. */
+    void (*elect)(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                  const float *const *x, const uint64_t *mask,
+                  const double *weight, size_t n_donors, size_t n);
+    /* y[i] = +0 where its bit is 0 */
+    void (*keep)(float *TVK_RESTRICT y, const uint64_t *mask, size_t n);
+
+    /* ---- rows as distributions ---------------------------------------------
+     * Any n; sums in lanes as in dots. exp and log are ours (kernels/ref/
+     * divergence.c), as libm's differ between machines.
+     * highest: the largest element that is no NaN, -inf when there is none; a
+     * zero is +0.
+     * softmax: e[i] = exp(x[i] - most), 0 below exp(-700); returns their sum.
+     * divergence: sum of p log(p / q), p = e[i]*(1/sum_e) + 1e-8, q of f. */
+    float (*highest)(const float *x, size_t n);
+    double (*softmax)(double *TVK_RESTRICT e, const float *TVK_RESTRICT x,
+                      double most, size_t n);
+    double (*divergence)(const double *e, const double *f, double sum_e,
+                         double sum_f, size_t n);
+    /* dst[i] = fp32(|x[i]-b[i]| * by) */
+    void (*change_by)(float *TVK_RESTRICT dst, const float *TVK_RESTRICT x,
+                      const float *TVK_RESTRICT b, double by, size_t n);
+
     /* ---- exact top-k by magnitude ------------------------------------------
      * With m(i) = bits of |fp32(x[i]-b[i])| (b == NULL: of |x[i]|):
      * hist_hi: hist[m >> 15]++ for all i        (hist [TVK_HIST_HI])
@@ -146,6 +179,7 @@ struct tvk_table {
      *            [width]; first at least 1, first + width at most 2^31);
      *            returns the number of i with m >= first + width
      * count_eq: number of i with m == pattern
+     * magnitudes: dst[i] = m(i); returns the largest, 0 when n is 0
      * topk_mask: bit i = m > pattern, or m == pattern and fewer than eq_limit
      *            equal elements came before, *eq_seen included; *eq_seen is
      *            advanced by the equal elements met. Sets nothing where m == 0.
@@ -159,6 +193,8 @@ struct tvk_table {
                            size_t n);
     uint64_t (*count_eq)(const float *x, const float *b, uint32_t pattern,
                          size_t n);
+    uint32_t (*magnitudes)(uint32_t *TVK_RESTRICT dst, const float *x,
+                           const float *b, size_t n);
     uint64_t (*topk_mask)(uint64_t *TVK_RESTRICT mask, const float *x,
                           const float *b, uint32_t pattern, uint64_t *eq_seen,
                           uint64_t eq_limit, size_t n);
@@ -176,6 +212,10 @@ struct tvk_table {
     /* The words themselves, of elements [start, start + n), any start. */
     void (*philox_words)(uint32_t *TVK_RESTRICT dst, uint64_t start,
                          uint64_t key, uint64_t name_hash, size_t n);
+
+    /* Bit i is set iff words[i] < limit (limit up to 2^32). */
+    void (*below)(uint64_t *TVK_RESTRICT mask, const uint32_t *words,
+                  uint64_t limit, size_t n);
 
     /* ---- reductions -------------------------------------------------------
      * One leaf: n <= TVK_LEAF elements. Sixteen fp64 lanes, element i into lane

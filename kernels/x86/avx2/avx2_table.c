@@ -15,4 +15,6 @@ void tvk_row_avx2(struct tvk_table *t)
     tvk_avx2_stats(t);
     tvk_avx2_lowrank(t);
     tvk_avx2_swap(t);
+    tvk_avx2_variance(t);
+    tvk_avx2_divergence(t);
 }

@@ -83,6 +83,25 @@ TVK_INLINE __m256i spread8(unsigned bits)
     return _mm256_cmpeq_epi32(_mm256_and_si256(all, bit), bit);
 }
 
+/* 64-bit lane masks of elements i .. i+3; i is a multiple of 4. */
+TVK_INLINE __m256d kept4(const uint64_t *mask, size_t i)
+{
+    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
+    const unsigned four = (unsigned)tvk_mask_8(mask, i) >> (i & 4);
+    const __m256i all = _mm256_set1_epi64x((long long)four);
+    return _mm256_castsi256_pd(
+        _mm256_cmpeq_epi64(_mm256_and_si256(all, bit), bit));
+}
+
+/* 64-bit lane masks as 32-bit ones. */
+TVK_INLINE __m128 narrow4(__m256d lane_mask)
+{
+    const __m256i even =
+        _mm256_permutevar8x32_epi32(_mm256_castpd_si256(lane_mask),
+                                    _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    return _mm_castsi128_ps(_mm256_castsi256_si128(even));
+}
+
 /* m(i) of kernels.h, b may be NULL. Absent lanes give 0. */
 TVK_INLINE __m256i magnitude8(size_t count, const float *x, const float *b)
 {

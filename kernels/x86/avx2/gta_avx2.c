@@ -22,16 +22,6 @@ struct job {
     double lambda;
 };
 
-/* Lane masks of elements i .. i+3; i is a multiple of 4. */
-TVK_INLINE __m256d kept4(const uint64_t *mask, size_t i)
-{
-    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
-    const unsigned four = (unsigned)tvk_mask_8(mask, i) >> (i & 4);
-    const __m256i all = _mm256_set1_epi64x((long long)four);
-    return _mm256_castsi256_pd(
-        _mm256_cmpeq_epi64(_mm256_and_si256(all, bit), bit));
-}
-
 TVK_INLINE __m256d change(const struct job *g, __m256d b, size_t j, size_t i,
                           size_t count, int masked)
 {
@@ -100,13 +90,9 @@ TVK_INLINE __m128 merge4(const struct job *g, size_t i, size_t count,
     if (g->lambda != 1.0)
         m = _mm256_mul_pd(m, _mm256_set1_pd(g->lambda));
 
-    const __m256i same =
-        _mm256_castpd_si256(_mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_EQ_OQ));
-    const __m256i even = _mm256_permutevar8x32_epi32(
-        same, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-    const __m128 r = _mm256_cvtpd_ps(_mm256_add_pd(b, m));
-    return _mm_blendv_ps(r, base,
-                         _mm_castsi128_ps(_mm256_castsi256_si128(even)));
+    const __m256d same = _mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_EQ_OQ);
+    return _mm_blendv_ps(_mm256_cvtpd_ps(_mm256_add_pd(b, m)), base,
+                         narrow4(same));
 }
 
 TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,

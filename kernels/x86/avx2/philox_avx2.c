@@ -44,7 +44,7 @@ TVK_INLINE void next_round(struct state *s, __m256i k0, __m256i k1)
 
 /* Bit 4c + w: word w of counter c is below the threshold. Compares are signed:
  * both sides come with their top bit flipped. */
-TVK_INLINE uint32_t below(const struct state *s, __m256i threshold)
+TVK_INLINE uint32_t state_below(const struct state *s, __m256i threshold)
 {
     const __m256i flip = _mm256_set1_epi32((int)0x80000000u);
     const __m256i a = _mm256_xor_si256(
@@ -92,7 +92,8 @@ static uint64_t philox_mask(uint64_t *TVK_RESTRICT mask, uint64_t start,
                     next_round(&s, k0[r], k1[r]);
                     next_round(&t, k0[r], k1[r]);
                 }
-                const uint32_t half = below(&s, limit) | below(&t, limit) << 16;
+                const uint32_t half =
+                    state_below(&s, limit) | state_below(&t, limit) << 16;
                 word |= (uint64_t)half << (4 * q);
             }
         }
@@ -134,8 +135,34 @@ static void philox_words(uint32_t *TVK_RESTRICT dst, uint64_t start,
     tvk_philox_words(dst + i, start + i, key, name_hash, n - i);
 }
 
+static void below(uint64_t *TVK_RESTRICT mask, const uint32_t *words,
+                  uint64_t limit, size_t n)
+{
+    const __m256i flip = _mm256_set1_epi32((int)0x80000000u);
+    const __m256i top = _mm256_set1_epi32((int)((uint32_t)limit ^ 0x80000000u));
+
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t word = 0;
+        for (unsigned q = 0; q < 64 && i + q < n; q += 8) {
+            const size_t count = n - i - q < 8 ? n - i - q : 8;
+            const int *at = (const int *)(const void *)(words + i + q);
+            const __m256i v =
+                count == 8
+                    ? _mm256_loadu_si256((const __m256i *)(const void *)at)
+                    : _mm256_maskload_epi32(at, first8(count));
+            word |= (uint64_t)bits8(
+                        _mm256_cmpgt_epi32(top, _mm256_xor_si256(v, flip)))
+                    << q;
+        }
+        if (limit >> 32 != 0)
+            word = ~UINT64_C(0);
+        mask[i >> 6] = n - i < 64 ? word & tvk_low_bits(n - i) : word;
+    }
+}
+
 void tvk_avx2_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
     t->philox_words = philox_words;
+    t->below = below;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * swap_avx2.c - nearswap, four elements at a time in fp64.
+ * swap_avx2.c - nearswap and RAM, four elements at a time in fp64.
  */
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
@@ -25,7 +25,56 @@ static void nearswap(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
     }
 }
 
+TVK_INLINE void ram_of(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                       const float *const *x, const double *alone,
+                       size_t n_donors, double epsilon, size_t n)
+{
+    const __m256d zero = _mm256_setzero_pd();
+    const __m256d one = _mm256_set1_pd(1.0);
+    const __m256d sign = _mm256_set1_pd(-0.0);
+    const __m256d least = _mm256_set1_pd(epsilon);
+
+    for (size_t i = 0; i < n; i += 4) {
+        const size_t here = n - i;
+        const __m128 base = here >= 4 ? _mm_loadu_ps(b + i)
+                                      : _mm_maskload_ps(b + i, first4(here));
+        const __m256d vb = _mm256_cvtps_pd(base);
+        __m256d sum = zero;
+        __m256d single = zero;
+        __m256d count = zero;
+        for (size_t j = 0; j < n_donors; j++) {
+            const __m256d d = _mm256_sub_pd(load4(here, x[j] + i), vb);
+            /* A NaN is active. */
+            const __m256d active =
+                _mm256_cmp_pd(_mm256_andnot_pd(sign, d), least, _CMP_NLE_UQ);
+            /* Sums that started at +0 are never -0: adding +0 is no change. */
+            sum = _mm256_add_pd(sum, _mm256_and_pd(active, d));
+            single = _mm256_blendv_pd(
+                single, _mm256_mul_pd(_mm256_set1_pd(alone[j]), d), active);
+            count = _mm256_add_pd(count, _mm256_and_pd(active, one));
+        }
+        const __m256d mean = _mm256_div_pd(sum, _mm256_max_pd(count, one));
+        const __m256d change = _mm256_blendv_pd(
+            mean, single, _mm256_cmp_pd(count, one, _CMP_EQ_OQ));
+        const __m256d any = _mm256_cmp_pd(count, zero, _CMP_GT_OQ);
+        store4(dst + i, here,
+               _mm_blendv_ps(base, _mm256_cvtpd_ps(_mm256_add_pd(vb, change)),
+                             narrow4(any)));
+    }
+}
+
+static void ram(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                const float *const *x, const double *alone, size_t n_donors,
+                double epsilon, size_t n)
+{
+    if (n_donors == 2)
+        ram_of(dst, b, x, alone, 2, epsilon, n);
+    else
+        ram_of(dst, b, x, alone, n_donors, epsilon, n);
+}
+
 void tvk_avx2_swap(struct tvk_table *t)
 {
     t->nearswap = nearswap;
+    t->ram = ram;
 }

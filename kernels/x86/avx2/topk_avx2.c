@@ -161,6 +161,28 @@ static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
                      : count_eq_any(x, NULL, pattern, n);
 }
 
+static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
+                           const float *b, size_t n)
+{
+    __m256i most = _mm256_setzero_si256();
+    uint32_t lane[8];
+    uint32_t m = 0;
+
+    for (size_t i = 0; i < n; i += 8) {
+        const size_t count = n - i < 8 ? n - i : 8;
+        const __m256i v = magnitude8(count, x + i, b != NULL ? b + i : NULL);
+        most = _mm256_max_epu32(most, v);
+        if (count == 8)
+            _mm256_storeu_si256((__m256i *)(void *)(dst + i), v);
+        else
+            _mm256_maskstore_epi32((int *)(void *)(dst + i), first8(count), v);
+    }
+    _mm256_storeu_si256((__m256i *)(void *)lane, most);
+    for (unsigned i = 0; i < 8; i++)
+        m = lane[i] > m ? lane[i] : m;
+    return m;
+}
+
 TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
                                   const float *b, uint32_t pattern,
                                   uint64_t *eq_seen, uint64_t eq_limit,
@@ -215,5 +237,6 @@ void tvk_avx2_topk(struct tvk_table *t)
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;
     t->count_eq = count_eq;
+    t->magnitudes = magnitudes;
     t->topk_mask = topk_mask;
 }
