@@ -771,6 +771,14 @@ enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
     return TV_OK;
 }
 
+void tvc_device_name(const struct tvc *c, char *dst, size_t cap)
+{
+    if (c->cuda)
+        (void)snprintf(dst, cap, "cuda:%d", tvk_cuda_about(c->cuda)->index);
+    else
+        (void)snprintf(dst, cap, "cpu");
+}
+
 enum tv_err tvc_device_kernels(struct tvc *c, const struct tvk_table **out)
 {
     tvk_cuda *d = NULL;

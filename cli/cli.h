@@ -123,6 +123,8 @@ TV_NODISCARD enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out);
  * the CPU's (auto too: moving the data costs more than the CPU's work). */
 TV_NODISCARD enum tv_err tvc_device_kernels(struct tvc *c,
                                             const struct tvk_table **out);
+/* Its name, "cpu" or "cuda:N", once it is known. Filled. */
+void tvc_device_name(const struct tvc *c, char *dst, size_t cap);
 /* TV_STORE, NULL when unset or empty. */
 const char *tvc_default_store(void);
 

@@ -4,6 +4,7 @@
  * and the way from a command line to a plan.
  */
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -315,9 +316,10 @@ static void notes(struct tvc *c, const struct tvc_merge_opts *o)
                  "%s: no effect here; inputs are read in place and adapters "
                  "applied on the fly",
                  list);
-    if (o->cuda_wanted)
-        tvc_note(&c->out, "--cuda: CUDA support is not built in; the CPU gives "
-                          "the same bytes");
+    if (o->cuda_wanted && c->device != TVC_DEVICE_CUDA)
+        tvc_note(&c->out,
+                 "--cuda: no GPU is used (see --device); the CPU gives "
+                 "the same bytes");
 }
 
 /* Groups of finished tensors that are small: how crash tests get many commits
@@ -332,6 +334,26 @@ static enum tv_err group_bytes(struct tvc *c, uint64_t *out)
     if (rc != TV_OK)
         tv_error_context(&c->err, "TV_GROUP_BYTES");
     return rc;
+}
+
+/* With --device auto a run goes on with the device it began with. Where that is
+ * gone, what depends on it is refused by the plan. */
+static void keep_device(struct tvc *c, const char *out_dir)
+{
+    struct tvm_status status;
+    uint64_t index = 0;
+
+    if (c->device != TVC_DEVICE_AUTO || !out_dir ||
+        tvm_status(out_dir, &status, NULL) != TV_OK)
+        return;
+    if (strcmp(status.device, "cpu") == 0)
+        c->device = TVC_DEVICE_CPU;
+    else if (strncmp(status.device, "cuda:", 5) == 0 &&
+             tv_parse_bytes(status.device + 5, false, &index, NULL) == TV_OK &&
+             index <= INT_MAX && tvk_cuda_find((int)index, NULL) == TV_OK) {
+        c->device = TVC_DEVICE_CUDA;
+        c->device_index = (int)index;
+    }
 }
 
 enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
@@ -361,9 +383,15 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     m->n_texts = o->n_texts;
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
+    keep_device(c, m->out_dir);
+    if (o->cuda_wanted && c->device == TVC_DEVICE_AUTO &&
+        tvk_cuda_find(c->device_index, NULL) == TV_OK)
+        c->device = TVC_DEVICE_CUDA;
     rc = tvc_device_kernels(c, &m->kernels);
     if (rc != TV_OK)
         return rc;
+    m->cuda = c->cuda;
+    tvc_device_name(c, m->device, sizeof m->device);
     rc = group_bytes(c, &m->group_bytes);
     if (rc != TV_OK)
         return rc;

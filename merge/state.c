@@ -70,12 +70,17 @@ static uint64_t total_bytes(const struct tvm_plan *p)
     return n;
 }
 
+static const char *device_of(const struct tvm_plan *p)
+{
+    return p->options.device[0] ? p->options.device : "cpu";
+}
+
 char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace)
 {
-    return text_of(json_pack("{s:s, s:o, s:s, s:I, s:I, s:b, s:b, s:o}",
-                             "schema", STATE_SCHEMA, "plan_hash",
-                             hash_json(p->hash), "version", TV_VERSION,
-                             "n_tensors", (json_int_t)p->n_tensors,
+    return text_of(json_pack("{s:s, s:s, s:o, s:s, s:I, s:I, s:b, s:b, s:o}",
+                             "schema", STATE_SCHEMA, "device", device_of(p),
+                             "plan_hash", hash_json(p->hash), "version",
+                             TV_VERSION, "n_tensors", (json_int_t)p->n_tensors,
                              "bytes_total", (json_int_t)total_bytes(p),
                              "publishing", (int)publishing, "replace",
                              (int)replace, "identity", identity_json(p)),
@@ -97,15 +102,16 @@ char *tvm_record_make(const struct tvm_plan *p, const struct tvm_totals *totals,
         return NULL;
     }
     return text_of(
-        json_pack("{s:s, s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
-                  "schema", RECORD_SCHEMA, "plan_hash", hash_json(p->hash),
-                  "version", TV_VERSION, "digest", hash_json(totals->digest),
-                  "seed", (json_int_t)p->options.seed, "n_tensors",
-                  (json_int_t)p->n_tensors, "bytes_total",
-                  (json_int_t)total_bytes(p), "n_nonfinite_in",
-                  (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
-                  (json_int_t)totals->n_nonfinite_out, "files", list,
-                  "identity", identity_json(p)),
+        json_pack(
+            "{s:s, s:s, s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
+            "schema", RECORD_SCHEMA, "device", device_of(p), "plan_hash",
+            hash_json(p->hash), "version", TV_VERSION, "digest",
+            hash_json(totals->digest), "seed", (json_int_t)p->options.seed,
+            "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
+            (json_int_t)total_bytes(p), "n_nonfinite_in",
+            (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
+            (json_int_t)totals->n_nonfinite_out, "files", list, "identity",
+            identity_json(p)),
         JSON_INDENT(2));
 }
 
@@ -154,6 +160,14 @@ static bool get_count(const json_t *doc, const char *key, uint64_t *out)
     return true;
 }
 
+/* Documents from before there was a choice have none: it was the CPU. */
+static void get_device(const json_t *doc, char dst[TVM_DEVICE_MAX])
+{
+    const char *name = json_string_value(json_object_get(doc, "device"));
+
+    (void)snprintf(dst, TVM_DEVICE_MAX, "%s", name ? name : "cpu");
+}
+
 enum tv_err tvm_state_parse(const char *text, size_t n, struct tvm_state *out,
                             struct tv_error *err)
 {
@@ -169,6 +183,7 @@ enum tv_err tvm_state_parse(const char *text, size_t n, struct tvm_state *out,
                           "the state of the merge is incomplete");
         goto out;
     }
+    get_device(doc, out->device);
     out->publishing = json_is_true(json_object_get(doc, "publishing"));
     out->replace = json_is_true(json_object_get(doc, "replace"));
     out->identity =
@@ -223,6 +238,7 @@ enum tv_err tvm_record_parse(const char *text, size_t n, struct tvm_record *out,
     }
     out->identity =
         text_of(json_incref(json_object_get(doc, "identity")), JSON_COMPACT);
+    get_device(doc, out->device);
     out->storage = doc;
     doc = NULL;
     goto out;

@@ -19,6 +19,7 @@ struct tvm_state { /* owned: tvm_state_free */
     bool publishing; /* shards are being moved to their final place */
     bool replace;    /* made with --force over other files */
     char *identity;  /* JSON */
+    char device[TVM_DEVICE_MAX];
 };
 /* Owned text (tv_free), or NULL when out of memory. */
 char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace);
@@ -36,6 +37,7 @@ struct tvm_record { /* owned: tvm_record_free */
     struct tv_hash plan_hash;
     struct tvm_totals totals;
     uint64_t n_tensors, bytes_total, seed;
+    char device[TVM_DEVICE_MAX];
     struct tvm_record_file *files;
     size_t n_files;
     char *identity;

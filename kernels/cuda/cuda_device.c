@@ -320,11 +320,9 @@ void tvk_cuda_free(tvk_cuda *d, tvk_cuda_ptr at, size_t bytes)
 {
     if (at == 0)
         return;
-    if (tvk_cuda_enter(d, NULL) == TV_OK) {
-        const tvk_cu_result code = d->api->mem_free(at);
-        if (code != TVK_CU_OK)
-            (void)tvk_cuda_refused(d, code, "cuMemFree", NULL);
-    }
+    /* A refusal shows in the next call that can tell. */
+    (void)d->api->context_use(d->context);
+    (void)d->api->mem_free(at);
     (void)pthread_mutex_lock(&d->mutex);
     d->used_bytes -= bytes;
     (void)pthread_mutex_unlock(&d->mutex);

@@ -75,7 +75,7 @@ def main():
     work = tempfile.mkdtemp(prefix="tv-cli-")
     env = {"PATH": bin_dir + os.pathsep + os.environ["PATH"], "DATA": data,
            "HOME": work, "LC_ALL": "C", "TERM": "dumb"}
-    for key in ("ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS",
+    for key in ("FAKE_CUDA", "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS",
                 "TSAN_OPTIONS"):
         if key in os.environ:
             env[key] = os.environ[key]

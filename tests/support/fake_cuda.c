@@ -13,8 +13,7 @@
  *    memory is not pinned, where the driver may wait too): memory that is
  *    changed too early gives wrong results;
  *  - every other launch runs blocks and threads backwards;
- *  - every address must lie in an allocation; shared memory starts as garbage;
- *  - freeing or unpinning what a stream still uses is an error.
+ *  - every copy must lie in an allocation; memory starts as garbage.
  *
  * Environment, read by cuInit:
  *   FAKE_CUDA_DEVICES  how many there are (default 1)
@@ -29,6 +28,7 @@
 
 #include "cuda/cu_ops.h"
 #include "cuda/cuda_abi.h"
+#include "fake_cuda.h"
 
 #define INVALID    1
 #define LOST       719 /* CUDA_ERROR_LAUNCH_FAILED */
@@ -132,8 +132,10 @@ struct stream {
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct range *memory, *pinned;
-static size_t n_devices = 1, total_bytes = 64u << 20, used_bytes;
-static unsigned long lose_at, n_launches, n_pending;
+static size_t n_devices = 1, total_bytes = 64u << 20;
+static size_t used_bytes, most_bytes, n_pinned;
+static unsigned long lose_at, n_launches;
+static unsigned n_streams, most_streams; /* with work waiting */
 static bool is_lost;
 
 static size_t number(const char *name, size_t fallback)
@@ -200,8 +202,9 @@ static tvk_cu_result drain(struct stream *s)
         a->grid.backwards = n_launches % 2 == 1;
         if (!is_lost)
             act(a);
-        n_pending--;
         free(a);
+        if (!s->first)
+            n_streams--;
     }
     s->last = &s->first;
     return is_lost ? LOST : TVK_CU_OK;
@@ -217,9 +220,10 @@ static tvk_cu_result push(struct stream *s, const struct action *a, bool wait)
         return TVK_CU_NO_MEMORY;
     *mine = *a;
     mine->next = NULL;
+    if (!s->first && ++n_streams > most_streams)
+        most_streams = n_streams;
     *s->last = mine;
     s->last = &mine->next;
-    n_pending++;
     return wait ? drain(s) : TVK_CU_OK;
 }
 
@@ -234,6 +238,36 @@ static void *address(tvk_cu_ptr p)
     return (void *)(uintptr_t)p;
 }
 
+/* ---- for tests ----------------------------------------------------------- */
+
+EXPORT fake_cuda_set_fn fake_cuda_set;
+EXPORT fake_cuda_get_fn fake_cuda_get;
+
+void fake_cuda_set(const struct fake_cuda *f)
+{
+    (void)pthread_mutex_lock(&mutex);
+    total_bytes = f->total_bytes;
+    lose_at = f->lose_at;
+    is_lost = false;
+    n_launches = 0;
+    most_streams = 0;
+    most_bytes = used_bytes;
+    (void)pthread_mutex_unlock(&mutex);
+}
+
+void fake_cuda_get(struct fake_cuda *f)
+{
+    (void)pthread_mutex_lock(&mutex);
+    *f = (struct fake_cuda){.total_bytes = total_bytes,
+                            .lose_at = lose_at,
+                            .used_bytes = used_bytes,
+                            .most_bytes = most_bytes,
+                            .n_pinned = n_pinned,
+                            .n_launches = n_launches,
+                            .most_streams = most_streams};
+    (void)pthread_mutex_unlock(&mutex);
+}
+
 /* ---- what cuda_abi.h names ----------------------------------------------- */
 
 /* Declares what follows, with the types of cuda_abi.h. */
@@ -243,9 +277,9 @@ TVK_CUDA_DRIVER(DECLARE)
 tvk_cu_result cuInit(unsigned flags)
 {
     (void)flags;
-    n_devices = number("FAKE_CUDA_DEVICES", 1);
-    total_bytes = number("FAKE_CUDA_MEMORY", 64u << 20);
-    lose_at = number("FAKE_CUDA_LOSE", 0);
+    n_devices = number("FAKE_CUDA_DEVICES", n_devices);
+    total_bytes = number("FAKE_CUDA_MEMORY", total_bytes);
+    lose_at = number("FAKE_CUDA_LOSE", lose_at);
     return n_devices > 0 ? TVK_CU_OK : TVK_CU_NO_DEVICE;
 }
 
@@ -318,7 +352,7 @@ tvk_cu_result cuCtxSetCurrent(tvk_cu_context c)
 tvk_cu_result cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 {
     (void)pthread_mutex_lock(&mutex);
-    *free_bytes = total_bytes - used_bytes;
+    *free_bytes = total_bytes > used_bytes ? total_bytes - used_bytes : 0;
     *total = total_bytes;
     return locked(TVK_CU_OK);
 }
@@ -330,7 +364,7 @@ tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
         return locked(LOST);
     if (bytes == 0)
         return locked(INVALID);
-    if (bytes > total_bytes - used_bytes)
+    if (used_bytes > total_bytes || bytes > total_bytes - used_bytes)
         return locked(TVK_CU_NO_MEMORY);
     void *const p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!p || !range_add(&memory, p, bytes)) {
@@ -339,6 +373,8 @@ tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
     }
     memset(p, 0xc3, bytes);
     used_bytes += bytes;
+    if (used_bytes > most_bytes)
+        most_bytes = used_bytes;
     *at = (tvk_cu_ptr)(uintptr_t)p;
     return locked(TVK_CU_OK);
 }
@@ -360,13 +396,19 @@ tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
     (void)pthread_mutex_lock(&mutex);
     if (is_lost)
         return locked(LOST);
-    return locked(range_add(&pinned, p, bytes) ? TVK_CU_OK : TVK_CU_NO_MEMORY);
+    if (!range_add(&pinned, p, bytes))
+        return locked(TVK_CU_NO_MEMORY);
+    n_pinned++;
+    return locked(TVK_CU_OK);
 }
 
 tvk_cu_result cuMemHostUnregister(void *p)
 {
     (void)pthread_mutex_lock(&mutex);
-    return locked(range_drop(&pinned, p) ? TVK_CU_OK : INVALID);
+    if (!range_drop(&pinned, p))
+        return locked(INVALID);
+    n_pinned--;
+    return locked(TVK_CU_OK);
 }
 
 static tvk_cu_result copy(void *to, const void *from, size_t bytes,

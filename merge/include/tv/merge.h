@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tv/cuda.h"
 #include "tv/dtype.h"
 #include "tv/error.h"
 #include "tv/format.h"
@@ -125,6 +126,8 @@ const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 /* ---- plan
  * --------------------------------------------------------------------- */
 
+#define TVM_DEVICE_MAX 16u /* bytes of a device's name */
+
 struct tvm_text { /* calibration text of the model NAME */
     const char *name, *path;
 };
@@ -155,6 +158,11 @@ struct tvm_options {
     bool keep_statistics;     /* --keep-statistics: in the store */
     enum tv_dtype lora_dtype; /* with it: what adapters are merged into;
                                * TV_DTYPE_NONE: the model's own */
+    /* What matrix-scope methods compute on, NULL: the CPU (element-wise work is
+     * where `kernels` says); borrowed. device: the same by name, "cpu" ("" too)
+     * or "cuda:N", kept with the run so that it goes on as it began. */
+    tvk_cuda *cuda;
+    char device[TVM_DEVICE_MAX];
     const struct tvm_stage_ref *stages; /* [n_stages] names of results */
     size_t n_stages;
 };
@@ -387,7 +395,8 @@ struct tvm_status {
     enum { TVM_ABSENT = 0, TVM_UNFINISHED = 1, TVM_FINISHED = 2 } state;
     size_t n_done, n_tensors;
     uint64_t bytes_done, bytes_total;
-    bool running; /* a process holds the lock */
+    bool running;                /* a process holds the lock */
+    char device[TVM_DEVICE_MAX]; /* it began with; "": not known */
     struct tv_hash plan_hash, digest;
 };
 TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,

@@ -1,0 +1,56 @@
+# --device cuda on the tests' own driver (tests/support/fake_cuda.c): same
+# bytes, a lost device, too little memory, going on. FAKE_CUDA is its folder.
+$ printf 'merge_method: dare_ties\nbase_model: %s/base\nparameters: {density: 0.5}\nmodels:\n- model: %s/ft-prose\n  parameters: {weight: 0.5}\n- model: %s/ft-code\n  parameters: {weight: 0.5}\n' $DATA $DATA $DATA > r.yml
+$ printf 'merge_method: ties\nbase_model: %s/base\nparameters: {density: 0.5}\nmodels:\n- model: %s/ft-prose\n  parameters: {weight: 1}\n- model: %s/ft-code\n  parameters: {weight: 1}\n' $DATA $DATA $DATA > ties.yml
+$ tvmerge r.yml cpu -q --device cpu && tvmerge ties.yml cpu2 -q
+$ printf 'export LD_LIBRARY_PATH=%s TV_CUDA_LEAST=0\nexec "$@"\n' $FAKE_CUDA > gpu
+# Without a GPU: refused where one was asked for, silent where not.
+$ export FAKE_CUDA_DEVICES=0; sh gpu tvmerge r.yml none -q --device cuda
+2> tvmerge: error: --device cuda:0: the CUDA driver finds no GPU
+2>   hint: --device cpu does the same work
+=> 4
+$ export FAKE_CUDA_DEVICES=0; test ! -e none && sh gpu tvmerge r.yml none -q --device auto && cmp none/model.safetensors cpu/model.safetensors
+$ FAKE_CUDA_DEVICES=0 sh gpu tvmerge r.yml none2 --cuda 2>&1 | grep cuda
+tvmerge: note: --cuda: no GPU is used (see --device); the CPU gives the same bytes
+$ sh gpu tvmerge --version | tail -n 1
+CUDA: Fake GPU 0 (compute 7.5, 64 MiB, driver 12.4)
+$ FAKE_CUDA_DEVICES=0 sh gpu tvstore --version | tail -n 1
+CUDA: none (the CUDA driver finds no GPU)
+$ sh gpu tvmerge r.yml x -q --device cuda:1
+2> tvmerge: error: --device cuda:1: there is no CUDA device 1: 1 found
+2>   hint: --device cpu does the same work
+=> 4
+# Every operation on the device: the same bytes, whatever its memory.
+$ sh gpu tvmerge r.yml gpu1 -v --device cuda 2>&1 | grep kernels
+<n> threads, cuda kernels
+$ cmp gpu1/model.safetensors cpu/model.safetensors && grep '"device"' gpu1/tvmerge.json
+  "device": "cuda:0",
+$ FAKE_CUDA_DEVICES=2 sh gpu tvmerge ties.yml gpu2 -q --device cuda:1 --device-memory 300k && cmp gpu2/model.safetensors cpu2/model.safetensors
+$ FAKE_CUDA_MEMORY=600000 sh gpu tvmerge ties.yml gpu3 -q --device cuda --device-memory 1G && cmp gpu3/model.safetensors cpu2/model.safetensors
+# By default the device gets what it is faster at: none of this.
+$ FAKE_CUDA_LOSE=1 TV_CUDA_LEAST=65536 LD_LIBRARY_PATH=$FAKE_CUDA tvmerge ties.yml gpu4 -q --device cuda && cmp gpu4/model.safetensors cpu2/model.safetensors
+# auto leaves element-wise work to the CPU.
+$ FAKE_CUDA_LOSE=1 sh gpu tvmerge ties.yml gpu5 -q && cmp gpu5/model.safetensors cpu2/model.safetensors
+# A lost device ends the merge; it goes on where it was, on its device.
+$ FAKE_CUDA_LOSE=400 TV_GROUP_BYTES=1 sh gpu tvmerge ties.yml lost -q -j 1 --device cuda
+2> tvmerge: error: CUDA device 0 (Fake GPU 0): cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (719)
+2> ...
+=> 1
+$ test ! -e lost/config.json && tvmerge status lost
+lost: unfinished, <*>
+$ sh gpu tvmerge ties.yml lost -v 2>&1 | grep kernels
+<n> threads, cuda kernels
+$ cmp lost/model.safetensors cpu2/model.safetensors
+# Or on the CPU, where the device is gone: these bytes do not depend on it.
+$ FAKE_CUDA_LOSE=400 TV_GROUP_BYTES=1 sh gpu tvmerge ties.yml lost2 -q -j 1 --device cuda
+2> tvmerge: error: CUDA device 0 <*>
+2> ...
+=> 1
+$ tvmerge ties.yml lost2 -q && cmp lost2/model.safetensors cpu2/model.safetensors
+# Not even the smallest tile fits: exit 5, and the state stays.
+$ FAKE_CUDA_MEMORY=700 sh gpu tvmerge ties.yml small -q --device cuda --device-memory 1G
+2> tvmerge: error: <*> needs <n> bytes of device memory, <*>
+2> ...
+=> 5
+$ tvmerge ties.yml small -q --device cpu && cmp small/model.safetensors cpu2/model.safetensors
+$ sh gpu tvmerge ties.yml small -q --device cuda --device-memory 100
