@@ -457,6 +457,8 @@ static int run(struct tvc *c)
     TV_TRY(tvc_subject_open_in(c, c->pos[0], j.store, &j.subject));
     TV_TRY(tvc_subject_model(c, &j.subject, &j.model));
     TV_TRY(make_samples(&j));
+    TV_TRY(tvc_subject_fit(c, &j.subject, TVE_PASS_STATISTICS,
+                           j.samples.context, &j.model));
     TV_TRY(calibrate(&j));
 out:
     tve_calibration_close(j.calibration);

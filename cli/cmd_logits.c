@@ -92,6 +92,7 @@ static int run(struct tvc *c)
     TV_TRY(tvc_ids_read(o->ids, &ids, &c->err));
     TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &subject));
     TV_TRY(tvc_subject_model(c, &subject, &model));
+    TV_TRY(tvc_subject_fit(c, &subject, TVE_PASS_LOGITS, ids.seq, &model));
     s.vocab = tve_model_vocab(model);
     if (s.path) {
         s.fd = tv_sys()->open(s.path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,

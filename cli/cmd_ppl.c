@@ -152,6 +152,14 @@ out:
     return rc;
 }
 
+static size_t window_of(const struct job *j)
+{
+    const struct tve_ppl_options *o = &j->o->ppl;
+    return o->context ? o->context
+                      : tve_protocol_context(o->protocol,
+                                             tve_model_positions(j->model));
+}
+
 static double rate(const struct job *j)
 {
     return j->seconds > 0 ? (double)j->n_scored / j->seconds : 0;
@@ -242,6 +250,8 @@ static int run(struct tvc *c)
     if (o->ppl.bos == -2)
         o->ppl.bos = bos;
     TV_TRY(tvc_subject_model(c, &j->subject, &j->model));
+    TV_TRY(tvc_subject_fit(c, &j->subject, TVE_PASS_SCORES, window_of(j),
+                           &j->model));
     for (size_t i = 0; i < o->n_sources; i++)
         TV_TRY(score(j, i, &c->err));
     if (c->out.json)

@@ -132,7 +132,7 @@ static enum tv_err stat_table(struct tvc *c, const struct tv_store_stat *s)
     stat_row(&t, "  free", s->free_bytes);
     stat_row(&t, "saved by sharing", s->dedup_saved_bytes);
     if (s->charged_bytes)
-        stat_row(&t, "outputs in the making", s->charged_bytes);
+        stat_row(&t, "outputs and scratch files", s->charged_bytes);
     return tvc_table_end(&c->out, &t, &c->err);
 }
 

@@ -11,6 +11,7 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/sys.h"
+#include "tv/text.h"
 #include "tveval.h"
 
 #define IDS_BYTES_MAX (UINT64_C(1) << 34)
@@ -49,6 +50,37 @@ out:
     return rc;
 }
 
+/* Nobody may remove what is being read: it is pinned, or, where that cannot be
+ * done now, read from one snapshot. */
+static enum tv_err keep(struct tvc *c, tv_store *store, struct tvc_subject *s)
+{
+    enum tv_err rc = TV_OK;
+    const size_t n = s->n_adapters;
+    bool held = false;
+
+    if (!store)
+        return TV_OK;
+    s->kept = tv_calloc(n + 1, sizeof *s->kept);
+    if (!s->kept) {
+        rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    for (size_t i = 0; i <= n; i++) {
+        const tv_input *in = i < n ? s->adapter_inputs[i] : s->input;
+        if (tv_input_is_store(in))
+            s->kept[s->n_kept++] = tv_input_object_id(in);
+    }
+    s->kept_in = store;
+    TV_TRY(tv_object_hold(store, s->kept, s->n_kept, &held, &c->err));
+    for (size_t i = 0; !held && i <= n; i++)
+        TV_TRY(
+            tv_input_freeze(i < n ? s->adapter_inputs[i] : s->input, &c->err));
+    if (!held)
+        s->n_kept = 0;
+out:
+    return rc;
+}
+
 enum tv_err tvc_subject_open_in(struct tvc *c, const char *text,
                                 tv_store *store, struct tvc_subject *s)
 {
@@ -56,6 +88,7 @@ enum tv_err tvc_subject_open_in(struct tvc *c, const char *text,
     memset(s, 0, sizeof *s);
     TV_TRY(tv_ref_resolve(text, &c->err, &s->ref));
     TV_TRY(open_parts(c, store, s));
+    TV_TRY(keep(c, store, s));
 out:
     return rc;
 }
@@ -76,9 +109,11 @@ enum tv_err tvc_subject_open(struct tvc *c, const char *text, const char *store,
             tv_error_hint(&c->err, "add --store STORE or set TV_STORE");
             goto out;
         }
-        TV_TRY(tvc_store_open(c, path, true, &c->err, &s->store));
+        /* Writable where it can be: what is read is pinned. */
+        TV_TRY(tvc_store_open(c, path, false, &c->err, &s->store));
     }
     TV_TRY(open_parts(c, s->store, s));
+    TV_TRY(keep(c, s->store, s));
 out:
     return rc;
 }
@@ -92,23 +127,61 @@ void tvc_subject_close(struct tvc_subject *s)
     tv_free(s->adapters);
     tv_free(s->adapter_inputs);
     tv_input_close(s->input);
+    if (s->kept_in)
+        tv_object_let_go(s->kept_in, s->kept, s->n_kept);
+    tv_free(s->kept);
     tv_store_close(s->store);
     tv_ref_free(s->ref);
     memset(s, 0, sizeof *s);
 }
 
-enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
-                              tve_model **out)
+static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
+                              unsigned n_threads, tve_model **out)
 {
     const char *tmp = getenv("TMPDIR");
     const struct tve_model_options opt = {
-        .n_threads = tvc_threads(c),
+        .n_threads = n_threads,
         .memory_bytes = c->memory_bytes,
         .kernels = c->kernels,
         .scratch_dir = tmp && *tmp ? tmp : NULL,
+        .quota_of = s->kept_in,
     };
     return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,
                           out);
+}
+
+enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
+                              tve_model **out)
+{
+    return open_model(c, s, tvc_threads(c), out);
+}
+
+enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
+                            enum tve_pass pass, size_t n, tve_model **model)
+{
+    const size_t positions = tve_model_positions(*model);
+    unsigned threads = tvc_threads(c);
+    char a[32], b[32];
+
+    /* Longer windows are refused for what they are. */
+    if (positions > 0 && n > positions)
+        n = positions;
+    while (threads > 0 &&
+           tve_model_least(*model, pass, n, threads) > c->memory_bytes)
+        threads--;
+    if (threads == tvc_threads(c))
+        return TV_OK;
+    if (threads > 0) { /* slower, the same results */
+        tve_model_close(*model);
+        return open_model(c, s, threads, model);
+    }
+    const uint64_t least = tve_model_least(*model, pass, n, 1);
+    return tv_error_set(&c->err, TV_E_BUDGET,
+                        "windows of %zu tokens need %s of memory (%llu bytes), "
+                        "--memory allows %s",
+                        n, tv_format_bytes(least, a, sizeof a),
+                        (unsigned long long)least,
+                        tv_format_bytes(c->memory_bytes, b, sizeof b));
 }
 
 error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos)

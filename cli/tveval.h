@@ -21,6 +21,9 @@ struct tvc_subject {
     tv_input **adapter_inputs; /* [ref->n_adapters] */
     struct tve_model_adapter *adapters;
     size_t n_adapters;
+    tv_store *kept_in; /* where `kept` are pinned; borrowed */
+    uint64_t *kept;    /* objects */
+    size_t n_kept;
 };
 /* store: --store, NULL takes TV_STORE. Reads headers only. */
 TV_NODISCARD enum tv_err tvc_subject_open(struct tvc *c, const char *text,
@@ -34,6 +37,12 @@ void tvc_subject_close(struct tvc_subject *s);
 /* The model of a subject, with the options of the command line. */
 TV_NODISCARD enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
                                            tve_model **out);
+/* Before work on windows of n ids: opens the model anew with fewer threads
+ * where --memory is too little for all; BUDGET, with the number, where it is
+ * too little for one. */
+TV_NODISCARD enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
+                                         enum tve_pass pass, size_t n,
+                                         tve_model **model);
 
 /* --bos ID|none into *bos: -1 none, -2 when it was not given. */
 error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos);

@@ -97,6 +97,11 @@ static void run_item(void *arg, size_t item, unsigned worker)
                 v, (blasint)a->ld, 0.0f, out, (blasint)a->ld_out);
 }
 
+uint64_t tve_attention_floats(size_t n)
+{
+    return (uint64_t)QUERIES * n;
+}
+
 enum tv_err tve_attention_run(tve_model *m, const struct tve_attention *a,
                               const size_t *starts, size_t n_windows,
                               struct tv_error *err)

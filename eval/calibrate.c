@@ -442,6 +442,9 @@ enum tv_err tve_calibration_run(tve_calibration *c, const bool *want,
         goto out;
     }
     TV_TRY(look_up(&r, err));
+    /* The scratch file first: statistics have what it leaves of the quota. */
+    TV_TRY(tve_site_admit(c->m, c->samples->windows, c->samples->n, c->kind,
+                          r.missing + 1, err));
     TV_TRY(admit(&r, err));
     TV_TRY(make_buffer(&r, err));
     if (r.missing[0])

@@ -164,6 +164,8 @@ struct tve_model {
     tv_pool *pool;
     uint64_t memory_bytes;
     char *scratch_dir;
+    tv_store *quota_of; /* scratch files count against its quota */
+    uint64_t scratch_bytes, charged_bytes; /* mapped now; told the store */
     bool skip_verify;
     unsigned char *verified; /* per tensor of in: leaves were checked */
 };
@@ -260,6 +262,10 @@ TV_NODISCARD enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w,
                                        struct tv_error *err,
                                        struct tve_walk **out);
 void tve_walk_close(struct tve_walk *k);
+/* Charges what such a walk will map to the store's quota, before the work. */
+TV_NODISCARD enum tv_err tve_walk_admit(tve_model *m,
+                                        const struct tve_window *w, size_t n,
+                                        uint64_t reserve, struct tv_error *err);
 /* The next layer; tap and progress may be NULL. After an error only close. */
 TV_NODISCARD enum tv_err
 tve_walk_layer(struct tve_walk *k, const struct tve_tap *tap,
@@ -291,6 +297,11 @@ tve_site_statistics(tve_model *m, const struct tve_window *w, size_t n_windows,
                     enum tve_stat kind, const bool *want,
                     const struct tve_progress *progress, tve_site_fn fn,
                     void *arg, struct tv_error *err);
+/* tve_walk_admit for them; BUDGET as tve_statistics. */
+TV_NODISCARD enum tv_err tve_site_admit(tve_model *m,
+                                        const struct tve_window *w,
+                                        size_t n_windows, enum tve_stat kind,
+                                        const bool *want, struct tv_error *err);
 TV_NODISCARD enum tv_err tve_check_windows(const tve_model *m,
                                            const struct tve_window *w, size_t n,
                                            struct tv_error *err);
@@ -330,6 +341,8 @@ struct tve_attention {
     float *out;          /* [rows, n_heads * head_dim] */
     size_t ld_out;
 };
+/* What a worker takes for windows of n. */
+uint64_t tve_attention_floats(size_t n);
 /* All heads of all windows; starts [n_windows + 1] are row numbers. */
 TV_NODISCARD enum tv_err
 tve_attention_run(tve_model *m, const struct tve_attention *a,

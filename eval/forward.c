@@ -67,7 +67,33 @@ struct batch {
     const struct tve_tap *tap; /* NULL: nobody looks at inputs */
 };
 
+struct partial { /* of one row and tile: sum of exp(logit - max) */
+    double sum;
+    float max;
+};
+
 /* ---- memory -------------------------------------------------------------- */
+
+/* What was charged once stays so until the model is closed: batches come and
+ * go. */
+static enum tv_err charge(tve_model *m, uint64_t bytes, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    bytes = (bytes + 4095) & ~UINT64_C(4095);
+    if (!m->quota_of || bytes <= m->charged_bytes)
+        return TV_OK;
+    rc = tv_store_scratch_set(m->quota_of, bytes, err);
+    if (rc == TV_OK)
+        m->charged_bytes = bytes;
+    return rc;
+}
+
+static void unmap_scratch(tve_model *m, float *p, size_t bytes)
+{
+    tv_sys()->munmap(p, bytes);
+    m->scratch_bytes -= bytes;
+}
 
 static enum tv_err map_scratch(tve_model *m, size_t bytes, float **out,
                                struct tv_error *err)
@@ -81,6 +107,7 @@ static enum tv_err map_scratch(tve_model *m, size_t bytes, float **out,
 
     if (!path)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    TV_TRY(charge(m, m->scratch_bytes + bytes, err));
     fd = tv_sys()->open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0) {
         rc = tv_error_sys(err, errno, "cannot create scratch file %s", path);
@@ -104,6 +131,7 @@ static enum tv_err map_scratch(tve_model *m, size_t bytes, float **out,
                           bytes);
         goto out;
     }
+    m->scratch_bytes += bytes;
     *out = p;
 out:
     if (fd >= 0)
@@ -585,6 +613,58 @@ static enum tv_err make_slopes(struct batch *b, struct tv_error *err)
     return TV_OK;
 }
 
+/* ---- what cannot go to a file ---------------------------------------------
+ */
+
+/* Rows of a group of windows of n ids. */
+static size_t group_rows(size_t n)
+{
+    return n == 0 || n >= GROUP_ROWS ? n : GROUP_ROWS / n * n;
+}
+
+/* Rows of logits that a sink gets at once. */
+static size_t logits_rows(size_t vocab, size_t seq)
+{
+    size_t n = CHUNK_LOGITS / vocab;
+    n = n < 1 ? 1 : n > GROUP_ROWS ? GROUP_ROWS : n;
+    return n < seq ? n : seq ? seq : 1;
+}
+
+static uint64_t tile_floats(const tve_model *m, const struct tve_param *p)
+{
+    const size_t in = tve_linear_in(m, p), out = tve_linear_out(m, p);
+    return (uint64_t)tve_tile_rows(in, out) * in;
+}
+
+uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
+                         unsigned n_threads)
+{
+    const struct tve_spec *const s = &m->spec;
+    const struct tve_param *const head = &m->globals[TVE_HEAD];
+    const size_t head_rows = tve_tile_rows(head->w.cols, head->w.rows);
+    uint64_t rows = group_rows(n);
+    uint64_t worker = tve_attention_floats(n), shared = 0;
+
+    for (size_t i = 0; i < s->n_layers * TVE_SLOTS; i++) {
+        const struct tve_param *const p = &m->layers[i];
+        if (p->w.t && p->w.t->rank == 2 && tile_floats(m, p) > worker)
+            worker = tile_floats(m, p);
+    }
+    if (pass == TVE_PASS_LOGITS) {
+        rows = logits_rows(s->vocab, n);
+        shared = rows * s->vocab;
+    } else if (pass == TVE_PASS_SCORES) {
+        const uint64_t n_tiles = (head->w.rows + head_rows - 1) / head_rows;
+        shared = rows * n_tiles * (sizeof(struct partial) / sizeof(float));
+    }
+    if (pass != TVE_PASS_STATISTICS &&
+        tile_floats(m, head) + head_rows * rows > worker)
+        worker = tile_floats(m, head) + head_rows * rows;
+    for (int r = 0; r < 2; r++)
+        shared += 2 * (uint64_t)n * tve_rope_half(&s->rope[r]);
+    return (n_threads * worker + shared) * sizeof(float);
+}
+
 /* ---- batches ------------------------------------------------------------- */
 
 static void batch_close(struct batch *b)
@@ -599,7 +679,7 @@ static void batch_close(struct batch *b)
     }
     tv_free(b->slopes);
     if (b->mapped)
-        tv_sys()->munmap(b->memory, b->memory_bytes);
+        unmap_scratch(b->m, b->memory, b->memory_bytes);
     else
         tv_free(b->memory);
 }
@@ -792,7 +872,7 @@ void tve_walk_close(struct tve_walk *k)
     if (!k)
         return;
     if (k->mapped)
-        tv_sys()->munmap(k->h, k->h_bytes);
+        unmap_scratch(k->m, k->h, k->h_bytes);
     else
         tv_free(k->h);
     tv_free(k);
@@ -829,6 +909,33 @@ static enum tv_err walk_batches(struct tve_walk *k, bool embedding, bool keep,
 out:
     batch_close(&b);
     return rc;
+}
+
+/* As tve_walk_open and batch_open will do it: several groups side by side only
+ * within the budget, so that one alone may be too large. */
+enum tv_err tve_walk_admit(tve_model *m, const struct tve_window *w, size_t n,
+                           uint64_t reserve, struct tv_error *err)
+{
+    struct batch b = {.m = m};
+    const uint64_t all = activation_budget(m);
+    const size_t hidden = m->spec.hidden;
+    const uint64_t row = (uint64_t)(row_floats(&m->spec, &b) - hidden) * 4;
+    uint64_t budget = all > reserve ? all - reserve : 0;
+    uint64_t h = 0, most = 0;
+
+    for (size_t i = 0; i < n; i++)
+        h += (uint64_t)w[i].n * hidden * sizeof(float);
+    if (h <= budget / 2) {
+        budget -= h;
+        h = 0;
+    }
+    for (size_t i = 0; i < n;) {
+        const size_t windows = group_windows(w, i, n);
+        const uint64_t bytes = (uint64_t)windows * w[i].n * row;
+        most = bytes > budget && bytes > most ? bytes : most;
+        i += windows;
+    }
+    return charge(m, most + h, err);
 }
 
 enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,
@@ -894,11 +1001,6 @@ enum tv_err tve_walk_layer(struct tve_walk *k, const struct tve_tap *tap,
 }
 
 /* ---- scores -------------------------------------------------------------- */
-
-struct partial { /* of one row and tile: sum of exp(logit - max) */
-    double sum;
-    float max;
-};
 
 struct scores {
     const struct batch *b;
@@ -1066,10 +1168,7 @@ enum tv_err tve_logits(tve_model *m, const int32_t *ids, size_t batch,
     struct tve_window *const w = tv_calloc(batch ? batch : 1, sizeof(*w));
     struct logits l = {.sink = sink, .arg = arg, .vocab = m->spec.vocab};
 
-    l.chunk = CHUNK_LOGITS / l.vocab;
-    l.chunk = l.chunk < 1 ? 1 : l.chunk > GROUP_ROWS ? GROUP_ROWS : l.chunk;
-    if (l.chunk > seq)
-        l.chunk = seq ? seq : 1;
+    l.chunk = logits_rows(l.vocab, seq);
     l.rows = tv_alloc_aligned(l.chunk * l.vocab * sizeof(float));
     if (!w || !l.rows) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");

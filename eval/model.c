@@ -440,6 +440,7 @@ enum tv_err tve_model_open(tv_input *in,
     m->rows = rows_for(m->kernels->isa);
     m->memory_bytes = opt->memory_bytes ? opt->memory_bytes : MEMORY_DEFAULT;
     m->skip_verify = opt->skip_verify;
+    m->quota_of = opt->quota_of;
     m->scratch_dir = tv_strdup(opt->scratch_dir ? opt->scratch_dir : P_tmpdir);
     m->verified = tv_calloc(n ? n : 1, 1);
     if (!m->scratch_dir || !m->verified) {
@@ -484,6 +485,9 @@ void tve_model_close(tve_model *m)
 {
     if (!m)
         return;
+    /* Else the end of the process says so. */
+    if (m->charged_bytes > 0)
+        (void)!tv_store_scratch_set(m->quota_of, 0, NULL);
     for (size_t i = 0; m->layers && i < m->spec.n_layers * TVE_SLOTS; i++) {
         tv_free(m->layers[i].w.changes);
         tv_free(m->layers[i].b.changes);

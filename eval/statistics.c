@@ -379,6 +379,22 @@ static void release(struct statistics *t)
     tv_free(t->sites);
 }
 
+enum tv_err tve_site_admit(tve_model *m, const struct tve_window *w,
+                           size_t n_windows, enum tve_stat kind,
+                           const bool *want, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct statistics t = {.sums = {.m = m, .kind = kind}, .want = want};
+
+    TV_TRY(tve_sites(m, &t.sites, &t.n_sites, err));
+    TV_TRY(measure(&t, err));
+    if (t.last > 0)
+        rc = tve_walk_admit(m, w, n_windows, t.bytes, err);
+out:
+    release(&t);
+    return rc;
+}
+
 enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
                                 size_t n_windows, enum tve_stat kind,
                                 const bool *want,

@@ -21,7 +21,6 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 
-#define PIN_HEAD      17u /* '@' and 16 hex digits */
 #define EVICT_CHUNKS  256u
 #define TREE_PAGES    24u /* copied by any commit of ours */
 #define DISK_LEAST    ((uint64_t)64 << 20)
@@ -216,22 +215,28 @@ out:
 /* ---- pins -----------------------------------------------------------------
  */
 
-static void pin_name(uint64_t session, char name[PIN_HEAD + 1])
+void derived_pin_name(uint64_t session, char name[PIN_HEAD + 1])
 {
     (void)snprintf(name, PIN_HEAD + 1, "@%016" PRIx64, session);
+}
+
+bool session_named(const char *name, size_t n, uint64_t *session)
+{
+    char digits[17];
+    if (n != PIN_HEAD || name[0] != '@')
+        return false;
+    memcpy(digits, name + 1, 16);
+    digits[16] = '\0';
+    char *end = NULL;
+    *session = strtoull(digits, &end, 16);
+    return *end == '\0';
 }
 
 bool derived_pin_session(const MDB_val *key, uint64_t *session)
 {
     const char *s = (const char *)key->mv_data;
-    char digits[17];
-    if (key->mv_size != PIN_HEAD + 9 || s[0] != '@' || s[PIN_HEAD] != '\0')
-        return false;
-    memcpy(digits, s + 1, 16);
-    digits[16] = '\0';
-    char *end = NULL;
-    *session = strtoull(digits, &end, 16);
-    return *end == '\0';
+    return key->mv_size == PIN_HEAD + 9 && s[PIN_HEAD] == '\0' &&
+           session_named(s, PIN_HEAD, session);
 }
 
 static int id_compare(const void *x, const void *y)
@@ -305,7 +310,7 @@ enum tv_err tv_derived_pin(tv_store *s, const struct tv_derived_key *keys,
     char name[PIN_HEAD + 1];
     if (n == 0 || s->read_only || !session_hold(s))
         return TV_OK;
-    pin_name(s->session, name);
+    derived_pin_name(s->session, name);
     TV_TRY(tv_batch_begin(s, true, err, &b));
     for (size_t i = 0; i < n; i++) {
         struct rec_key k;

@@ -353,7 +353,10 @@ enum tv_err pin_find(const struct txn *t, uint64_t object_id,
             continue;
         memcpy(run, w.key.mv_data, n);
         run[n] = '\0';
-        *pinned = strcmp(run, except) != 0;
+        uint64_t session = 0;
+        *pinned = derived_pin_session(&w.key, &session)
+                      ? session_alive(t->s, session)
+                      : strcmp(run, except) != 0;
     }
 out:
     walk_end(&w);

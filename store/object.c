@@ -393,6 +393,13 @@ static enum tv_err pin_check(tv_batch *b, uint64_t id, const char *name,
     const enum tv_err rc = pin_find(&b->t, id, name, &pinned, run, err);
     if (rc != TV_OK || !pinned)
         return rc;
+    if (run[0] == '@') { /* no run: somebody reads it (hold.c) */
+        tv_error_set(err, TV_E_LOCKED,
+                     "store %s: object '%s' is being read by another command",
+                     b->t.s->path, name);
+        tv_error_hint(err, "wait until it has ended");
+        return TV_E_LOCKED;
+    }
     tv_error_set(err, TV_E_LOCKED,
                  "store %s: object '%s' is used by the unfinished run '%s'",
                  b->t.s->path, name, show(run, shown));

@@ -80,6 +80,11 @@ static enum tv_err charges_read(const struct txn *t, uint64_t *bytes,
             rc = rec_damaged(t->s, "a charge to the quota", why, err);
             goto out;
         }
+        /* A scratch file has no name and goes with its process. */
+        uint64_t session = 0;
+        if (session_named(c.path.s, c.path.n, &session) &&
+            !session_alive(t->s, session))
+            continue;
         if (!tv_add_u64(*bytes, c.bytes, bytes))
             *bytes = UINT64_MAX;
     }
@@ -103,9 +108,12 @@ out:
     return rc;
 }
 
-/* Has a run left its state in that directory? */
-static bool is_unfinished(struct rec_text path)
+/* Has a run left its state in that directory, or does the session live? */
+static bool is_unfinished(const tv_store *s, struct rec_text path)
 {
+    uint64_t session = 0;
+    if (session_named(path.s, path.n, &session))
+        return session_alive(s, session);
     char *dir = tv_strndup(path.s, path.n);
     char *state = dir != NULL ? tv_path_join(dir, ".tvmerge") : NULL;
     /* Out of memory: better to count it. */
@@ -138,7 +146,7 @@ static enum tv_err charges_drop(tv_batch *b, const struct rec_key *key,
         if (!mine &&
             rec_open(REC_CHARGE, w.key.mv_data, w.key.mv_size, w.val.mv_data,
                      w.val.mv_size, &body, &why) &&
-            rec_charge_get(body, &c, &why) && is_unfinished(c.path))
+            rec_charge_get(body, &c, &why) && is_unfinished(b->t.s, c.path))
             continue;
         gone[n].n = w.key.mv_size <= sizeof gone[n].b ? w.key.mv_size : 0;
         memcpy(gone[n].b, w.key.mv_data, gone[n].n);
@@ -171,11 +179,18 @@ static enum tv_err charge_admit(tv_batch *b, const char *dir, uint64_t bytes,
     if (want <= b->quota)
         goto out;
     *missing = want - b->quota;
-    rc = tv_error_set(err, TV_E_NOSPACE,
-                      "store %s: its quota of %s has no room for the output "
-                      "in %s: %s are missing",
-                      s->path, tv_format_bytes(b->quota, q, sizeof q), dir,
-                      tv_format_bytes(want - b->quota, a, sizeof a));
+    (void)tv_format_bytes(b->quota, q, sizeof q);
+    (void)tv_format_bytes(want - b->quota, a, sizeof a);
+    if (dir[0] == '@')
+        rc = tv_error_set(err, TV_E_NOSPACE,
+                          "store %s: its quota of %s has no room for a scratch "
+                          "file of %s: %s are missing",
+                          s->path, q, tv_format_bytes(bytes, f, sizeof f), a);
+    else
+        rc = tv_error_set(err, TV_E_NOSPACE,
+                          "store %s: its quota of %s has no room for the "
+                          "output in %s: %s are missing",
+                          s->path, q, dir, a);
     tv_error_hint(err,
                   "the store takes %s; 'tvstore gc --derived' and 'tvstore "
                   "compact' give back what it does not need, 'tvstore quota' "
@@ -210,8 +225,8 @@ out:
     return rc;
 }
 
-enum tv_err tv_store_charge_set(tv_store *s, const char *dir, uint64_t bytes,
-                                struct tv_error *err)
+static enum tv_err charge_set(tv_store *s, const char *dir, uint64_t bytes,
+                              struct tv_error *err)
 {
     const uint64_t charged = bytes;
     uint64_t missing = 0;
@@ -234,6 +249,24 @@ enum tv_err tv_store_charge_set(tv_store *s, const char *dir, uint64_t bytes,
     if (rc != TV_OK)
         return rc;
     return done ? charge_write(s, dir, charged, &missing, err) : TV_E_NOSPACE;
+}
+
+enum tv_err tv_store_charge_set(tv_store *s, const char *dir, uint64_t bytes,
+                                struct tv_error *err)
+{
+    return charge_set(s, dir, bytes, err);
+}
+
+enum tv_err tv_store_scratch_set(tv_store *s, uint64_t bytes,
+                                 struct tv_error *err)
+{
+    char name[PIN_HEAD + 1];
+    uint64_t quota = 0;
+    enum tv_err rc = tv_store_quota_get(s, &quota, err);
+    if (rc != TV_OK || s->read_only || quota == 0 || !session_hold(s))
+        return rc;
+    derived_pin_name(s->session, name);
+    return charge_set(s, name, bytes, err);
 }
 
 enum tv_err tv_store_charge_check(tv_store *s, uint64_t bytes,

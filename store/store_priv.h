@@ -375,13 +375,18 @@ TV_NODISCARD enum tv_err derived_stat(const struct txn *t,
 /* Drops items until the free pages of the file are `bytes`, if it can. */
 TV_NODISCARD enum tv_err derived_free(tv_store *s, uint64_t bytes,
                                       struct tv_error *err);
-/* The session of a pin that derived.c has made; false for another pin. */
+/* Pins that count as long as a session lives: '@' and 16 hex digits. */
+#define PIN_HEAD 17u
+void derived_pin_name(uint64_t session, char name[PIN_HEAD + 1]);
+bool session_named(const char *name, size_t n, uint64_t *session);
+/* The session of such a pin; false for that of a run. */
 bool derived_pin_session(const MDB_val *key, uint64_t *session);
 
 /* ---- journal.c ------------------------------------------------------------
  */
 
-/* A run but `except` that pins an object; false when none does. */
+/* A run but `except`, or a living session, that pins an object; false when none
+ * does. */
 TV_NODISCARD enum tv_err pin_find(const struct txn *t, uint64_t object_id,
                                   const char *except, bool *pinned,
                                   char run[TV_REC_KEY_MAX + 1],

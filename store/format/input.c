@@ -56,7 +56,8 @@ struct tv_input {
     size_t n_sides;
     /* store */
     tv_store *store;
-    struct snapshot *now; /* for the next view, NULL: none is held */
+    struct snapshot *now;    /* for the next view, NULL: none is held */
+    struct snapshot *frozen; /* the only one from tv_input_freeze on */
     struct tv_object *object;
     struct tv_tensor_list *list;
     size_t *linked; /* [n_linked] into list: one tensor of every linked file */
@@ -94,9 +95,14 @@ static enum tv_err snapshot_take(tv_input *in, struct tv_error *err,
                                  struct snapshot **out)
 {
     enum tv_err rc = TV_OK;
-    struct snapshot *s = in->now;
+    struct snapshot *s = in->frozen != NULL ? in->frozen : in->now;
     struct timespec t = {0, 0};
 
+    if (in->frozen != NULL) {
+        s->n_users++;
+        *out = s;
+        return TV_OK;
+    }
     (void)clock_gettime(CLOCK_MONOTONIC, &t);
     if (s != NULL && (double)(t.tv_sec - s->begun.tv_sec) +
                              (double)(t.tv_nsec - s->begun.tv_nsec) * 1e-9 <
@@ -134,6 +140,8 @@ void tv_input_close(tv_input *in)
 {
     if (in == NULL)
         return;
+    if (in->frozen != NULL)
+        snapshot_give(in, in->frozen);
     assert(in->now == NULL);
     for (size_t i = 0; in->items != NULL && i < in->n_items; i++)
         tv_free(in->items[i].name);
@@ -452,6 +460,33 @@ static enum tv_err open_object(const char *name, tv_store *store,
 out:
     tv_read_end(read);
     tv_input_close(in);
+    return rc;
+}
+
+enum tv_err tv_input_freeze(tv_input *in, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct snapshot *s = NULL;
+    struct tv_object *o = NULL;
+
+    if (in->store == NULL || in->frozen != NULL)
+        return TV_OK;
+    pthread_mutex_lock(&in->lock);
+    TV_TRY(snapshot_take(in, err, &s));
+    /* It may be younger than what the list was read from. */
+    TV_TRY(tv_object_find(s->read, in->object->name, false, err, &o));
+    if (o->id != in->object->id) {
+        rc = tv_error_set(err, TV_E_CHANGED,
+                          "%s was replaced while it was being opened",
+                          in->label);
+        goto out;
+    }
+    in->frozen = s;
+    s = NULL;
+out:
+    snapshot_give(in, s);
+    pthread_mutex_unlock(&in->lock);
+    tv_object_free(o);
     return rc;
 }
 

@@ -499,6 +499,79 @@ static void pins_end_with_their_process(void **state)
     }
 }
 
+/* A child that reads an object, and counts a scratch file, until it is killed:
+ * neither says anything after that. */
+static void what_is_read_stays(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    struct tv_store_stat st;
+    int up[2], down[2];
+    char byte = 0;
+    tv_read *r = NULL;
+    struct tv_object *o = NULL;
+    bool held = false;
+    uint64_t ids[2] = {0, UINT64_C(1) << 60};
+    assert_ok(tv_store_quota_set(f->s, 16u << 20, &f->err), &f->err);
+    assert_ok(fx_object(f->s, "m", 1, 100, &f->err), &f->err);
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_ok(tv_object_find(r, "m", false, &f->err, &o), &f->err);
+    ids[0] = o->id;
+    tv_object_free(o);
+    tv_read_end(r);
+    assert_code(tv_object_hold(f->s, ids, 2, &held, &f->err), TV_E_NOTFOUND,
+                &f->err);
+    assert_false(held);
+    assert_ok(tv_object_hold(f->s, ids, 1, &held, &f->err), &f->err);
+    assert_true(held);
+    assert_code(fx_remove(f->s, "m", &f->err), TV_E_LOCKED, &f->err);
+    tv_object_let_go(f->s, ids, 1);
+    fx_close(f);
+    assert_int_equal(pipe(up), 0);
+    assert_int_equal(pipe(down), 0);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        tv_store *s = NULL;
+        (void)close(down[1]); /* the end of the parent ends it */
+        if (tv_store_open(f->path, NULL, NULL, &s) != TV_OK ||
+            tv_object_hold(s, ids, 1, &held, NULL) != TV_OK || !held ||
+            tv_store_scratch_set(s, 16u << 20, NULL) == TV_OK ||
+            tv_store_scratch_set(s, 5u << 20, NULL) != TV_OK ||
+            tv_store_scratch_set(s, 6u << 20, NULL) != TV_OK ||
+            write(up[1], "p", 1) != 1)
+            _exit(1);
+        (void)!read(down[0], &byte, 1);
+        (void)raise(SIGKILL);
+        _exit(0);
+    }
+    (void)close(up[1]); /* else its failure is waited for */
+    assert_int_equal(read(up[0], &byte, 1), 1);
+    fx_open(f, NULL);
+    assert_code(fx_remove(f->s, "m", &f->err), TV_E_LOCKED, &f->err);
+    assert_message(&f->err, "being read");
+    uint64_t freed = 0;
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    assert_code(fx_remove(f->s, "m", &f->err), TV_E_LOCKED, &f->err);
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.charged_bytes, 6u << 20);
+    assert_code(tv_store_scratch_set(f->s, 10u << 20, &f->err), TV_E_NOSPACE,
+                &f->err);
+    assert_message(&f->err, "scratch file of 10.0 MiB");
+    assert_int_equal(write(down[1], "x", 1), 1);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.charged_bytes, 0);
+    assert_ok(tv_store_scratch_set(f->s, 9u << 20, &f->err), &f->err);
+    assert_ok(tv_store_scratch_set(f->s, 0, &f->err), &f->err);
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.charged_bytes, 0);
+    assert_ok(fx_remove(f->s, "m", &f->err), &f->err);
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    fx_verify(f);
+    (void)close(up[0]);
+    (void)close(down[0]);
+    (void)close(down[1]);
+}
+
 /* Commits that a child survives, then it dies in the middle of an item. */
 static int commits_left;
 
@@ -842,6 +915,7 @@ int main(void)
         T(user_data_push_derived_data_out),
         T(a_reserve_spares_what_is_pinned),
         T(pins_end_with_their_process),
+        T(what_is_read_stays),
         T(half_an_item_is_invisible),
         T(masks_take_their_task_vectors_along),
         T(damage_is_named),

@@ -81,7 +81,9 @@ struct tve_model_options {
                             * 0: 512 MiB */
     const struct tvk_table *kernels; /* NULL: tvk_table_best() */
     const char *scratch_dir;         /* for that file; NULL: the system's */
-    bool skip_verify; /* do not check stored payloads' checksums */
+    tv_store *quota_of; /* that file counts against its quota; borrowed, NULL:
+                         * none */
+    bool skip_verify;   /* do not check stored payloads' checksums */
 };
 
 struct tve_model_adapter { /* all borrowed while the model is open */
@@ -105,6 +107,13 @@ TV_NODISCARD enum tv_err tve_model_replace(tve_model *m, const char *tensor,
                                            enum tv_dtype dtype,
                                            const void *data,
                                            struct tv_error *err);
+/* What a model may be asked for. */
+enum tve_pass { TVE_PASS_STATISTICS, TVE_PASS_SCORES, TVE_PASS_LOGITS };
+/* Bytes that a pass over windows of n ids takes with so many threads beside
+ * activations, which may lie in the scratch file: a smaller memory budget would
+ * not be kept. */
+uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
+                         unsigned n_threads);
 size_t tve_model_vocab(const tve_model *m);
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);

@@ -120,6 +120,10 @@ TV_NODISCARD enum tv_err tv_store_charge_check(tv_store *s, uint64_t bytes,
                                                struct tv_error *err);
 TV_NODISCARD enum tv_err tv_store_charge_clear(tv_store *s, const char *dir,
                                                struct tv_error *err);
+/* The same for nameless scratch files of this handle's work: they count until
+ * this is called with 0, or the handle is closed or its process gone. */
+TV_NODISCARD enum tv_err tv_store_scratch_set(tv_store *s, uint64_t bytes,
+                                              struct tv_error *err);
 
 struct tv_store_stat {
     uint64_t quota_bytes; /* 0: none */
@@ -417,5 +421,14 @@ void tv_done_list_free(struct tv_done_list *l);
 /* Pins an object for a run: rm refuses while the run exists. */
 TV_NODISCARD enum tv_err tv_pin_put(tv_batch *b, const char *run,
                                     uint64_t object_id, struct tv_error *err);
+/* Pins objects for this handle, of whoever reads without a run: rm and
+ * replacement are LOCKED until tv_object_let_go, or until the handle is closed
+ * or its process gone. Waits for nobody: *held false where it cannot be done
+ * (read-only media, another process at work in the store, no room); then a
+ * snapshot may do (tv_input_freeze). NOTFOUND when an object is gone. */
+TV_NODISCARD enum tv_err tv_object_hold(tv_store *s, const uint64_t *ids,
+                                        size_t n, bool *held,
+                                        struct tv_error *err);
+void tv_object_let_go(tv_store *s, const uint64_t *ids, size_t n);
 
 #endif

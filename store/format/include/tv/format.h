@@ -90,6 +90,10 @@ TV_NODISCARD enum tv_err tv_input_open(const struct tv_ref_part *part,
 TV_NODISCARD enum tv_err
 tv_input_open_path(const char *path, struct tv_error *err, tv_input **out);
 void tv_input_close(tv_input *in);
+/* From here on a stored object is read from one snapshot, so that it may be
+ * removed meanwhile. That keeps every page which the store frees from being
+ * used again: pins (tv_object_hold) are better where they can be had. */
+TV_NODISCARD enum tv_err tv_input_freeze(tv_input *in, struct tv_error *err);
 
 enum tv_kind tv_input_kind(const tv_input *in);
 const char *tv_input_label(const tv_input *in); /* for messages */
