@@ -779,13 +779,11 @@ enum tv_err tve_check_windows(const tve_model *m, const struct tve_window *w,
                               size_t n, struct tv_error *err)
 {
     const struct tve_spec *const s = &m->spec;
-    const bool stretches =
-        s->positions == TVE_ROPE && s->rope[0].type == TVE_ROPE_DYNAMIC;
 
     for (size_t i = 0; i < n; i++) {
         if (w[i].n == 0 || w[i].n > INT32_MAX || w[i].score_from < 1)
             return tv_error_set(err, TV_E_INPUT, "window %zu is empty", i);
-        if (s->max_positions > 0 && w[i].n > s->max_positions && !stretches)
+        if (!tve_model_takes(m, w[i].n))
             return tv_error_set(err, TV_E_INPUT,
                                 "a context of %zu tokens, but the model has "
                                 "%zu positions",

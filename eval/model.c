@@ -517,3 +517,13 @@ size_t tve_model_positions(const tve_model *m)
 {
     return m->spec.max_positions;
 }
+
+bool tve_model_takes(const tve_model *m, size_t n_positions)
+{
+    const struct tve_spec *const s = &m->spec;
+    const bool stretches =
+        s->positions == TVE_ROPE && s->rope[0].type == TVE_ROPE_DYNAMIC;
+
+    return s->max_positions == 0 || n_positions <= s->max_positions ||
+           stretches;
+}

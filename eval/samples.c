@@ -70,14 +70,18 @@ out:
     return rc;
 }
 
+size_t tve_sampling_context(const struct tve_sampling *how)
+{
+    if (how->context > 0)
+        return how->context;
+    return how->positions > 0 && how->positions < TVE_CONTEXT ? how->positions
+                                                              : TVE_CONTEXT;
+}
+
 static enum tv_err context_of(const struct tve_sampling *how, size_t *out,
                               struct tv_error *err)
 {
-    *out = how->context;
-    if (*out == 0)
-        *out = how->positions > 0 && how->positions < TVE_CONTEXT
-                   ? how->positions
-                   : TVE_CONTEXT;
+    *out = tve_sampling_context(how);
     if (*out < 2)
         return tv_error_set(err, TV_E_USAGE,
                             "a context of %zu tokens: at least 2", *out);

@@ -766,7 +766,7 @@ bool tvm_cache_has(struct tvm_cache *c, size_t tensor, size_t source)
 
 bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
                    const uint64_t *words, const float *values,
-                   const uint64_t *before)
+                   const uint64_t *before, uint64_t keep_free)
 {
     struct tvm_cache_entry *e = entry_of(c, tensor, source);
     const uint64_t n_elems = e ? c->plan->tensors[tensor].n_elems : 0;
@@ -790,7 +790,8 @@ bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
                                        .values = values,
                                        .before = before};
     if (about &&
-        tv_derived_store(c->store, items, n, c->dirty_max, 0, NULL) == TV_OK &&
+        tv_derived_store(c->store, items, n, c->dirty_max, keep_free, NULL) ==
+            TV_OK &&
         items[0].stored && (n == 1 || items[1].stored))
         stored = tv_derived_pin(c->store, keys, n, NULL) == TV_OK;
     for (size_t i = 0; i < n; i++)

@@ -28,6 +28,7 @@
 
 #include "calibrated_parts.h"
 #include "prune.h"
+#include "room.h"
 #include "source.h"
 #include "tv/alloc.h"
 #include "tv/calibrate.h"
@@ -37,9 +38,7 @@
 #include "tv/sys.h"
 #include "tv/text.h"
 
-#define TEXT_BYTES_MAX ((uint64_t)1 << 32)
-#define MODEL_LEAST    ((uint64_t)16 << 20)
-#define SCRATCH_ALIGN  4096u
+#define SCRATCH_ALIGN 4096u
 
 struct entry {
     size_t tensor, source;
@@ -218,7 +217,7 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
                          t->n_elems / 64 + 2 * SCRATCH_ALIGN;
         }
     }
-    *needed = most_entry + most_stat + MODEL_LEAST;
+    *needed = most_entry + most_stat + TVM_MODEL_LEAST;
     return any;
 }
 
@@ -428,7 +427,8 @@ static enum tv_err keep(struct work *w, struct entry *e, const uint64_t *words,
     e->made = true;
     w->use->n_made++;
     if (!w->sink->busy &&
-        tvm_cache_add(w->cache, e->tensor, e->source, words, values, before))
+        tvm_cache_add(w->cache, e->tensor, e->source, words, values, before,
+                      tvm_room_spare(tvm_room_left(w->p, w->sink->done))))
         goto out;
     TV_TRY(open_scratch(w->c, w->p, err));
     TV_TRY(
@@ -589,85 +589,6 @@ out:
     return rc;
 }
 
-/* ---- windows of text ----------------------------------------------------- */
-
-/* Of the model, else of any input: they were made from one base. */
-static enum tv_err find_tokenizer(const struct tvm_plan *p, size_t model,
-                                  int32_t *bos, tve_tokenizer **out,
-                                  struct tv_error *err)
-{
-    enum tv_err rc =
-        tve_tokenizer_of(p->inputs[model].input, NULL, bos, err, out);
-
-    for (size_t i = 0; rc == TV_E_INPUT && i < p->n_inputs; i++)
-        if (i != model && tve_tokenizer_of(p->inputs[i].input, NULL, bos, NULL,
-                                           out) == TV_OK) {
-            tv_error_clear(err);
-            rc = TV_OK;
-        }
-    return rc;
-}
-
-static enum tv_err read_texts(const struct tvm_calibration *cal,
-                              tve_tokenizer *tokenizer, struct tve_ids *ids,
-                              struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    char *text = NULL;
-    size_t n = 0;
-
-    for (size_t i = 0; i < cal->n_texts; i++) {
-        TV_TRY(tv_file_read(cal->texts[i], TEXT_BYTES_MAX, err, &text, &n));
-        rc = tve_tokenizer_encode(tokenizer, text, n, false, &ids[i], err);
-        if (rc != TV_OK) {
-            tv_error_context(err, "%s", cal->texts[i]);
-            goto out;
-        }
-        tv_free(text);
-        text = NULL;
-    }
-out:
-    tv_free(text);
-    return rc;
-}
-
-enum tv_err tvm_layer_samples(const struct tvm_plan *p, size_t model,
-                              const tve_model *m,
-                              const struct tvm_calibration *cal,
-                              struct tve_samples *out, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct tve_sampling how = {.samples = (size_t)cal->samples,
-                               .context = (size_t)cal->context,
-                               .positions = tve_model_positions(m),
-                               .bos = -1};
-    tve_tokenizer *tokenizer = NULL;
-    struct tve_ids *ids = NULL;
-
-    if (cal->random) {
-        TV_TRY(tve_bos_of(p->inputs[model].input, &how.bos, err));
-        rc = tve_samples_random(tve_model_vocab(m), p->options.seed, &how, err,
-                                out);
-        goto out;
-    }
-    TV_TRY(find_tokenizer(p, model, &how.bos, &tokenizer, err));
-    ids = tv_calloc(cal->n_texts + 1, sizeof *ids);
-    if (!ids) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
-    TV_TRY(read_texts(cal, tokenizer, ids, err));
-    TV_TRY(tve_samples_text(ids, cal->n_texts, &how, err, out));
-out:
-    if (rc != TV_OK)
-        tv_error_context(err, "calibration of '%s'", p->inputs[model].ref);
-    for (size_t i = 0; ids && i < cal->n_texts; i++)
-        tve_ids_free(&ids[i]);
-    tv_free(ids);
-    tve_tokenizer_close(tokenizer);
-    return rc;
-}
-
 /* ---- running a model ----------------------------------------------------- */
 
 enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,
@@ -713,7 +634,7 @@ enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
                                  struct tv_error *err)
 {
     tve_model *m = NULL;
-    const enum tv_err rc = tvm_layer_model(p, input, MODEL_LEAST, err, &m);
+    const enum tv_err rc = tvm_layer_model(p, input, TVM_MODEL_LEAST, err, &m);
 
     tve_model_close(m);
     return rc;
@@ -785,18 +706,20 @@ static enum tv_err run_group(struct work *w, struct tv_error *err)
         const uint64_t bytes = entry_bytes(&p->tensors[e->tensor], &e->rule);
         most = bytes > most ? bytes : most;
     }
-    if (most + MODEL_LEAST > p->options.memory_bytes) {
+    if (most + TVM_MODEL_LEAST > p->options.memory_bytes) {
         rc = tv_error_set(err, TV_E_BUDGET,
                           "calibration needs %llu bytes of memory, --memory "
                           "allows %llu",
-                          (unsigned long long)(most + MODEL_LEAST),
+                          (unsigned long long)(most + TVM_MODEL_LEAST),
                           (unsigned long long)p->options.memory_bytes);
         goto out;
     }
     opt.kind = w->gram ? TVE_STAT_GRAM : TVE_STAT_DIAG;
     if (p->options.keep_statistics && !w->sink->busy &&
-        tvm_cache_hold(w->cache, true))
+        tvm_cache_hold(w->cache, true)) {
         opt.keep = TVE_KEEP_IF_ROOM;
+        opt.keep_free = tvm_room_spare(tvm_room_left(p, w->sink->done));
+    }
     TV_TRY(
         tvm_layer_model(p, w->model, p->options.memory_bytes - most, err, &m));
     TV_TRY(tvm_layer_samples(p, w->model, m, p->inputs[w->owner].calibration,

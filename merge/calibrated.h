@@ -45,6 +45,28 @@ TV_NODISCARD enum tv_err tvm_calibrated_check(const struct tvm_plan *p,
                                               size_t input,
                                               struct tv_error *err);
 
+struct tvm_text_extent { /* of a calibration text */
+    size_t window;       /* tokens of one */
+    bool fits;           /* into the positions of the model */
+    bool fills;          /* some text has tokens for one, or all are random */
+    size_t n_tokens;     /* else: of all texts */
+};
+/* The text for a model that runs over it. Reads no weights, and makes tokens of
+ * as much text as it takes. INPUT without a tokenizer. */
+TV_NODISCARD enum tv_err tvm_calibrated_texts(const struct tvm_plan *p,
+                                              size_t model,
+                                              const struct tvm_calibration *cal,
+                                              struct tvm_text_extent *out,
+                                              struct tv_error *err);
+/* Why it is not enough, as a sentence; NULL: it is. */
+const char *tvm_text_lacks(const struct tvm_text_extent *x, char *dst,
+                           size_t cap);
+/* A text of it, owned. INPUT when it cannot be read or is empty, CORRUPT when
+ * it is not UTF-8. */
+TV_NODISCARD enum tv_err tvm_text_read(const struct tvm_calibration *cal,
+                                       size_t text, struct tv_error *err,
+                                       char **data, size_t *n);
+
 /* Makes what neither the sink nor the store has. *out NULL: nothing needed. */
 TV_NODISCARD enum tv_err
 tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,

@@ -32,6 +32,9 @@ void tvm_layer_close(struct tvm_layer *l);
 /* arg: a struct tvm_layer. Rows [row, row + n) of T [out, in] into dst. */
 void tvm_layer_rows(void *arg, size_t row, size_t n, float *dst);
 
+/* Bytes of memory that a model is given at least. */
+#define TVM_MODEL_LEAST ((uint64_t)16 << 20)
+
 /* A model of the plan with its adapters. */
 TV_NODISCARD enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,
                                          uint64_t memory, struct tv_error *err,

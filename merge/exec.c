@@ -38,6 +38,7 @@
 #include "gather.h"
 #include "method.h"
 #include "mt.h"
+#include "room.h"
 #include "source.h"
 #include "sums.h"
 #include "tv/alloc.h"
@@ -1401,7 +1402,7 @@ static void write_loop(struct exec *ex)
             /* What the output still needs of the same store comes first. */
             const uint64_t left =
                 is_into(ex->p) && ex->p->bytes_written > ex->bytes_committed
-                    ? ex->p->bytes_written - ex->bytes_committed
+                    ? tvm_room_spare(ex->p->bytes_written - ex->bytes_committed)
                     : 0;
             unlock(ex);
             if (inputs_hold(ex))

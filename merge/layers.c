@@ -26,7 +26,7 @@
 #include "tv/sys.h"
 #include "tv/text.h"
 
-#define MODEL_LEAST ((uint64_t)32 << 20)
+#define MODEL_LEAST (2 * TVM_MODEL_LEAST)
 
 struct way {
     const char *name;
@@ -412,12 +412,75 @@ static enum tv_err map_scratch(struct scan *s, struct tv_error *err)
     return TV_OK;
 }
 
+/* The other text, cut as the calibration's. */
+static struct tvm_calibration other_text(const struct tvm_layers_options *o,
+                                         const struct tvm_calibration *cal)
+{
+    static const char *place = "--other-text";
+    struct tvm_calibration other = *cal;
+
+    other.random = false;
+    other.texts = (const char **)(uintptr_t)&o->other;
+    other.places = &place;
+    other.n_texts = 1;
+    return other;
+}
+
+/* Will a text do? Before any model runs. */
+static enum tv_err check_text(const struct scan *s,
+                              const struct tvm_calibration *cal,
+                              struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_text_extent x;
+    char why[160];
+
+    for (size_t i = 0; i < cal->n_texts; i++) {
+        char *text = NULL;
+        size_t n = 0;
+        rc = tvm_text_read(cal, i, err, &text, &n);
+        tv_free(text);
+        if (rc != TV_OK) {
+            tv_error_context(err, "%s", cal->places[i]);
+            goto out;
+        }
+    }
+    TV_TRY(tvm_calibrated_texts(s->p, s->model, cal, &x, err));
+    if (tvm_text_lacks(&x, why, sizeof why)) {
+        rc = tv_error_set(err, TV_E_INPUT, "calibration of '%s': %s",
+                          s->p->inputs[s->model].ref, why);
+        if (cal->n_texts > 0)
+            tv_error_context(err, "%s", cal->places[0]);
+    }
+out:
+    return rc;
+}
+
+/* Can a donor be measured? Before any model runs. */
+static enum tv_err check_donor(struct scan *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_plan_input *in = &s->p->inputs[s->donor];
+
+    if (!in->calibration)
+        return tv_error_set(err, TV_E_USAGE,
+                            "no calibration text for '%s': add 'calibration: "
+                            "{text: FILE}' to the model, or --text %s=FILE",
+                            in->ref, in->ref);
+    TV_TRY(check_text(s, in->calibration, err));
+    if (s->o->other) {
+        const struct tvm_calibration other = other_text(s->o, in->calibration);
+        TV_TRY(check_text(s, &other, err));
+    }
+out:
+    return rc;
+}
+
 /* Both texts of one donor. */
 static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan_input *in = &s->p->inputs[s->donor];
-    const char *texts[] = {s->o->other};
     uint64_t most = 0;
     size_t i = 0;
     size_t k = 0;
@@ -426,13 +489,6 @@ static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
     for (; next(s, &i, &k); k++) {
         const uint64_t b = layer_bytes(&s->p->tensors[i]);
         most = b > most ? b : most;
-    }
-    if (!in->calibration) {
-        rc = tv_error_set(err, TV_E_USAGE,
-                          "no calibration text for '%s': add 'calibration: "
-                          "{text: FILE}' to the model, or --text %s=FILE",
-                          in->ref, in->ref);
-        goto out;
     }
     if (most + MODEL_LEAST > s->p->options.memory_bytes) {
         rc = tv_error_set(err, TV_E_BUDGET,
@@ -443,10 +499,7 @@ static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
         goto out;
     }
     if (s->o->other) {
-        struct tvm_calibration other = *in->calibration;
-        other.random = false;
-        other.texts = texts;
-        other.n_texts = 1;
+        const struct tvm_calibration other = other_text(s->o, in->calibration);
         TV_TRY(open_scratch(s, err));
         s->other = true;
         TV_TRY(pass(s, &other, s->p->options.memory_bytes - most, err));
@@ -467,6 +520,27 @@ out:
     return rc;
 }
 
+/* For every donor and the model that runs for it. */
+static enum tv_err each_donor(struct scan *s,
+                              enum tv_err (*one)(struct scan *s,
+                                                 struct tv_error *err),
+                              bool *any, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    for (s->donor = 0; s->donor < s->p->n_inputs; s->donor++)
+        for (s->model = 0; s->model < s->p->n_inputs; s->model++) {
+            size_t i = 0;
+            size_t k = 0;
+            if (!next(s, &i, &k))
+                continue;
+            *any = true;
+            TV_TRY(one(s, err));
+        }
+out:
+    return rc;
+}
+
 enum tv_err tvm_layers(const struct tvm_plan *p,
                        const struct tvm_layers_options *o,
                        const struct tvm_run_hooks *hooks, tvm_layer_fn fn,
@@ -477,15 +551,8 @@ enum tv_err tvm_layers(const struct tvm_plan *p,
         .p = p, .o = o, .hooks = hooks, .fn = fn, .arg = arg, .fd = -1};
     bool any = false;
 
-    for (s.donor = 0; s.donor < p->n_inputs; s.donor++)
-        for (s.model = 0; s.model < p->n_inputs; s.model++) {
-            size_t i = 0;
-            size_t k = 0;
-            if (!next(&s, &i, &k))
-                continue;
-            any = true;
-            TV_TRY(scan_donor(&s, err));
-        }
+    TV_TRY(each_donor(&s, check_donor, &any, err));
+    TV_TRY(each_donor(&s, scan_donor, &any, err));
     if (!any)
         rc = tv_error_set(
             err, TV_E_INPUT, "the recipe has no linear layers with a base%s%s",

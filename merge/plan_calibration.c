@@ -8,6 +8,7 @@
  */
 #include "plan_parts.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "calibrated.h"
@@ -64,15 +65,20 @@ static enum tv_err of_options(struct planner *pl, struct tvm_plan_input *in,
                 return plan_oom(pl);
             c->texts =
                 tvm_arena_get(plan_arena(pl), o->n_texts, sizeof(*c->texts));
-            if (c->texts == NULL)
+            c->places =
+                tvm_arena_get(plan_arena(pl), o->n_texts, sizeof(*c->places));
+            if (c->texts == NULL || c->places == NULL)
                 return plan_oom(pl);
             c->samples = before != NULL ? before->samples : 0;
             c->context = before != NULL ? before->context : 0;
         }
         c->texts[c->n_texts] =
             tvm_arena_strdup(plan_arena(pl), o->texts[i].path);
-        if (c->texts[c->n_texts++] == NULL)
+        c->places[c->n_texts] = tvm_arena_fmt(
+            plan_arena(pl), "--text %s=%s", o->texts[i].name, o->texts[i].path);
+        if (c->texts[c->n_texts] == NULL || c->places[c->n_texts] == NULL)
             return plan_oom(pl);
+        c->n_texts++;
     }
     if (c != NULL)
         in->calibration = c;
@@ -104,41 +110,95 @@ out:
     return rc;
 }
 
+enum tv_err tvm_text_read(const struct tvm_calibration *cal, size_t text,
+                          struct tv_error *err, char **data, size_t *n)
+{
+    const char *const path = cal->texts[text];
+    enum tv_err rc = TV_OK;
+
+    *data = NULL;
+    rc = tv_file_read(path, TEXT_BYTES_MAX, err, data, n);
+    if (rc == TV_E_IO) /* as if it were not there */
+        err->code = rc = TV_E_INPUT;
+    if (rc == TV_OK && *n == 0)
+        rc = tv_error_set(err, TV_E_INPUT, "%s is empty", path);
+    else if (rc == TV_OK && !tv_utf8_valid(*data, *n))
+        rc = tv_error_set(err, TV_E_CORRUPT, "%s is not UTF-8", path);
+    if (rc != TV_OK) {
+        tv_free(*data);
+        *data = NULL;
+    }
+    return rc;
+}
+
+const char *tvm_text_lacks(const struct tvm_text_extent *x, char *dst,
+                           size_t cap)
+{
+    if (!x->fits)
+        (void)snprintf(dst, cap,
+                       "a 'context' of %zu tokens is more than the model has "
+                       "positions",
+                       x->window);
+    else if (!x->fills)
+        (void)snprintf(dst, cap,
+                       "%zu tokens do not fill a window of %zu: more text, or "
+                       "a smaller 'context', is needed",
+                       x->n_tokens, x->window);
+    return x->fits && x->fills ? NULL : dst;
+}
+
+/* A text that is no good, as the user asked for it. */
+static void report_text(struct planner *pl, const struct tvm_plan_input *in,
+                        size_t text, enum tv_err code, const char *why)
+{
+    plan_report(pl, "calibration texts", 20, true, code,
+                in->calibration->places[text], "calibration text of '%s': %s",
+                in->ref, why);
+}
+
+/* One text. Its problems are reported. */
+static enum tv_err hash_text(struct planner *pl,
+                             const struct tvm_plan_input *in, size_t text,
+                             struct tv_buf *to)
+{
+    struct tv_error e;
+    char *data = NULL;
+    size_t n = 0;
+
+    tv_error_clear(&e);
+    enum tv_err rc = tvm_text_read(in->calibration, text, &e, &data, &n);
+    if (rc != TV_OK && plan_fatal(rc)) {
+        *pl->err = e;
+        goto out;
+    }
+    if (rc != TV_OK) {
+        report_text(pl, in, text, rc, e.msg);
+        rc = TV_OK;
+        goto out;
+    }
+    const struct tv_hash h = tv_hash128(data, n);
+    tv_buf_le64(to, h.lo);
+    tv_buf_le64(to, h.hi);
+out:
+    tv_free(data);
+    return rc;
+}
+
 /* What the text says, and how it is cut. */
 static enum tv_err hash_texts(struct planner *pl, struct tvm_plan_input *in)
 {
     const struct tvm_calibration *const c = in->calibration;
     struct tv_buf b;
-    char *text = NULL;
-    size_t n = 0;
-    struct tv_error e;
     enum tv_err rc = TV_OK;
 
-    tv_error_clear(&e);
     tv_buf_init(&b, 1u << 20);
     tv_buf_le64(&b, c->random);
     tv_buf_le64(&b, c->samples != 0 ? c->samples : 128);
     tv_buf_le64(&b, c->context);
     if (c->random)
         tv_buf_le64(&b, pl->plan->options.seed);
-    for (size_t i = 0; i < c->n_texts; i++) {
-        rc = tv_file_read(c->texts[i], TEXT_BYTES_MAX, &e, &text, &n);
-        if (rc != TV_OK && plan_fatal(rc)) {
-            *pl->err = e;
-            goto out;
-        }
-        if (rc != TV_OK) {
-            rc = TV_OK;
-            plan_report(pl, "calibration texts", 20, true, TV_E_INPUT, "",
-                        "calibration text of '%s': %s", in->ref, e.msg);
-            continue;
-        }
-        const struct tv_hash h = tv_hash128(text, n);
-        tv_buf_le64(&b, h.lo);
-        tv_buf_le64(&b, h.hi);
-        tv_free(text);
-        text = NULL;
-    }
+    for (size_t i = 0; i < c->n_texts; i++)
+        TV_TRY(hash_text(pl, in, i, &b));
     if (b.failed) {
         rc = plan_oom(pl);
         goto out;
@@ -150,35 +210,70 @@ static enum tv_err hash_texts(struct planner *pl, struct tvm_plan_input *in)
                     "calibration with random tokens, as asked: such statistics "
                     "describe no task");
 out:
-    tv_free(text);
     tv_buf_free(&b);
     return rc;
 }
 
-static enum tv_err check_model(struct planner *pl, size_t model)
+/* A model that cannot run, or not over this text. */
+static enum tv_err report_model(struct planner *pl, size_t model,
+                                enum tv_err rc, const struct tv_error *e)
 {
-    struct tv_error e;
-    tv_error_clear(&e);
-    const enum tv_err rc = tvm_calibrated_check(pl->plan, model, &e);
-    if (rc == TV_OK)
-        return TV_OK;
     if (plan_fatal(rc)) {
-        *pl->err = e;
+        *pl->err = *e;
         return rc;
     }
-    plan_report(pl, e.msg, 1, true, rc, "", "%s", e.msg);
+    plan_report(pl, e->msg, 1, true, rc, plan_where(pl, pl->refs[model].where),
+                "%s", e->msg);
     return TV_OK;
+}
+
+static enum tv_err check_window(struct planner *pl, size_t model, size_t owner)
+{
+    const struct tvm_plan_input *const in = &pl->plan->inputs[owner];
+    struct tvm_text_extent x;
+    struct tv_error e;
+    char why[160];
+
+    tv_error_clear(&e);
+    const enum tv_err rc =
+        tvm_calibrated_texts(pl->plan, model, in->calibration, &x, &e);
+    if (rc != TV_OK)
+        return report_model(pl, model, rc, &e);
+    if (!tvm_text_lacks(&x, why, sizeof(why)))
+        return TV_OK;
+    if (in->calibration->n_texts > 0)
+        report_text(pl, in, 0, TV_E_INPUT, why);
+    else
+        plan_report(pl, why, 1, true, TV_E_INPUT,
+                    plan_where(pl, pl->refs[owner].where),
+                    "calibration of '%s': %s", in->ref, why);
+    return TV_OK;
+}
+
+/* Can the model run, and over the text of `owner`? */
+static enum tv_err check_model(struct planner *pl, size_t model, size_t owner,
+                               bool has_text)
+{
+    struct tv_error e;
+
+    tv_error_clear(&e);
+    const enum tv_err rc = tvm_calibrated_check(pl->plan, model, &e);
+    if (rc != TV_OK)
+        return report_model(pl, model, rc, &e);
+    return has_text ? check_window(pl, model, owner) : TV_OK;
 }
 
 enum tv_err plan_calibration_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
-    bool *seen = NULL;
+    const size_t n = plan->n_inputs;
+    bool *seen = NULL; /* [model, owner], then [owner]: a text is no good */
     enum tv_err rc = TV_OK;
 
-    seen = tv_calloc(plan->n_inputs + 1, sizeof(*seen));
+    seen = tv_calloc((n + 1) * n + 1, sizeof(*seen));
     if (seen == NULL)
         return plan_oom(pl);
+    bool *const bad = seen + n * n;
     for (size_t i = 0; i < plan->n_tensors; i++) {
         const struct tvm_tensor *const t = &plan->tensors[i];
         for (size_t s = 0; s < t->n_sources; s++) {
@@ -189,7 +284,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
             const size_t owner =
                 tvm_calibration_owner(plan, t, s, &rule, &model);
             const char *const ref = plan->inputs[t->sources[s].input].ref;
-            if (owner >= plan->n_inputs) {
+            if (owner >= n) {
                 plan_report(pl, ref, 1, true, TV_E_USAGE,
                             plan_where(pl, pl->refs[t->sources[s].input].where),
                             "no calibration text for '%s': add 'calibration: "
@@ -197,11 +292,14 @@ enum tv_err plan_calibration_make(struct planner *pl)
                             ref, ref);
                 continue;
             }
-            if (!plan->inputs[owner].calibrated)
+            if (!plan->inputs[owner].calibrated) {
+                const size_t before = pl->problems->n_errors;
                 TV_TRY(hash_texts(pl, &plan->inputs[owner]));
-            if (!seen[model])
-                TV_TRY(check_model(pl, model));
-            seen[model] = true;
+                bad[owner] = pl->problems->n_errors > before;
+            }
+            if (!seen[model * n + owner])
+                TV_TRY(check_model(pl, model, owner, !bad[owner]));
+            seen[model * n + owner] = true;
         }
     }
 out:

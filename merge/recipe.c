@@ -376,16 +376,26 @@ static void read_texts(struct reader *rd, const struct tvm_node *node,
     const size_t n = node->kind == TVM_NODE_LIST ? node->n : 1;
     const struct tvm_node *e = node->kind == TVM_NODE_LIST ? node->first : node;
     c->texts = tvm_arena_get(&rd->r->arena, n + 1, sizeof(*c->texts));
-    if (c->texts == NULL) {
+    c->places = tvm_arena_get(&rd->r->arena, n + 1, sizeof(*c->places));
+    if (c->texts == NULL || c->places == NULL) {
         rd->oom = true;
         return;
     }
     for (size_t i = 0; i < n; i++, e = e->next) {
+        char where[TVM_WHERE_MAX];
         if (!is_text(e)) {
             error_node(rd, e, "'text' is the name of a file or a list of them");
             return;
         }
-        c->texts[c->n_texts++] = e->text;
+        c->texts[i] = e->text;
+        c->places[i] = tvm_arena_strdup(
+            &rd->r->arena,
+            tvm_where(where, sizeof(where), rd->r->path, e->line, e->col));
+        if (c->places[i] == NULL) {
+            rd->oom = true;
+            return;
+        }
+        c->n_texts++;
     }
     if (n == 0)
         error_node(rd, node, "'text' names no file");

@@ -94,23 +94,34 @@ void tvm_room_give(const struct tvm_plan *p, char *charged, bool done)
     tv_free(charged);
 }
 
+uint64_t tvm_room_left(const struct tvm_plan *p,
+                       const struct tvm_tensor_done *done)
+{
+    uint64_t bytes = 0;
+
+    for (size_t i = 0; p->options.into && i < p->n_tensors; i++)
+        if (!done[i].done)
+            bytes += p->tensors[i].bytes + 4096;
+    return bytes;
+}
+
+uint64_t tvm_room_spare(uint64_t bytes)
+{
+    return bytes > 0 ? bytes + bytes / 16 + SPARE_BYTES : 0;
+}
+
 enum tv_err tvm_room_into(const struct tvm_plan *p,
                           const struct tvm_tensor_done *done,
                           struct tv_error *err)
 {
-    uint64_t bytes = 0;
+    const uint64_t bytes = tvm_room_left(p, done);
 
-    if (!p->options.into)
-        return TV_OK;
-    for (size_t i = 0; i < p->n_tensors; i++)
-        if (!done[i].done)
-            bytes += p->tensors[i].bytes + 4096;
     if (bytes == 0)
         return TV_OK;
     /* With room to spare, since values want pages in a row; without, when that
      * is all there is. */
-    if (tv_derived_reserve(p->options.store, bytes + bytes / 16 + SPARE_BYTES,
-                           NULL) == TV_OK)
+    if (tv_derived_reserve(p->options.store, tvm_room_spare(bytes), NULL) ==
+        TV_OK)
         return TV_OK;
     return tv_derived_reserve(p->options.store, bytes, err);
 }

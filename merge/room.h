@@ -19,6 +19,11 @@ TV_NODISCARD enum tv_err tvm_room_take(const struct tvm_plan *p,
                                        struct tv_error *err, char **charged);
 /* done: the output is finished, hence the user's. */
 void tvm_room_give(const struct tvm_plan *p, char *charged, bool done);
+/* Bytes that a merge into the store still needs of it; 0 for others. */
+uint64_t tvm_room_left(const struct tvm_plan *p,
+                       const struct tvm_tensor_done *done);
+/* The same with what pages, tails and headers may add. */
+uint64_t tvm_room_spare(uint64_t bytes);
 /* Makes room in the store for what is not done yet of a merge into it, by
  * dropping derived data. */
 TV_NODISCARD enum tv_err tvm_room_into(const struct tvm_plan *p,

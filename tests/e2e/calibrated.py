@@ -177,6 +177,84 @@ def layers(where):
     check("no calibration text" in e.stderr, e.stderr)
 
 
+def place(path, text):
+    """file:line:col of a string in a recipe."""
+    with open(path) as f:
+        for i, line in enumerate(f, 1):
+            if text in line:
+                return f"{path}:{i}:{line.index(text) + 1}"
+    return check(False, f"no {text} in {path}")
+
+
+def bad_texts(where):
+    """Texts that are no good are found by planning, in all commands, with the
+    place where they were asked for; nothing is written."""
+    good = TEXT["code"]
+    for name, data, code, what in (
+            ("missing", None, 4, "no such file"),
+            ("folder", "dir", 4, "not a regular file"),
+            ("empty", b"", 4, "is empty"),
+            ("latin1", b"caf\xe9 au lait. " * 300, 12, "not UTF-8"),
+            ("cut", "caf\u00e9".encode()[:-1], 12, "not UTF-8"),
+            ("short", b"one two three\n", 4, "a window of 48")):
+        path = os.path.join(where, name + ".txt")
+        if data == "dir":
+            os.mkdir(path)
+        elif data is not None:
+            with open(path, "wb") as f:
+                f.write(data)
+        texts = path if name == "short" else f"[{good}, {path}]"
+        r = f"{where}/{name}.yml"
+        with open(r, "w") as f:
+            f.write(f"merge_method: ties\nbase_model: {MODELS}/base\nmodels:\n"
+                    f"- model: {MODELS}/ft-code\n  parameters: {{weight: 1, "
+                    "density: 0.2}\n  calibration:\n    samples: 4\n"
+                    f"    context: 48\n    text: {texts}\n"
+                    "parameters: {sparsify: importance}\n")
+        out = f"{where}/{name}-out"
+        for argv in (("run", r, out), ("plan", r), ("plan", r, out),
+                     ("compare", r, "-o", out, "--text", good, "--methods",
+                      "sparsegpt_ties"), ("layers", r)):
+            e = run(TVMERGE, *argv, code=code)
+            check(f"{place(r, path)}: " in e.stderr and what in e.stderr,
+                  f"{argv[0]}: {e.stderr}")
+        doc = run_json(TVMERGE, "plan", r, "--json", code=code)
+        check([p["where"] for p in doc["problems"]] == [place(r, path)],
+              f"plan --json: {doc['problems']}")
+        # An option takes the place of what the recipe says.
+        o = recipe(f"{where}/option.yml", "ties", 0.2, 1, "sparsify: importance")
+        option = f"ft-code={path}"
+        e = run(TVMERGE, "run", o, out, "--text", option, code=code)
+        check(f"--text {option}: " in e.stderr, f"option: {e.stderr}")
+        check(not os.path.exists(out), f"{name}: something was written")
+        # layers wants texts whatever the method.
+        r = recipe(f"{where}/any.yml", "ties", 0.2, calibrated=False)
+        for text, argv in ((option, []), (f"ft-code={good}",
+                                          ["--other-text", path])):
+            e = run(TVMERGE, "layers", r, "--text", text, *argv, code=code)
+            where_it_is = "--other-text: " if argv else f"--text {option}: "
+            check(what.replace("48", "256") in e.stderr and
+                  where_it_is in e.stderr, f"layers: {e.stderr}")
+    # All of them at once, and a context that the model cannot have.
+    r = f"{where}/all.yml"
+    with open(r, "w") as f:
+        f.write(f"merge_method: ties\nbase_model: {MODELS}/base\nmodels:\n")
+        for m, t in (("code", "missing"), ("prose", "empty")):
+            f.write(f"- model: {MODELS}/ft-{m}\n  calibration: {{text: "
+                    f"{where}/{t}.txt}}\n  parameters: {{density: 0.2}}\n")
+        f.write("parameters: {sparsify: importance, weight: 1}\n")
+    e = run(TVMERGE, "plan", r, code=4)
+    check(e.stderr.count(f"{r}:") == 2, f"both at once: {e.stderr}")
+    with open(r, "w") as f:
+        f.write(f"merge_method: ties\nbase_model: {MODELS}/base\nmodels:\n"
+                f"- model: {MODELS}/ft-code\n  calibration: {{text: {good}, "
+                "context: 257}\n  parameters: {density: 0.2, weight: 1}\n"
+                "parameters: {sparsify: importance}\n")
+    e = run(TVMERGE, "plan", r, code=4)
+    check("257 tokens" in e.stderr and f"{place(r, good)}: " in e.stderr,
+          f"context: {e.stderr}")
+
+
 def errors(where):
     r = recipe(f"{where}/none.yml", "ties", 0.2, 0.5, "sparsify: importance",
                ("code", "prose"), calibrated=False)
@@ -207,6 +285,7 @@ def errors(where):
 def main():
     where = temp()
     errors(where)
+    bad_texts(where)
     layers(where)
     masks(where)
     same_bytes(where)

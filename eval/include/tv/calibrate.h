@@ -36,6 +36,9 @@ struct tve_sampling {
     int32_t bos;      /* in front of each window of text; -1: none */
 };
 
+/* Ids of a window, BOS among them. */
+size_t tve_sampling_context(const struct tve_sampling *how);
+
 struct tve_samples {            /* owned: tve_samples_free */
     struct tve_window *windows; /* of ids */
     size_t n;

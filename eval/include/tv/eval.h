@@ -117,6 +117,8 @@ uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
 size_t tve_model_vocab(const tve_model *m);
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);
+/* Can it run over so many? Beyond its positions where these stretch. */
+bool tve_model_takes(const tve_model *m, size_t n_positions);
 
 /* ---- forward pass -------------------------------------------------------- */
 

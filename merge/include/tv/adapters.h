@@ -56,6 +56,18 @@ TV_NODISCARD enum tv_err tvm_adapters_run(struct tvm_adapters *a,
                                           struct tv_error *err);
 void tvm_adapters_free(struct tvm_adapters *a); /* NULL allowed */
 
+/* ---- names ---------------------------------------------------------------
+ * Methods that have no meaning for models, those of the registry left out. */
+struct tvm_adapter_method { /* static */
+    const char *name, *summary;
+    bool peft; /* PEFT's, with --compat peft */
+    const struct tvm_param *params;
+    size_t n_params;
+};
+size_t tvm_adapter_method_count(void);
+const struct tvm_adapter_method *tvm_adapter_method_at(size_t i);
+const struct tvm_adapter_method *tvm_adapter_method_find(const char *name);
+
 /* ---- extraction ----------------------------------------------------------
  * An adapter from a fine-tune: per matrix the best rank-r factors of W - W0. */
 struct tvm_extract {

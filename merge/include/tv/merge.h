@@ -235,6 +235,8 @@ struct tvm_tensor {
 
 struct tvm_calibration { /* text of a model's task; strings borrowed */
     const char **texts;  /* [n_texts] files */
+    const char **places; /* [n_texts] where each is asked for: file:line:col
+                          * of the recipe, or the option */
     size_t n_texts;
     bool random;               /* tokens drawn at random instead */
     uint64_t samples, context; /* 0: defaults */

@@ -19,6 +19,29 @@ $ tvmerge methods dare-ties
 2> tvmerge: error: unknown method 'dare-ties'
 2>   hint: did you mean dare_ties?
 => 2
+$ tvmerge methods | tail -1
+of adapters into an adapter also: cat, svd; with --compat peft: ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune, magnitude_prune_svd
+$ tvmerge methods svd
+svd: the best adapter of a rank for the weighted sum
+merges adapters into an adapter (output: adapter)
+<>
+PARAMETER <*>
+...
+rank <*>shared  int <*>from 1 <*>
+$ tvmerge methods ties_svd | sed -n 2p
+merges adapters into an adapter (output: adapter), as PEFT does, with --compat peft
+$ tvmerge methods svd --json | grep -e '"name": "svd"' -e '"output"' -e '"compat"'
+      "name": "svd",
+      "output": "adapter",
+      "compat": null
+$ tvmerge methods magnitude-prune
+2> tvmerge: error: unknown method 'magnitude-prune'
+2>   hint: did you mean magnitude_prune?
+=> 2
+$ tvmerge methods extract-lora
+2> tvmerge: error: unknown method 'extract-lora'
+2>   hint: extract-lora is a command: 'tvmerge extract-lora --help'
+=> 2
 $ tvmerge methods xyzzy
 2> tvmerge: error: unknown method 'xyzzy'
 2>   hint: 'tvmerge methods' lists them
