@@ -272,7 +272,7 @@ def errors(where):
     check("missing.txt" in e.stderr, e.stderr)
     e = run(TVMERGE, "plan", r, *texts, "--memory", "16MiB", code=5)
     check("--memory" in e.stderr, e.stderr)
-    e = run(TVMERGE, "plan", r, *texts, "--compat", "mergekit", code=4)
+    e = run(TVMERGE, "plan", r, *texts, "--compat", "mergekit", code=2)
     for bad, what in (("error_correction: obs", "sparsify: sparsegpt"),
                       ("sparsify: importanc", "did you mean 'importance'"),
                       ("damping: 0", "damping")):
