@@ -254,12 +254,12 @@ struct tve_walk_progress { /* rows that have passed; its error ends the run */
 };
 /* All windows side by side, layer by layer, without the output head. Windows
  * are borrowed. `reserve` bytes of the memory budget are left to others;
- * residual streams that do not fit into half of the rest lie in a scratch
- * file. */
+ * residual streams of more than `most` bytes, or than half of the rest, lie in
+ * a scratch file. */
 struct tve_walk;
 TV_NODISCARD enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w,
                                        size_t n, uint64_t reserve,
-                                       struct tv_error *err,
+                                       uint64_t most, struct tv_error *err,
                                        struct tve_walk **out);
 void tve_walk_close(struct tve_walk *k);
 /* Charges what such a walk will map to the store's quota, before the work. */

@@ -937,7 +937,7 @@ enum tv_err tve_walk_admit(tve_model *m, const struct tve_window *w, size_t n,
 }
 
 enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,
-                          uint64_t reserve, struct tv_error *err,
+                          uint64_t reserve, uint64_t most, struct tv_error *err,
                           struct tve_walk **out)
 {
     enum tv_err rc = TV_OK;
@@ -960,7 +960,7 @@ enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    if (k->h_bytes > k->budget / 2) {
+    if (k->h_bytes > k->budget / 2 || k->h_bytes > most) {
         TV_TRY(map_scratch(m, k->h_bytes, &k->h, err));
         k->mapped = true;
     } else {

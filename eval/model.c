@@ -508,6 +508,33 @@ void tve_model_close(tve_model *m)
     tv_free(m);
 }
 
+static bool holds(const struct tve_param *p, const struct tv_input_tensor *t)
+{
+    return p->w.t == t || p->b.t == t;
+}
+
+size_t tve_model_stage(const tve_model *m, const char *tensor)
+{
+    static const enum tve_slot_global first[] = {
+        TVE_EMBED, TVE_POSITION, TVE_EMBED_NORM, TVE_PROJECT_IN};
+    const struct tv_input_tensor *const t = tv_input_find(m->in, tensor);
+
+    if (!t)
+        return SIZE_MAX;
+    for (size_t i = 0; i < sizeof(first) / sizeof(first[0]); i++)
+        if (holds(&m->globals[first[i]], t))
+            return 0;
+    for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS; i++)
+        if (holds(&m->layers[i], t))
+            return 1 + i / TVE_SLOTS;
+    return SIZE_MAX;
+}
+
+size_t tve_model_blocks(const tve_model *m)
+{
+    return m->spec.n_layers;
+}
+
 size_t tve_model_vocab(const tve_model *m)
 {
     return m->spec.vocab;

@@ -325,7 +325,8 @@ static enum tv_err all_layers(struct statistics *t, const struct tve_window *w,
     struct tve_walk *walk = NULL;
     size_t site = 0;
 
-    TV_TRY(tve_walk_open(t->sums.m, w, n_windows, t->bytes, err, &walk));
+    TV_TRY(tve_walk_open(t->sums.m, w, n_windows, t->bytes, UINT64_MAX, err,
+                         &walk));
     for (size_t l = 0; l < t->last; l++) {
         while (site < t->n_sites && t->sites[site].layer < l)
             site++;
@@ -336,23 +337,41 @@ out:
     return rc;
 }
 
-/* What a layer's sums need: sites, sizes, memory. */
+/* What a layer's sums need: sizes of the sites. */
 static enum tv_err prepare(struct statistics *t, const struct tve_window *w,
                            size_t n_windows, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
 
     if (n_windows == 0)
         return tv_error_set(err, TV_E_INPUT, "no windows");
-    TV_TRY(tve_sites(t->sums.m, &t->sites, &t->n_sites, err));
     TV_TRY(measure(t, err));
-    if (t->last == 0)
-        goto out; /* nothing is wanted */
     for (size_t i = 0; i < n_windows; i++)
         t->n_rows += w[i].n;
     t->total = t->n_rows * t->last;
-    t->memory = tv_alloc_aligned(t->bytes);
+out:
+    return rc;
+}
+
+static void release(struct statistics *t)
+{
+    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
+
+    for (unsigned i = 0; t->sums.product && i < n_workers; i++)
+        tv_free(t->sums.product[i]);
+    tv_free(t->sums.product);
+    tv_free(t->memory);
+    t->sums.product = NULL;
+    t->memory = NULL;
+}
+
+/* Memory of the sums. */
+static enum tv_err acquire(struct statistics *t, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
+
+    t->memory = tv_alloc_aligned(t->bytes ? t->bytes : 1);
     t->sums.product = tv_calloc(n_workers, sizeof(*t->sums.product));
     if (!t->memory || !t->sums.product)
         goto no_memory;
@@ -368,17 +387,6 @@ out:
     return rc;
 }
 
-static void release(struct statistics *t)
-{
-    const unsigned n_workers = tv_pool_threads(t->sums.m->pool);
-
-    for (unsigned i = 0; t->sums.product && i < n_workers; i++)
-        tv_free(t->sums.product[i]);
-    tv_free(t->sums.product);
-    tv_free(t->memory);
-    tv_free(t->sites);
-}
-
 enum tv_err tve_site_admit(tve_model *m, const struct tve_window *w,
                            size_t n_windows, enum tve_stat kind,
                            const bool *want, struct tv_error *err)
@@ -391,7 +399,7 @@ enum tv_err tve_site_admit(tve_model *m, const struct tve_window *w,
     if (t.last > 0)
         rc = tve_walk_admit(m, w, n_windows, t.bytes, err);
 out:
-    release(&t);
+    tv_free(t.sites);
     return rc;
 }
 
@@ -408,11 +416,15 @@ enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
                            .arg = arg,
                            .progress = progress};
 
+    TV_TRY(tve_sites(m, &t.sites, &t.n_sites, err));
     TV_TRY(prepare(&t, w, n_windows, err));
-    if (t.last > 0)
-        rc = all_layers(&t, w, n_windows, err);
+    if (t.last == 0)
+        goto out; /* nothing is wanted */
+    TV_TRY(acquire(&t, err));
+    TV_TRY(all_layers(&t, w, n_windows, err));
 out:
     release(&t);
+    tv_free(t.sites);
     return rc;
 }
 
@@ -447,6 +459,8 @@ enum tv_err tve_statistics(tve_model *m, const struct tve_window *w,
 struct tve_sequence {
     struct statistics t;
     struct tve_walk *walk;
+    bool *want; /* [n_sites] */
+    const volatile int *cancel;
     size_t layer, site; /* next layer, its first site */
 };
 
@@ -456,12 +470,32 @@ void tve_sequence_close(tve_sequence *s)
         return;
     tve_walk_close(s->walk);
     release(&s->t);
+    tv_free(s->t.sites);
+    tv_free(s->want);
     tv_free(s);
 }
 
+static enum tv_err mark_wanted(tve_sequence *s,
+                               const struct tve_sequence_options *opt,
+                               struct tv_error *err)
+{
+    s->want = tv_calloc(s->t.n_sites ? s->t.n_sites : 1, sizeof(*s->want));
+    if (!s->want)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (size_t i = 0; i < s->t.n_sites; i++) {
+        const struct tve_site *const site = &s->t.sites[i];
+
+        s->want[i] = !opt->wants;
+        for (size_t k = 0; opt->wants && k < site->n_tensors; k++)
+            s->want[i] = s->want[i] || opt->wants(opt->arg, site->tensors[k]);
+    }
+    s->t.want = s->want;
+    return TV_OK;
+}
+
 enum tv_err tve_sequence_open(tve_model *m, const struct tve_samples *samples,
-                              enum tve_stat kind, struct tv_error *err,
-                              tve_sequence **out)
+                              const struct tve_sequence_options *opt,
+                              struct tv_error *err, tve_sequence **out)
 {
     enum tv_err rc = TV_OK;
     tve_sequence *s = tv_calloc(1, sizeof(*s));
@@ -469,10 +503,13 @@ enum tv_err tve_sequence_open(tve_model *m, const struct tve_samples *samples,
     *out = NULL;
     if (!s)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
-    s->t.sums = (struct sums){.m = m, .kind = kind};
+    s->t.sums = (struct sums){.m = m, .kind = opt->kind};
+    s->cancel = opt->cancel;
+    TV_TRY(tve_sites(m, &s->t.sites, &s->t.n_sites, err));
+    TV_TRY(mark_wanted(s, opt, err));
     TV_TRY(prepare(&s->t, samples->windows, samples->n, err));
-    TV_TRY(tve_walk_open(m, samples->windows, samples->n, s->t.bytes, err,
-                         &s->walk));
+    TV_TRY(tve_walk_open(m, samples->windows, samples->n, s->t.bytes,
+                         opt->stream_bytes, err, &s->walk));
     *out = s;
     s = NULL;
 out:
@@ -488,18 +525,41 @@ size_t tve_sequence_layer(const tve_sequence *s)
 enum tv_err tve_sequence_look(tve_sequence *s, tve_stat_fn fn, void *arg,
                               struct tv_error *err)
 {
+    enum tv_err rc = TV_OK;
     struct forward f = {fn, arg};
+    bool any = false;
 
+    for (size_t i = s->site;
+         i < s->t.n_sites && s->t.sites[i].layer == s->layer; i++)
+        any = any || s->want[i];
+    if (!any)
+        return TV_OK;
     s->t.fn = forward;
     s->t.arg = &f;
-    return one_layer(&s->t, s->walk, s->layer, s->site, true, err);
+    TV_TRY(acquire(&s->t, err));
+    TV_TRY(one_layer(&s->t, s->walk, s->layer, s->site, true, err));
+out:
+    release(&s->t);
+    return rc;
+}
+
+static enum tv_err stop_when_cancelled(void *arg, uint64_t rows,
+                                       struct tv_error *err)
+{
+    const tve_sequence *const s = arg;
+
+    (void)rows;
+    if (s->cancel && *s->cancel)
+        return tv_error_set(err, TV_E_INTERRUPTED, "interrupted");
+    return TV_OK;
 }
 
 enum tv_err tve_sequence_advance(tve_sequence *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    const struct tve_walk_progress progress = {stop_when_cancelled, s};
 
-    TV_TRY(tve_walk_layer(s->walk, NULL, NULL, err));
+    TV_TRY(tve_walk_layer(s->walk, NULL, &progress, err));
     s->layer++;
     while (s->site < s->t.n_sites && s->t.sites[s->site].layer < s->layer)
         s->site++;

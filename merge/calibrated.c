@@ -29,6 +29,7 @@
 #include "calibrated_parts.h"
 #include "prune.h"
 #include "room.h"
+#include "sequential.h"
 #include "source.h"
 #include "tv/alloc.h"
 #include "tv/calibrate.h"
@@ -45,6 +46,8 @@ struct entry {
     struct tvm_trim_rule rule;
     size_t model, owner; /* inputs */
     bool made;           /* or not needed */
+    bool lacking;        /* of those that wait for merged blocks: it is for it
+                          * that models run */
     bool in_scratch, has_values;
     uint64_t words_at, before_at, values_at; /* in the scratch file */
     uint64_t gram_at, n_rows;                /* there too, for gram_only */
@@ -57,6 +60,7 @@ struct tvm_calibrated {
     int fd;
     uint64_t used;
     const unsigned char *map;
+    uint64_t mapped; /* bytes */
 };
 
 struct work { /* of one group */
@@ -67,8 +71,8 @@ struct work { /* of one group */
     const struct tvm_run_hooks *hooks;
     struct tvm_calibration_use *use;
     size_t model, owner;
-    bool gram;
-    uint64_t n_rows; /* of the input at hand */
+    bool gram, merged; /* merged: behind merged blocks */
+    uint64_t n_rows;   /* of the input at hand */
     const char *ref;
 };
 
@@ -101,7 +105,9 @@ bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
         return false;
     if (t->method->needs_gram && (int)source != t->base &&
         t->method->needs_gram(t)) {
-        *rule = (struct tvm_trim_rule){.calibrated = true, .gram_only = true};
+        *rule = (struct tvm_trim_rule){.calibrated = true,
+                                       .gram_only = true,
+                                       .inputs = t->method->gram_inputs};
         return true;
     }
     return t->method->trims && t->method->trims(t, source, rule) &&
@@ -145,7 +151,25 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
     tv_buf_le64(to, p->inputs[owner].calibration_hash.lo);
     tv_buf_le64(to, p->inputs[owner].calibration_hash.hi);
     tv_buf_str(to, tva_linalg_core());
+    /* All that the merged blocks in front can depend on, and more. */
+    if (r->inputs == TVM_INPUTS_MERGED) {
+        tv_buf_str(to, "merged");
+        tv_buf_le64(to, p->weights_hash.lo);
+        tv_buf_le64(to, p->weights_hash.hi);
+    }
     return TV_OK;
+}
+
+bool tvm_calibrated_walks(const struct tvm_plan *p)
+{
+    struct tvm_trim_rule r;
+
+    for (size_t i = 0; i < p->n_tensors; i++)
+        for (size_t s = 0; s < p->tensors[i].n_sources; s++)
+            if (tvm_calibrated_rule(&p->tensors[i], s, &r) &&
+                r.inputs == TVM_INPUTS_MERGED)
+                return true;
+    return false;
 }
 
 static uint64_t kept_most(const struct tvm_trim_rule *r, uint64_t n)
@@ -218,6 +242,8 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
         }
     }
     *needed = most_entry + most_stat + TVM_MODEL_LEAST;
+    if (any && tvm_calibrated_walks(p))
+        *disk += tvm_sequential_disk(p);
     return any;
 }
 
@@ -228,6 +254,7 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
 {
     size_t n = 0;
     struct tvm_trim_rule r;
+    const bool walks = tvm_calibrated_walks(p);
 
     for (size_t i = 0; i < p->n_tensors; i++)
         for (size_t s = 0; s < p->tensors[i].n_sources; s++)
@@ -248,6 +275,11 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
             e->owner = tvm_calibration_owner(p, t, s, &e->rule, &e->model);
             const bool found = !e->rule.gram_only && tvm_cache_has(cache, i, s);
             e->made = sink->done[i].done || found;
+            e->lacking = !e->made && e->rule.inputs == TVM_INPUTS_MERGED;
+            /* Those of finished tensors too: blocks are merged once more for
+             * the ones behind them. */
+            if (walks)
+                e->made = found;
             use->n_found += found;
             c->n++;
         }
@@ -258,22 +290,27 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
 
 /* ---- scratch ------------------------------------------------------------- */
 
+char *tvm_scratch_path(const struct tvm_options *o, const char *what,
+                       const void *unique)
+{
+    const char *tmp = getenv("TMPDIR");
+
+    if (o->out_dir && !o->into)
+        return tv_asprintf("%s/.tvmerge/%s.%ld", o->out_dir, what,
+                           (long)getpid());
+    return tv_asprintf("%s/tvmerge-%s.%ld.%p", tmp && *tmp ? tmp : P_tmpdir,
+                       what, (long)getpid(), unique);
+}
+
 static enum tv_err open_scratch(struct tvm_calibrated *c,
                                 const struct tvm_plan *p, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const char *tmp = getenv("TMPDIR");
     char *path = NULL;
 
     if (c->fd >= 0)
         return TV_OK;
-    if (p->options.out_dir && !p->options.into)
-        path = tv_asprintf("%s/.tvmerge/calibrated.%ld", p->options.out_dir,
-                           (long)getpid());
-    else
-        path = tv_asprintf("%s/tvmerge-calibrated.%ld.%p",
-                           tmp && *tmp ? tmp : P_tmpdir, (long)getpid(),
-                           (void *)c);
+    path = tvm_scratch_path(&p->options, "calibrated", c);
     if (!path)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     c->fd = tv_sys()->open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -299,10 +336,19 @@ out:
     return rc;
 }
 
+static void unmap_scratch(struct tvm_calibrated *c)
+{
+    if (c->map)
+        (void)tv_sys()->munmap((void *)(uintptr_t)c->map, (size_t)c->mapped);
+    c->map = NULL;
+    c->mapped = 0;
+}
+
 static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
 {
-    if (c->fd < 0 || c->used == 0)
+    if (c->fd < 0 || c->used == c->mapped)
         return TV_OK;
+    unmap_scratch(c);
     /* Whole pages: readers may look past the last word of a mask. */
     if (tv_sys()->ftruncate(c->fd, (off_t)c->used) != 0)
         return tv_error_sys(err, errno, "the scratch file of masks");
@@ -311,6 +357,7 @@ static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
     if (at == MAP_FAILED)
         return tv_error_sys(err, errno, "mapping the scratch file of masks");
     c->map = at;
+    c->mapped = c->used;
     return TV_OK;
 }
 
@@ -520,7 +567,8 @@ static bool wants(const struct work *w, const struct entry *e)
 {
     /* A diagonal by itself is fp64, that of a Gram matrix fp32. */
     return !e->made && e->model == w->model && e->owner == w->owner &&
-           tvm_rule_needs_gram(&e->rule) == w->gram;
+           tvm_rule_needs_gram(&e->rule) == w->gram &&
+           (e->rule.inputs == TVM_INPUTS_MERGED) == w->merged;
 }
 
 static const char *weight_name(const struct work *w, const struct entry *e)
@@ -631,8 +679,11 @@ out:
 }
 
 enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
+                                 const struct tvm_trim_rule *r,
                                  struct tv_error *err)
 {
+    if (r->inputs == TVM_INPUTS_MERGED)
+        return tvm_sequential_check(p, input, err);
     tve_model *m = NULL;
     const enum tv_err rc = tvm_layer_model(p, input, TVM_MODEL_LEAST, err, &m);
 
@@ -684,11 +735,36 @@ static enum tv_err mark_wanted(const struct work *w, const tve_calibration *c,
     return TV_OK;
 }
 
+/* Bytes for the layer that takes most, beside the model. */
+static uint64_t most_bytes(const struct work *w)
+{
+    uint64_t most = 0;
+
+    for (size_t i = 0; i < w->c->n; i++) {
+        const struct entry *e = &w->c->entries[i];
+        if (!wants(w, e))
+            continue;
+        const uint64_t bytes = entry_bytes(&w->p->tensors[e->tensor], &e->rule);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+static enum tv_err too_little(const struct tvm_plan *p, uint64_t needed,
+                              struct tv_error *err)
+{
+    return tv_error_set(err, TV_E_BUDGET,
+                        "calibration needs %llu bytes of memory, --memory "
+                        "allows %llu",
+                        (unsigned long long)needed,
+                        (unsigned long long)p->options.memory_bytes);
+}
+
 static enum tv_err run_group(struct work *w, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan *p = w->p;
-    uint64_t most = 0;
+    const uint64_t most = most_bytes(w);
     struct tve_samples samples = {.n = 0};
     struct tve_calibration_use use = {.n_found = 0};
     struct tve_calibration_options opt = {.store = p->options.store};
@@ -699,19 +775,8 @@ static enum tv_err run_group(struct work *w, struct tv_error *err)
     if (p->options.no_cache)
         opt.store = NULL;
     w->ref = p->inputs[w->model].ref;
-    for (size_t i = 0; i < w->c->n; i++) {
-        const struct entry *e = &w->c->entries[i];
-        if (!wants(w, e))
-            continue;
-        const uint64_t bytes = entry_bytes(&p->tensors[e->tensor], &e->rule);
-        most = bytes > most ? bytes : most;
-    }
     if (most + TVM_MODEL_LEAST > p->options.memory_bytes) {
-        rc = tv_error_set(err, TV_E_BUDGET,
-                          "calibration needs %llu bytes of memory, --memory "
-                          "allows %llu",
-                          (unsigned long long)(most + TVM_MODEL_LEAST),
-                          (unsigned long long)p->options.memory_bytes);
+        rc = too_little(p, most + TVM_MODEL_LEAST, err);
         goto out;
     }
     opt.kind = w->gram ? TVE_STAT_GRAM : TVE_STAT_DIAG;
@@ -744,14 +809,128 @@ out:
     return rc;
 }
 
+/* ---- behind merged blocks ------------------------------------------------ */
+
+struct walk {
+    struct work *w;
+    struct tvm_sequential_text *texts; /* [n_entries] at most */
+};
+
+static void choose_text(const struct walk *k, size_t text)
+{
+    k->w->model = k->texts[text].input;
+    k->w->owner = k->texts[text].input;
+    k->w->gram = k->texts[text].gram;
+    k->w->ref = k->w->p->inputs[k->w->model].ref;
+}
+
+static bool any_entry(const struct walk *k, size_t text, const char *tensor,
+                      bool lacking)
+{
+    const struct tvm_calibrated *c = k->w->c;
+
+    choose_text(k, text);
+    for (size_t i = 0; i < c->n; i++) {
+        const struct entry *e = &c->entries[i];
+        if (wants(k->w, e) && (e->lacking || !lacking) &&
+            strcmp(weight_name(k->w, e), tensor) == 0)
+            return true;
+    }
+    return false;
+}
+
+static bool walk_wants(void *arg, size_t text, const char *tensor)
+{
+    return any_entry(arg, text, tensor, false);
+}
+
+static bool walk_lacks(void *arg, size_t text, const char *tensor)
+{
+    return any_entry(arg, text, tensor, true);
+}
+
+static enum tv_err walk_see(void *arg, size_t text,
+                            const struct tve_stat_input *in,
+                            struct tv_error *err)
+{
+    const struct walk *const k = arg;
+
+    choose_text(k, text);
+    return on_input(k->w, in, err);
+}
+
+static enum tv_err walk_ready(void *arg, struct tv_error *err)
+{
+    const struct walk *const k = arg;
+
+    return map_scratch(k->w->c, err);
+}
+
+/* Adds the text of an entry, if it is a new one. */
+static void add_text(struct tvm_sequential *s,
+                     struct tvm_sequential_text *texts, const struct entry *e)
+{
+    const bool gram = tvm_rule_needs_gram(&e->rule);
+
+    for (size_t i = 0; i < s->n_texts; i++)
+        if (texts[i].input == e->model && texts[i].gram == gram)
+            return;
+    texts[s->n_texts++] = (struct tvm_sequential_text){e->model, gram};
+}
+
+static enum tv_err run_merged(struct work *w, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct walk k = {.w = w};
+    struct tvm_sequential s = {.plan = w->p,
+                               .cache = w->cache,
+                               .calibrated = w->c,
+                               .hooks = w->hooks,
+                               .arg = &k,
+                               .wants = walk_wants,
+                               .lacks = walk_lacks,
+                               .see = walk_see,
+                               .ready = walk_ready};
+    bool lacking = false;
+
+    for (size_t i = 0; i < w->c->n; i++)
+        lacking = lacking || w->c->entries[i].lacking;
+    if (!lacking)
+        return TV_OK;
+    k.texts = tv_calloc(w->c->n + 1, sizeof *k.texts);
+    if (!k.texts)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    w->merged = true;
+    s.texts = k.texts;
+    for (size_t i = 0; i < w->c->n; i++) {
+        const struct entry *e = &w->c->entries[i];
+        if (e->rule.inputs != TVM_INPUTS_MERGED)
+            continue;
+        add_text(&s, k.texts, e);
+        const uint64_t bytes = entry_bytes(&w->p->tensors[e->tensor], &e->rule);
+        s.reserve = bytes > s.reserve ? bytes : s.reserve;
+    }
+    if (s.reserve + TVM_MODEL_LEAST > w->p->options.memory_bytes) {
+        rc = too_little(w->p, s.reserve + TVM_MODEL_LEAST, err);
+        goto out;
+    }
+    TV_TRY(tvm_sequential_run(&s, err));
+    w->use->n_models += s.n_texts;
+    w->use->n_tokens += s.n_tokens;
+    w->use->random = w->use->random || s.random;
+out:
+    w->merged = false;
+    tv_free(k.texts);
+    return rc;
+}
+
 /* ---- all ----------------------------------------------------------------- */
 
 void tvm_calibrated_free(struct tvm_calibrated *c)
 {
     if (!c)
         return;
-    if (c->map)
-        (void)tv_sys()->munmap((void *)(uintptr_t)c->map, (size_t)c->used);
+    unmap_scratch(c);
     if (c->fd >= 0)
         (void)tv_sys()->close(c->fd);
     tv_free(c->entries);
@@ -786,13 +965,17 @@ tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
                      .hooks = hooks,
                      .use = use};
     for (size_t i = 0; i < c->n; i++) {
-        if (c->entries[i].made)
+        if (c->entries[i].made ||
+            c->entries[i].rule.inputs == TVM_INPUTS_MERGED)
             continue;
         w.model = c->entries[i].model;
         w.owner = c->entries[i].owner;
         w.gram = tvm_rule_needs_gram(&c->entries[i].rule);
         TV_TRY(run_group(&w, err));
     }
+    /* What these have made is part of merged blocks, where both occur. */
+    TV_TRY(map_scratch(c, err));
+    TV_TRY(run_merged(&w, err));
     TV_TRY(map_scratch(c, err));
     use->seconds = now() - t0;
     *out = c;

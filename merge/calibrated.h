@@ -40,10 +40,14 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
 size_t tvm_calibration_owner(const struct tvm_plan *p,
                              const struct tvm_tensor *t, size_t source,
                              const struct tvm_trim_rule *r, size_t *model);
-/* Can the model be run at all? Reads no weights. UNSUPPORTED, INPUT. */
+/* Can the model be run at all, in the way that the rule asks for? Reads no
+ * weights. UNSUPPORTED, INPUT. */
 TV_NODISCARD enum tv_err tvm_calibrated_check(const struct tvm_plan *p,
                                               size_t input,
+                                              const struct tvm_trim_rule *r,
                                               struct tv_error *err);
+/* Does anything in it depend on the inputs that the merged model gives? */
+bool tvm_calibrated_walks(const struct tvm_plan *p);
 
 struct tvm_text_extent { /* of a calibration text */
     size_t window;       /* tokens of one */

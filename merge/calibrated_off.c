@@ -30,11 +30,19 @@ bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
         return false;
     if (t->method->needs_gram && (int)source != t->base &&
         t->method->needs_gram(t)) {
-        *rule = (struct tvm_trim_rule){.calibrated = true, .gram_only = true};
+        *rule = (struct tvm_trim_rule){.calibrated = true,
+                                       .gram_only = true,
+                                       .inputs = t->method->gram_inputs};
         return true;
     }
     return t->method->trims && t->method->trims(t, source, rule) &&
            rule->calibrated;
+}
+
+bool tvm_calibrated_walks(const struct tvm_plan *p)
+{
+    (void)p;
+    return false;
 }
 
 bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
@@ -56,10 +64,12 @@ size_t tvm_calibration_owner(const struct tvm_plan *p,
 }
 
 enum tv_err tvm_calibrated_check(const struct tvm_plan *p, size_t input,
+                                 const struct tvm_trim_rule *r,
                                  struct tv_error *err)
 {
     (void)p;
     (void)input;
+    (void)r;
     return tv_error_set(err, TV_E_UNSUPPORTED,
                         "calibration is not built in: it needs OpenBLAS, PCRE2 "
                         "and utf8proc");

@@ -34,6 +34,10 @@ void tvm_layer_rows(void *arg, size_t row, size_t n, float *dst);
 
 /* Bytes of memory that a model is given at least. */
 #define TVM_MODEL_LEAST ((uint64_t)16 << 20)
+/* Name for a scratch file of a run, owned: beside the output's state or in
+ * TMPDIR. NULL: out of memory. */
+char *tvm_scratch_path(const struct tvm_options *o, const char *what,
+                       const void *unique);
 
 /* A model of the plan with its adapters. */
 TV_NODISCARD enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,

@@ -380,6 +380,7 @@ struct exec {
     const struct tvk_table *k;
     struct tvm_cache *cache;
     struct tvm_calibrated *calibrated;
+    bool part; /* of a plan: cache and masks are somebody else's */
     struct tvm_mt_stream *stream;
     struct geometry g;
     struct worker *workers;
@@ -719,7 +720,7 @@ static void advance(struct exec *ex, struct slot *s)
         pass = PASS_WRITING;
     if (pass == PASS_WRITING) {
         fill_done(ex, s);
-        tvm_cached_end(ex->cache, s->index, &s->cached, true);
+        tvm_cached_end(ex->cache, s->index, &s->cached, !ex->part);
         if (!ex->sink->ordered)
             close_readers(s);
     }
@@ -1397,7 +1398,7 @@ static void write_loop(struct exec *ex)
             commit(ex);
             continue;
         }
-        if (!ex->sink->busy && !ex->changed &&
+        if (!ex->part && !ex->sink->busy && !ex->changed &&
             tvm_cache_pending(ex->cache, over)) {
             /* What the output still needs of the same store comes first. */
             const uint64_t left =
@@ -1486,8 +1487,6 @@ static void tear_down(struct exec *ex)
         tv_free(ex->puts[i].buf);
     for (unsigned i = 0; i < ex->n_bufs; i++)
         tv_free(ex->bufs[i]);
-    tvm_cache_close(ex->cache, !ex->sink->busy);
-    tvm_calibrated_free(ex->calibrated);
     ex->sink->sums = NULL;
     tvm_sums_free(&ex->sums);
     tvm_sums_free(&ex->for_sink);
@@ -1514,48 +1513,123 @@ static void fill_stats(const struct exec *ex, struct tvm_exec_stats *stats)
     }
 }
 
+static void begin(struct exec *ex)
+{
+    const struct tvm_plan *p = ex->p;
+
+    ex->k = p->options.kernels ? p->options.kernels : tvk_table_best();
+    (void)pthread_mutex_init(&ex->mutex, NULL);
+    (void)pthread_cond_init(&ex->wake_workers, NULL);
+    (void)pthread_cond_init(&ex->wake_writer, NULL);
+}
+
+static enum tv_err find_room(struct exec *ex, struct tv_error *err)
+{
+    bool fits = false;
+    const uint64_t needed = plan_memory(ex->p, &ex->g, &fits);
+
+    if (fits)
+        return TV_OK;
+    return tv_error_set(err, TV_E_BUDGET,
+                        "the merge needs %llu bytes of memory, --memory "
+                        "allows %llu",
+                        (unsigned long long)needed,
+                        (unsigned long long)ex->p->options.memory_bytes);
+}
+
+static enum tv_err run_tensors(struct exec *ex, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_pool *pool = NULL;
+
+    TV_TRY(set_up(ex, err));
+    ex->n_working = ex->g.n_workers;
+    ex->sink->sums = &ex->for_sink;
+    TV_TRY(tv_pool_open(ex->g.n_workers + 1, err, &pool));
+    tv_pool_run(pool, (size_t)ex->g.n_workers + 1, run_item, ex);
+out:
+    tv_pool_close(pool);
+    return rc;
+}
+
+uint64_t tvm_exec_part_plan(const struct tvm_plan *p, struct tvm_plan *part)
+{
+    const uint64_t all = p->options.memory_bytes;
+    struct geometry g;
+    bool fits = false;
+
+    *part = *p;
+    part->options.into = NULL; /* nobody writes into a store meanwhile */
+    part->options.memory_bytes = all - all / 4;
+    (void)plan_memory(part, &g, &fits);
+    if (!fits)
+        part->options.memory_bytes = all;
+    return all - part->options.memory_bytes;
+}
+
+enum tv_err tvm_exec_part(struct tvm_plan *part, struct tvm_sink *sink,
+                          struct tvm_cache *cache,
+                          struct tvm_calibrated *calibrated,
+                          const struct tvm_run_hooks *hooks,
+                          struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_run_hooks quiet = {.cancel = hooks ? hooks->cancel : NULL};
+    struct exec ex = {.p = part,
+                      .sink = sink,
+                      .hooks = &quiet,
+                      .cache = cache,
+                      .calibrated = calibrated,
+                      .part = true};
+
+    assert(!sink->ordered && part->n_draws == 0);
+    begin(&ex);
+    TV_TRY(find_room(&ex, err));
+    TV_TRY(run_tensors(&ex, err));
+    rc = ex.rc;
+    if (rc != TV_OK && err)
+        *err = ex.err;
+out:
+    tear_down(&ex);
+    return rc;
+}
+
+/* Bytes for the cache, which also lives while parts run. */
+static uint64_t cache_budget(const struct exec *ex)
+{
+    struct tvm_plan part;
+    struct geometry g;
+    bool fits = false;
+
+    if (!tvm_calibrated_walks(ex->p))
+        return ex->g.cache_bytes;
+    (void)tvm_exec_part_plan(ex->p, &part);
+    (void)plan_memory(&part, &g, &fits);
+    return g.cache_bytes < ex->g.cache_bytes ? g.cache_bytes
+                                             : ex->g.cache_bytes;
+}
+
 enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
                      const struct tvm_run_hooks *hooks,
                      struct tvm_exec_stats *stats, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    tv_pool *pool = NULL;
-    bool fits = false;
-    struct exec ex = {
-        .p = p,
-        .sink = sink,
-        .hooks = hooks,
-        .k = p->options.kernels ? p->options.kernels : tvk_table_best(),
-    };
+    struct exec ex = {.p = p, .sink = sink, .hooks = hooks};
 
-    (void)pthread_mutex_init(&ex.mutex, NULL);
-    (void)pthread_cond_init(&ex.wake_workers, NULL);
-    (void)pthread_cond_init(&ex.wake_writer, NULL);
-    const uint64_t needed = plan_memory(p, &ex.g, &fits);
-    if (!fits) {
-        rc = tv_error_set(err, TV_E_BUDGET,
-                          "the merge needs %llu bytes of memory, --memory "
-                          "allows %llu",
-                          (unsigned long long)needed,
-                          (unsigned long long)p->options.memory_bytes);
-        goto out;
-    }
+    begin(&ex);
+    TV_TRY(find_room(&ex, err));
     for (size_t i = 0; i < p->n_tensors; i++)
         if (sink->done[i].done) {
             ex.n_resumed++;
             ex.bytes_resumed += p->tensors[i].bytes;
         }
-    TV_TRY(tvm_cache_open(p, ex.g.cache_bytes, err, &ex.cache));
+    TV_TRY(tvm_cache_open(p, cache_budget(&ex), err, &ex.cache));
     TV_TRY(tvm_calibrated_make(p, sink, ex.cache, hooks, &stats->calibration,
                                err, &ex.calibrated));
     if (ex.n_resumed < p->n_tensors)
         TV_TRY(
             tvm_mt_stream_open(p->options.seed, p->n_draws, err, &ex.stream));
-    TV_TRY(set_up(&ex, err));
-    ex.n_working = ex.g.n_workers;
-    sink->sums = &ex.for_sink;
-    TV_TRY(tv_pool_open(ex.g.n_workers + 1, err, &pool));
-    tv_pool_run(pool, (size_t)ex.g.n_workers + 1, run_item, &ex);
+    TV_TRY(run_tensors(&ex, err));
     note_sums(&ex);
     fill_stats(&ex, stats);
     tvm_cache_stats(ex.cache, &stats->cache);
@@ -1563,8 +1637,9 @@ enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,
     if (rc != TV_OK && err)
         *err = ex.err;
 out:
-    tv_pool_close(pool);
     tvm_mt_stream_close(ex.stream);
     tear_down(&ex);
+    tvm_cache_close(ex.cache, !sink->busy);
+    tvm_calibrated_free(ex.calibrated);
     return rc;
 }

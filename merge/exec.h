@@ -28,6 +28,20 @@ struct tvm_exec_stats {
     struct tvm_cache_use cache;
     struct tvm_calibration_use calibration;
 };
+struct tvm_cache;
+struct tvm_calibrated;
+
+/* A plan for running some of its tensors while others hold memory: *part is a
+ * copy that shares everything but the options. Returns how much of the budget
+ * these may hold. */
+uint64_t tvm_exec_part_plan(const struct tvm_plan *p, struct tvm_plan *part);
+/* Runs what an unordered sink has not, with masks as they are now; nothing goes
+ * into the store or into progress. Of a part plan. */
+TV_NODISCARD enum tv_err
+tvm_exec_part(struct tvm_plan *part, struct tvm_sink *sink,
+              struct tvm_cache *cache, struct tvm_calibrated *calibrated,
+              const struct tvm_run_hooks *hooks, struct tv_error *err);
+
 /* Does what the sink does not have yet. INTERRUPTED after hooks->cancel; on any
  * error what was finished before is committed first. */
 TV_NODISCARD enum tv_err tvm_exec(struct tvm_plan *p, struct tvm_sink *sink,

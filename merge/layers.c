@@ -551,6 +551,13 @@ enum tv_err tvm_layers(const struct tvm_plan *p,
         .p = p, .o = o, .hooks = hooks, .fn = fn, .arg = arg, .fd = -1};
     bool any = false;
 
+    if (tvm_calibrated_walks(p)) {
+        rc = tv_error_set(err, TV_E_UNSUPPORTED,
+                          "layers are measured one by one: not with statistics "
+                          "of the model merged so far");
+        tv_error_hint(err, "write 'statistics: own' or 'base'");
+        goto out;
+    }
     TV_TRY(each_donor(&s, check_donor, &any, err));
     TV_TRY(each_donor(&s, scan_donor, &any, err));
     if (!any)

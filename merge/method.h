@@ -66,7 +66,9 @@ enum tvm_compare { /* entries that are compared with each other */
 };
 enum tvm_inputs_of { /* the model whose inputs are looked at */
                      TVM_INPUTS_OWN = 0,
-                     TVM_INPUTS_BASE = 1
+                     TVM_INPUTS_BASE = 1,
+                     /* Its own block behind the merged ones (sequential.h). */
+                     TVM_INPUTS_MERGED = 2
 };
 struct tvm_trim_rule {
     double density;
@@ -238,6 +240,7 @@ struct tvm_method {
     /* Does it look at X^T X of the inputs of this tensor's layer in every model
      * but the base (tvm_calibrated_gram)? NULL: never. */
     bool (*needs_gram)(const struct tvm_tensor *t);
+    enum tvm_inputs_of gram_inputs; /* of which inputs */
     /* Called at the start of each tile of each pass; may be NULL. */
     void (*tile_begin)(struct tvm_job *job, struct tvm_tile *tile);
 
@@ -315,6 +318,7 @@ extern const struct tvm_method tvm_method_tsv;
 extern const struct tvm_method tvm_method_iso_c;
 extern const struct tvm_method tvm_method_wudi;
 extern const struct tvm_method tvm_method_regmean;
+extern const struct tvm_method tvm_method_regmean_plus;
 extern const struct tvm_method tvm_method_slerp;
 extern const struct tvm_method tvm_method_nuslerp;
 extern const struct tvm_method tvm_method_multislerp;

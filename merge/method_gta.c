@@ -114,7 +114,7 @@ const char *const gta_corrections[] = {"auto", "none",   "obs",
                                        "cg",   "obs+cg", NULL};
 const char *const gta_compares[] = {"auto",  "layer", "row",
                                     "block", "loop",  NULL};
-const char *const gta_inputs[] = {"own", "base", NULL};
+const char *const gta_inputs[] = {"own", "base", "merged", NULL};
 const char *const gta_others[] = {"dense", "magnitude", NULL};
 const char *const gta_patterns[] = {"none", "1:2",  "1:4",  "2:4",   "3:4",
                                     "1:8",  "2:8",  "4:8",  "6:8",   "2:16",

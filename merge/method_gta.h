@@ -161,7 +161,8 @@ extern const struct tvm_surveyor gta_surveyor;
          .has_default = true,                                                  \
          .fallback = (0),                                                      \
          .choices = gta_inputs,                                                \
-         .help = "whose inputs are looked at: the model's own or the base's"}, \
+         .help = "whose inputs are looked at: the model's own, the base's or " \
+                 "the merged model's, block by block"},                        \
     [GTA_DAMPING] = {.name = "damping",                                        \
                      .scope = TVM_SHARED,                                      \
                      .type = TVM_FLOAT,                                        \

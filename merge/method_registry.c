@@ -45,6 +45,7 @@ static const struct tvm_method *const methods[] = {
     &tvm_method_cabs,
     &tvm_method_fisher,
     &tvm_method_regmean,
+    &tvm_method_regmean_plus,
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 

@@ -16,6 +16,10 @@
  * the base, which gives the same weights. The term with e, which the paper has
  * not, decides about inputs that are always 0. Other tensors get M.
  *
+ * regmean++ (Nguyen et al., arXiv 2508.03121): the same, but the inputs x of a
+ * block are those that the merged blocks below it give, passed through model
+ * t's own block (sequential.h).
+ *
  *   passes 1 .. 2K  G_t; panels of the sum of w_t (T_t - M) G_t
  *   pass 2K + 1     Cholesky factor
  *   pass 2K + 2     panels of the solution
@@ -94,11 +98,12 @@ static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
         sum += w;
         if (w < 0.0)
             tvm_param_problem(t, TVM_MATRIX_WEIGHT, s, problems,
-                              "regmean takes no negative weights");
+                              "%s takes no negative weights", t->method->name);
     }
     if (tvm_donor_count(t) > 0 && !(sum > 0.0))
         tvm_param_problem(t, TVM_MATRIX_WEIGHT, t->base == 0 ? 1 : 0, problems,
-                          "the weights of regmean add up to nothing");
+                          "the weights of %s add up to nothing",
+                          t->method->name);
 }
 
 static size_t state_bytes(const struct tvm_job *job)
@@ -265,24 +270,25 @@ static enum tv_err work(struct tvm_job *job, size_t item, unsigned worker,
     return TV_OK;
 }
 
+#define REGMEAN_SHARED_FUNCTIONS                                               \
+    .base = TVM_BASE_REQUIRED, .needs_statistics = true, .min_donors = 0,      \
+    .max_donors = TVK_DONORS_MAX, .params = params, .n_params = N_PARAMS,      \
+    .detail = &detail, .check = check, .fold = tvm_matrix_fold,                \
+    .state_bytes = state_bytes, .next_phase = next_phase,                      \
+    .measure = tvm_matrix_measure, .work_items = work_items, .work = work,     \
+    .combine = tvm_matrix_combine, .needs_gram = tvm_matrix_is
+
 const struct tvm_method tvm_method_regmean = {
     .name = "regmean",
     .summary = "outputs of linear layers nearest to every model's on its text",
     .paper = "RegMean, Jin et al. 2023, arXiv 2212.09849",
-    .base = TVM_BASE_REQUIRED,
-    .needs_statistics = true,
-    .min_donors = 0,
-    .max_donors = TVK_DONORS_MAX,
-    .params = params,
-    .n_params = N_PARAMS,
-    .detail = &detail,
-    .check = check,
-    .fold = tvm_matrix_fold,
-    .state_bytes = state_bytes,
-    .next_phase = next_phase,
-    .measure = tvm_matrix_measure,
-    .work_items = work_items,
-    .work = work,
-    .combine = tvm_matrix_combine,
-    .needs_gram = tvm_matrix_is,
+    REGMEAN_SHARED_FUNCTIONS,
+};
+
+const struct tvm_method tvm_method_regmean_plus = {
+    .name = "regmean++",
+    .summary = "regmean with inputs as the merged layers below give them",
+    .paper = "RegMean++, Nguyen et al. 2025, arXiv 2508.03121",
+    .gram_inputs = TVM_INPUTS_MERGED,
+    REGMEAN_SHARED_FUNCTIONS,
 };

@@ -252,12 +252,12 @@ static enum tv_err check_window(struct planner *pl, size_t model, size_t owner)
 
 /* Can the model run, and over the text of `owner`? */
 static enum tv_err check_model(struct planner *pl, size_t model, size_t owner,
-                               bool has_text)
+                               const struct tvm_trim_rule *rule, bool has_text)
 {
     struct tv_error e;
 
     tv_error_clear(&e);
-    const enum tv_err rc = tvm_calibrated_check(pl->plan, model, &e);
+    const enum tv_err rc = tvm_calibrated_check(pl->plan, model, rule, &e);
     if (rc != TV_OK)
         return report_model(pl, model, rc, &e);
     return has_text ? check_window(pl, model, owner) : TV_OK;
@@ -267,13 +267,15 @@ enum tv_err plan_calibration_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
     const size_t n = plan->n_inputs;
-    bool *seen = NULL; /* [model, owner], then [owner]: a text is no good */
+    /* [model, owner, 2]: as it is, and behind merged blocks; then [owner]: a
+     * text is no good */
+    bool *seen = NULL;
     enum tv_err rc = TV_OK;
 
-    seen = tv_calloc((n + 1) * n + 1, sizeof(*seen));
+    seen = tv_calloc((2 * n + 1) * n + 1, sizeof(*seen));
     if (seen == NULL)
         return plan_oom(pl);
-    bool *const bad = seen + n * n;
+    bool *const bad = seen + 2 * n * n;
     for (size_t i = 0; i < plan->n_tensors; i++) {
         const struct tvm_tensor *const t = &plan->tensors[i];
         for (size_t s = 0; s < t->n_sources; s++) {
@@ -297,9 +299,11 @@ enum tv_err plan_calibration_make(struct planner *pl)
                 TV_TRY(hash_texts(pl, &plan->inputs[owner]));
                 bad[owner] = pl->problems->n_errors > before;
             }
-            if (!seen[model * n + owner])
-                TV_TRY(check_model(pl, model, owner, !bad[owner]));
-            seen[model * n + owner] = true;
+            bool *const done = &seen[2 * (model * n + owner) +
+                                     (rule.inputs == TVM_INPUTS_MERGED)];
+            if (!*done)
+                TV_TRY(check_model(pl, model, owner, &rule, !bad[owner]));
+            *done = true;
         }
     }
 out:

@@ -434,6 +434,31 @@ static bool uses_blas(const struct tvm_plan *plan)
     return false;
 }
 
+/* Hash of what the weights depend on, wherever and in whatever shards they are
+ * put. */
+static enum tv_err hash_weights(struct planner *pl, const json_t *root)
+{
+    static const char *const keys[] = {"format", "seed",         "compat",
+                                       "inputs", "tensors",      "calibration",
+                                       "blas",   "verify_inputs"};
+    json_t *const part = json_object();
+    char *text = NULL;
+    size_t n = 0;
+    bool ok = part != NULL;
+
+    for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++) {
+        json_t *const value = json_object_get(root, keys[i]);
+        if (value != NULL)
+            ok = ok && json_object_set(part, keys[i], value) == 0;
+    }
+    text = ok ? dump(part, &n) : NULL;
+    if (text != NULL)
+        pl->plan->weights_hash = tv_hash128(text, n);
+    json_decref(part);
+    tv_free(text);
+    return text != NULL ? TV_OK : plan_oom(pl);
+}
+
 enum tv_err plan_identity_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -488,6 +513,7 @@ enum tv_err plan_identity_make(struct planner *pl)
         goto out;
     }
     plan->hash = tv_hash128(hashed, n);
+    TV_TRY(hash_weights(pl, root));
     if (json_object_set_new(root, "recipe", recipe_json(pl->r)) == 0)
         plan->identity = dump(root, &n);
     if (plan->identity == NULL)

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "calibrated.h"
 #include "exec.h"
 #include "room.h"
 #include "sink.h"
@@ -78,7 +79,9 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
         result->n_resumed += sink->done[i].done;
     result->n_remade = sink->n_remade;
     TV_TRY(tvm_room_into(p, sink->done, err));
-    TV_TRY(tvm_survey_run(p, sink->done, hooks, err, &survey));
+    /* Merged blocks in front of others are merged again, done or not. */
+    TV_TRY(tvm_survey_run(p, tvm_calibrated_walks(p) ? NULL : sink->done, hooks,
+                          err, &survey));
     rc = tvm_exec(p, sink, hooks, &stats, err);
     result->bytes_read = stats.bytes_read;
     result->bytes_written = stats.bytes_written;

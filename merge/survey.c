@@ -356,7 +356,7 @@ static bool all_done(const struct tvm_tensor_done *done, const struct member *m,
                      size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        if (!done[m[i].tensor].done)
+        if (!done || !done[m[i].tensor].done)
             return false;
     return true;
 }

@@ -26,9 +26,9 @@ struct tvm_survey;
  * otherwise too) the least that would do. */
 uint64_t tvm_survey_scratch(const struct tvm_plan *p, bool *fits,
                             uint64_t *needed);
-/* Fills in tensor->cuts of what is not done yet. INTERRUPTED after
- * hooks->cancel. *out owns the cuts (tvm_survey_close takes them away again);
- * NULL when there is nothing to find out. */
+/* Fills in tensor->cuts of what is not done yet (done NULL: of all).
+ * INTERRUPTED after hooks->cancel. *out owns the cuts (tvm_survey_close takes
+ * them away again); NULL when there is nothing to find out. */
 TV_NODISCARD enum tv_err tvm_survey_run(struct tvm_plan *p,
                                         const struct tvm_tensor_done *done,
                                         const struct tvm_run_hooks *hooks,

@@ -170,9 +170,9 @@ def check_complete():
     """Does the long run have a recipe for every method?"""
     methods = run_json(TVMERGE, "methods", "--json")["methods"]
     have = {t.split(None, 2)[1] for t in RECIPES.values()}
-    # Those that look at text want models that run; calibrated.py and
-    # regmean.py have them.
-    text = ("sparsegpt_ties", "sparsegpt_linear", "regmean")
+    # Those that look at text want models that run; calibrated.py, regmean.py
+    # and sequential.py have them.
+    text = ("sparsegpt_ties", "sparsegpt_linear", "regmean", "regmean++")
     for m in methods:
         check(m["name"] in have or m["name"] in text,
               f"no recipe of {m['name']}")

@@ -418,8 +418,9 @@ static struct tv_hash in_sequence(struct fx *f, size_t from, float scale,
     size_t n_owned = 0;
 
     assert_ok(tv_hasher_open(&f->err, &h), &f->err);
-    assert_ok(tve_sequence_open(f->m, &f->samples, TVE_STAT_DIAG, &f->err, &s),
-              &f->err);
+    const struct tve_sequence_options opt = {.kind = TVE_STAT_DIAG,
+                                             .stream_bytes = UINT64_MAX};
+    assert_ok(tve_sequence_open(f->m, &f->samples, &opt, &f->err, &s), &f->err);
     for (size_t l = 0; l < 4; l++) {
         assert_int_equal(tve_sequence_layer(s), l);
         for (size_t k = 0; k < looks; k++) {

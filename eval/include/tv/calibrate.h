@@ -133,16 +133,30 @@ tve_calibration_run(tve_calibration *c, const bool *want,
  *                   tve_model_replace them, advance (runs the block with them)
  *
  * Nothing of this is looked for or kept in a store. Model and samples are
- * borrowed; several sequences may share a model. */
+ * borrowed; several sequences may share a model. Between calls a sequence holds
+ * its residual streams alone. */
 typedef struct tve_sequence tve_sequence;
+
+struct tve_sequence_options {
+    enum tve_stat kind;
+    /* Longer residual streams lie in a scratch file (so do those that exceed
+     * half of the model's memory). */
+    uint64_t stream_bytes;
+    /* Does anybody look at the inputs of this weight? NULL: at all of them. */
+    bool (*wants)(void *arg, const char *tensor);
+    void *arg;
+    const volatile int *cancel; /* not 0: advancing is INTERRUPTED; may be NULL
+                                 */
+};
 /* Embeds. Errors of tve_statistics. */
 TV_NODISCARD enum tv_err
 tve_sequence_open(tve_model *m, const struct tve_samples *samples,
-                  enum tve_stat kind, struct tv_error *err, tve_sequence **out);
+                  const struct tve_sequence_options *opt, struct tv_error *err,
+                  tve_sequence **out);
 void tve_sequence_close(tve_sequence *s);
 size_t tve_sequence_layer(const tve_sequence *s); /* the next block */
-/* Statistics of the next block's inputs, with its weights as they are now; in a
- * block all of them see the inputs that these weights make. */
+/* Statistics of the wanted inputs of the next block, with its weights as they
+ * are now; in a block all of them see the inputs that these weights make. */
 TV_NODISCARD enum tv_err tve_sequence_look(tve_sequence *s, tve_stat_fn fn,
                                            void *arg, struct tv_error *err);
 /* Past the next block; not beyond the last. After an error only close. */

@@ -114,6 +114,10 @@ enum tve_pass { TVE_PASS_STATISTICS, TVE_PASS_SCORES, TVE_PASS_LOGITS };
  * not be kept. */
 uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
                          unsigned n_threads);
+/* When a forward pass needs a tensor of the input: 0, to embed; 1 + l, in block
+ * l; SIZE_MAX: behind the last block, or never. */
+size_t tve_model_stage(const tve_model *m, const char *tensor);
+size_t tve_model_blocks(const tve_model *m);
 size_t tve_model_vocab(const tve_model *m);
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);

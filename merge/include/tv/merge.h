@@ -289,6 +289,7 @@ struct tvm_plan { /* owned: tvm_plan_free */
      * and, not hashed, the recipe's settings in readable form: kept in the
      * journal so that a refusal can name what changed. */
     struct tv_hash hash;
+    struct tv_hash weights_hash; /* of the part that weights depend on */
     char *identity;
     const tvm_recipe *recipe; /* borrowed */
     void *storage;
