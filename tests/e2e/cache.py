@@ -14,10 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
-from common import check, finish, run, run_json, temp
+from common import Sampler, check, finish, run, run_json, temp, used
 
 BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
 TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
@@ -38,40 +37,6 @@ def recipe(name, base, donors, method="ties", more=""):
 def merge(path, out, *more, env=None, code=0):
     return run_json(TVMERGE, "run", path, out, "--json", *more, env=env,
                     code=code)
-
-
-def used(*paths):
-    """Allocated bytes; files may come and go meanwhile."""
-    total = 0
-    for path in paths:
-        for d, _, names in os.walk(path):
-            for n in [""] + names:
-                try:
-                    total += os.lstat(os.path.join(d, n)).st_blocks * 512
-                except OSError:
-                    pass
-    return total
-
-
-class Sampler:
-    """The most that a set of directories has taken at any moment."""
-
-    def __init__(self, *paths):
-        self.paths, self.peak, self.n, self.stop = paths, 0, 0, False
-        self.thread = threading.Thread(target=self.loop, daemon=True)
-        self.thread.start()
-
-    def loop(self):
-        while not self.stop:
-            self.peak = max(self.peak, used(*self.paths))
-            self.n += 1
-            time.sleep(0.001)
-
-    def end(self):
-        self.stop = True
-        self.thread.join()
-        self.peak = max(self.peak, used(*self.paths))
-        return self.peak
 
 
 def cache(doc, *want):

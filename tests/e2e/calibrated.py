@@ -4,9 +4,10 @@
 
 Merges whose masks depend on the inputs of layers: counts of what is kept, the
 same bytes for threads, memory, cold and warm store, statistics kept or not,
-killed and repeated; a second run calibrates nothing; errors.
+killed and repeated, within a quota; a second run calibrates nothing; errors.
 """
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 
 import numpy as np
 
-from common import check, finish, read_safetensors, run, run_json, temp
+from common import Sampler, check, finish, read_safetensors, run, run_json, temp
 
 BIN = os.path.abspath(sys.argv[1])
 MODELS = os.path.abspath(sys.argv[2])
@@ -150,6 +151,50 @@ def killed(where):
     done = merge(r, f"{where}/parts", "--store", store)
     check(done["digest"] == want, "killed and repeated: the same bytes")
     check(run(TVSTORE, "verify", store).returncode == 0, "the store is whole")
+
+
+def bounded(where):
+    """Store and output within the quota at every moment, although masks and
+    statistics of so many densities are more than it holds: what was used
+    longest ago goes. Killed in between, at figures' moments of their own."""
+    store, out = f"{where}/qs", f"{where}/qo"
+    r = recipe(f"{where}/q.yml", "sparsegpt_linear", 0.6,
+               donors=("code", "prose"))
+    plan = run_json(TVMERGE, "plan", r, out, "--json")
+    quota = plan["peak_disk_bytes"] + (2 << 20)
+    run(TVSTORE, "init", store, "--quota", quota, code=0)
+    sampler = Sampler(store, out)
+    kills = evicted = made = 0
+    for i, density in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.1)):
+        r = recipe(f"{where}/q.yml", "sparsegpt_linear", density,
+                   donors=("code", "prose"))
+        argv = [TVMERGE, "run", r, out, "--store", store, "--json",
+                "--keep-statistics", "--threads", "2"]
+        if i % 2 == 1:
+            p = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL,
+                                 env=dict(os.environ, TV_GROUP_BYTES="256kB"))
+            time.sleep(0.1 * i)
+            p.send_signal(signal.SIGKILL)
+            kills += p.wait() == -signal.SIGKILL
+        d = run_json(*argv)
+        made += d["calibration"]["masks_made"]
+        if i % 3 == 0:
+            check(d["digest"] == merge(r, f"{where}/qp")["digest"],
+                  f"the same bytes under a quota ({density})")
+            shutil.rmtree(f"{where}/qp")
+        stat = run_json(TVSTORE, "stat", store, "--json")
+        check(stat["used_bytes"] <= quota, f"{stat}")
+        evicted += stat["n_masks"] < made
+        shutil.rmtree(out)
+    peak = sampler.end()
+    check(peak <= quota, f"{peak} bytes at one moment, the quota is {quota}")
+    check(sampler.n > 100 and peak > plan["peak_disk_bytes"] // 3 and
+          evicted > 0 and made > 0,
+          f"{sampler.n} samples, peak {peak}, {made} masks, {evicted} evicted")
+    run(TVSTORE, "verify", store, "-q", code=0)
+    print(f"quota: {sampler.n} samples, peak {peak} of {quota}, {kills} kills, "
+          f"{made} masks made")
 
 
 def layers(where):
@@ -291,6 +336,7 @@ def main():
     same_bytes(where)
     statistics(where)
     killed(where)
+    bounded(where)
     finish("calibrated")
 
 

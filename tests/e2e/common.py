@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 failures = 0
 checks = 0
@@ -87,3 +89,37 @@ def write_safetensors(path, tensors, meta=None):
         f.write(len(j).to_bytes(8, "little") + j)
         for _, _, data in tensors.values():
             f.write(data)
+
+
+def used(*paths):
+    """Allocated bytes; files may come and go meanwhile."""
+    total = 0
+    for path in paths:
+        for d, _, names in os.walk(path):
+            for n in [""] + names:
+                try:
+                    total += os.lstat(os.path.join(d, n)).st_blocks * 512
+                except OSError:
+                    pass
+    return total
+
+
+class Sampler:
+    """The most that a set of directories has taken at any moment."""
+
+    def __init__(self, *paths):
+        self.paths, self.peak, self.n, self.stop = paths, 0, 0, False
+        self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+
+    def loop(self):
+        while not self.stop:
+            self.peak = max(self.peak, used(*self.paths))
+            self.n += 1
+            time.sleep(0.001)
+
+    def end(self):
+        self.stop = True
+        self.thread.join()
+        self.peak = max(self.peak, used(*self.paths))
+        return self.peak
