@@ -53,6 +53,15 @@ if(TV_SANITIZE)
     "UBSAN_OPTIONS=print_stacktrace=1")
 endif()
 
+# Seconds that a test may take, in VAR: programs under ThreadSanitizer are ten
+# times slower.
+function(tv_timeout var seconds)
+  if(TV_SANITIZE MATCHES "thread")
+    math(EXPR seconds "${seconds} * 6")
+  endif()
+  set(${var} ${seconds} PARENT_SCOPE)
+endfunction()
+
 # tv_test(NAME FOLDER SOURCES ... LIBS ... [LABELS ...] [TIMEOUT n]
 #         [ENVIRONMENT VAR=value ...])
 # One cmocka program, one CTest entry called FOLDER/NAME, label = folder.
@@ -65,6 +74,7 @@ function(tv_test name folder)
   if(NOT A_TIMEOUT)
     set(A_TIMEOUT 300)
   endif()
+  tv_timeout(A_TIMEOUT ${A_TIMEOUT})
   set_tests_properties(${folder}/${name} PROPERTIES
     LABELS "${folder}" TIMEOUT ${A_TIMEOUT}
     ENVIRONMENT "${TV_TEST_ENVIRONMENT};${A_ENVIRONMENT}")
@@ -88,7 +98,8 @@ function(tv_fuzz name)
   target_include_directories(${name}_replay PRIVATE
     ${PROJECT_SOURCE_DIR}/tests/fuzz)
   add_test(NAME fuzz/${name} COMMAND ${name}_replay ${A_CORPUS})
-  set_tests_properties(fuzz/${name} PROPERTIES LABELS fuzz TIMEOUT 300
+  tv_timeout(timeout 300)
+  set_tests_properties(fuzz/${name} PROPERTIES LABELS fuzz TIMEOUT ${timeout}
     ENVIRONMENT "${TV_TEST_ENVIRONMENT}")
   if(TV_FUZZ)
     add_executable(${name} ${A_SOURCES})
