@@ -36,7 +36,7 @@ struct convert { /* one layer of one input */
     struct planner *pl;
     size_t input;
     const struct tv_expert_layout *want;
-    const char *router;         /* the donor's name for it, in a layer */
+    const char *router;         /* the donor's name for it, or NULL */
     const struct piece *pieces; /* by part, then number */
     size_t n;
     const struct piece *part[TV_EXPERT_PARTS]; /* first of each */
@@ -126,10 +126,12 @@ static enum tv_err add_made(struct convert *c, const struct piece *like,
     return append(c->pl, c->input, &m);
 }
 
-/* The router has the donor's name for it. */
+/* The router has the donor's name for it, if that is known. */
 static enum tv_err add_router(struct convert *c, const struct piece *p)
 {
     struct plan_made m = {.like = *described(c, p), .index = p->index};
+    if (c->router == NULL)
+        return append(c->pl, c->input, &m);
     m.like.name = tvm_arena_fmt(plan_arena(c->pl), "%.*s%s", (int)p->e.name_at,
                                 m.like.name, c->router);
     return m.like.name == NULL ? plan_oom(c->pl) : append(c->pl, c->input, &m);
@@ -391,7 +393,8 @@ static enum tv_err convert_layer(struct convert *c)
     for (size_t i = 0; i < c->n; i++) {
         if (c->pieces[i].e.part == TV_EXPERT_ROUTER)
             TV_TRY(add_router(c, &c->pieces[i]));
-        else if (tv_expert_packed(have) == tv_expert_packed(c->want))
+        else if (c->pieces[i].e.part == TV_EXPERT_STATICS ||
+                 tv_expert_packed(have) == tv_expert_packed(c->want))
             TV_TRY(add_renamed(c, &c->pieces[i]));
     }
     if (tv_expert_packed(have) && !tv_expert_packed(c->want))
@@ -673,8 +676,7 @@ enum tv_err plan_layout_make(struct planner *pl)
         return TV_OK;
     want = layout_of(pl->plan->inputs[pl->st->donor].arch);
     router = router_of(pl->plan->inputs[pl->st->donor].arch);
-    for (size_t i = 0; want != NULL && router != NULL && i < pl->plan->n_inputs;
-         i++) {
+    for (size_t i = 0; want != NULL && i < pl->plan->n_inputs; i++) {
         if (pl->refs[i].usable && i != pl->st->donor)
             TV_TRY(convert_input(pl, i, want, router));
     }

@@ -50,6 +50,8 @@ struct rule {
 
 static const struct rule leading[] = {
     {"first_k_dense_replace", TENSORS, NULL},
+    {"moe_layer_start_index", TENSORS, NULL}, /* ERNIE 4.5 */
+    {"num_dense_layers", TENSORS, NULL},      /* LFM2, AFMoE */
     {"max_window_layers", ARITHMETIC, "layer_types"},
     {NULL, ARITHMETIC, NULL},
 };
@@ -64,12 +66,20 @@ static const struct rule indices[] = {
 static const struct rule periods[] = {
     {"decoder_sparse_step", TENSORS, NULL},
     {"moe_layer_freq", TENSORS, NULL},
+    {"moe_layer_interval", TENSORS, NULL},
     {"interleave_moe_layer_step", TENSORS, "moe_layers"},
     {"attn_layer_period", TENSORS, NULL},
     {"expert_layer_period", TENSORS, NULL},
     {"full_attention_interval", TENSORS, "layer_types"},
     {"sliding_window_pattern", ARITHMETIC, "layer_types"},
     {"no_rope_layer_interval", ARITHMETIC, "no_rope_layers"},
+    {NULL, ARITHMETIC, NULL},
+};
+
+/* Keys of models with a tensor outside the layers that holds a piece for each
+ * of them (Gemma 3n's per-layer embeddings): such pieces do not move. */
+static const struct rule pieces[] = {
+    {"hidden_size_per_layer_input", TENSORS, NULL},
     {NULL, ARITHMETIC, NULL},
 };
 
@@ -265,6 +275,31 @@ static bool set_leading(struct stack *s, json_t *object, const struct rule *r)
     return set(s, object, r->key, json_integer((json_int_t)first));
 }
 
+/* "Up to layer N": the last one of the output, if it still is so. -1 is the
+ * last one of every model. */
+static bool set_ending(struct stack *s, json_t *object)
+{
+    static const struct rule r = {"moe_layer_end_index", TENSORS, NULL};
+    const json_t *const old = json_object_get(object, r.key);
+    int64_t n = 0;
+
+    if (!json_is_integer(old))
+        return false;
+    for (int64_t i = 0; i < s->n; i++) {
+        const json_t *const v = said(s, &s->origins[i], s->scope, r.key);
+        const json_int_t end = json_is_integer(v) ? json_integer_value(v) : -1;
+        const bool in = end < 0 || s->origins[i].layer <= end;
+        if (in && n < i) {
+            report(s, &r, "come last: they no longer do");
+            return false;
+        }
+        n += in;
+    }
+    if (json_integer_value(old) < 0 && n == s->n)
+        return false;
+    return set(s, object, r.key, json_integer((json_int_t)n - 1));
+}
+
 static bool has_index(const json_t *list, int64_t layer)
 {
     for (size_t i = 0; i < json_array_size(list); i++) {
@@ -308,15 +343,31 @@ static void check_period(struct stack *s, const json_t *object,
     }
 }
 
+static void check_pieces(struct stack *s, const json_t *object,
+                         const struct rule *r)
+{
+    bool moved = s->n != s->as->n_layers;
+    for (int64_t i = 0; i < s->n && !moved; i++)
+        moved = s->origins[i].layer != i;
+    if (moved && json_integer_value(json_object_get(object, r->key)) > 0)
+        plan_report(s->pl, r->key, 1, true, TV_E_UNSUPPORTED, "config.json",
+                    "layers of this model cannot be stacked: it keeps a piece "
+                    "for each of them in one tensor (%s)",
+                    r->key);
+}
+
 static bool set_numbers(struct stack *s, json_t *object)
 {
     bool changed = false;
     for (const struct rule *r = leading; r->key != NULL; r++)
         changed = set_leading(s, object, r) || changed;
+    changed = set_ending(s, object) || changed;
     for (const struct rule *r = indices; r->key != NULL; r++)
         changed = set_indices(s, object, r) || changed;
     for (const struct rule *r = periods; r->key != NULL; r++)
         check_period(s, object, r);
+    for (const struct rule *r = pieces; r->key != NULL; r++)
+        check_pieces(s, object, r);
     return changed;
 }
 

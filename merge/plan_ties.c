@@ -136,7 +136,7 @@ enum tv_err plan_ties_make(struct planner *pl)
     pl->tied = any_tied && all && same_inputs(end_slice(pl, false), last);
     pl->lend_head = any_tied && !pl->tied && any_head;
     if (pl->lend_head && pl->head_name == NULL)
-        pl->head_name = "lm_head.weight";
+        pl->head_name = pl->plan->inputs[pl->st->donor].arch->head_name;
     if (pl->lend_head && all)
         plan_report(pl, "head of a stack", 1, false, TV_OK, "",
                     "the models are tied, but the last slice is of others than "

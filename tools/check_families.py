@@ -103,6 +103,15 @@ CASES = {  # name: (config class, model class, config)
                         bias=True)),
     "llama-bias": ("Llama", "LlamaForCausalLM",
                    dict(LM, attention_bias=True, mlp_bias=True)),
+    "gpt_oss": ("GptOss", "GptOssForCausalLM",
+                dict(LM, head_dim=8, num_local_experts=4,
+                     num_experts_per_tok=2,
+                     layer_types=["sliding_attention", "full_attention",
+                                  "sliding_attention"])),
+    "llama4_text": ("Llama4Text", "Llama4ForCausalLM",
+                    dict(LM, head_dim=8, num_local_experts=4,
+                         intermediate_size_mlp=48, interleave_moe_layer_step=2,
+                         attention_chunk_size=16)),
     "smollm3": ("SmolLM3", "SmolLM3ForCausalLM", LM),
     "mamba": ("Mamba", "MambaForCausalLM",
               dict(vocab_size=V, hidden_size=32, num_hidden_layers=3,
@@ -138,6 +147,121 @@ CASES = {  # name: (config class, model class, config)
                      decoder_start_token_id=1)),
 }
 
+
+# Known from their names alone, or of several kinds of layers.
+HYBRID = ["linear_attention", "full_attention", "linear_attention"]
+SSM = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8)
+GDN = dict(LM, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+           linear_key_head_dim=8, linear_value_head_dim=8, layer_types=HYBRID)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+INFERRED = {
+    "codegen": ("CodeGen", "CodeGenForCausalLM", dict(GPT, rotary_dim=4)),
+    "gpt_neo": ("GPTNeo", "GPTNeoForCausalLM",
+                dict(vocab_size=V, hidden_size=32, num_layers=3, num_heads=4,
+                     attention_types=[[["global", "local", "global"], 1]],
+                     max_position_embeddings=64, bos_token_id=1,
+                     eos_token_id=2)),
+    "qwen3_next": ("Qwen3Next", "Qwen3NextForCausalLM", dict(GDN, **MOE)),
+    "qwen3_5_text": ("Qwen3_5Text", "Qwen3_5ForCausalLM", GDN),
+    "jamba": ("Jamba", "JambaForCausalLM",
+              dict(LM, num_experts=4, num_experts_per_tok=2,
+                   attn_layer_period=2, attn_layer_offset=1,
+                   expert_layer_period=2, expert_layer_offset=1,
+                   mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False)),
+    "modernbert": ("ModernBert", "ModernBertForMaskedLM", ENC),
+    "modernbert-decoder": ("ModernBertDecoder", "ModernBertDecoderForCausalLM",
+                           dict(ENC, bos_token_id=1, eos_token_id=2,
+                                cls_token_id=1, sep_token_id=2)),
+    "ernie4_5": ("Ernie4_5", "Ernie4_5ForCausalLM", dict(LM, head_dim=8)),
+    "ernie4_5_moe": ("Ernie4_5_Moe", "Ernie4_5_MoeForCausalLM",
+                     dict(LM, head_dim=8, moe_num_experts=4, moe_k=2,
+                          moe_intermediate_size=24, moe_num_shared_experts=1,
+                          moe_layer_start_index=1)),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", "HunYuanDenseV1ForCausalLM",
+                         dict(LM, head_dim=8)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", "HunYuanMoEV1ForCausalLM",
+                       dict(LM, head_dim=8, num_experts=4, moe_topk=2)),
+    "dots1": ("Dots1", "Dots1ForCausalLM",
+              dict(LM, head_dim=8, n_group=1, topk_group=1,
+                   first_k_dense_replace=1, **MOE)),
+    "exaone4": ("Exaone4", "Exaone4ForCausalLM", dict(LM, head_dim=8)),
+    "lfm2": ("Lfm2", "Lfm2ForCausalLM",
+             dict(LM, block_ff_dim=48,
+                  layer_types=["conv", "full_attention", "conv"])),
+    "lfm2_moe": ("Lfm2Moe", "Lfm2MoeForCausalLM",
+                 dict(LM, num_dense_layers=1, **MOE,
+                      layer_types=["conv", "full_attention", "conv"])),
+    "falcon_h1": ("FalconH1", "FalconH1ForCausalLM",
+                  dict(LM, **dict(SSM, mamba_d_head=8), head_dim=8,
+                       mamba_d_ssm=32)),
+    "bamba": ("Bamba", "BambaForCausalLM",
+              dict(LM, attn_layer_indices=[1], **SSM)),
+    "granitemoehybrid": ("GraniteMoeHybrid", "GraniteMoeHybridForCausalLM",
+                         dict(LM, shared_intermediate_size=24, **SSM,
+                              layer_types=["mamba", "attention", "mamba"],
+                              **EXPERTS)),
+    "minimax": ("MiniMax", "MiniMaxForCausalLM",
+                dict(LM, head_dim=8, layer_types=HYBRID, block_size=8,
+                     **EXPERTS)),
+    "persimmon": ("Persimmon", "PersimmonForCausalLM",
+                  dict(LM, num_key_value_heads=4)),
+    "xglm": ("XGLM", "XGLMForCausalLM",
+             dict(vocab_size=V, d_model=32, num_layers=3, attention_heads=4,
+                  ffn_dim=48, max_position_embeddings=64)),
+    "biogpt": ("BioGpt", "BioGptForCausalLM", LM),
+    "recurrent_gemma": ("RecurrentGemma", "RecurrentGemmaForCausalLM",
+                        dict(LM, head_dim=8, lru_width=32,
+                             block_types=["recurrent", "recurrent",
+                                          "attention"],
+                             attention_window_size=16)),
+    "minicpm3": ("MiniCPM3", "MiniCPM3ForCausalLM",
+                 dict(LM, num_key_value_heads=4, q_lora_rank=16,
+                      kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                      v_head_dim=8)),
+    "afmoe": ("Afmoe", "AfmoeForCausalLM",
+              dict(LM, head_dim=8, num_dense_layers=1, num_shared_experts=1,
+                   **MOE)),
+    "flex_olmo": ("FlexOlmo", "FlexOlmoForCausalLM", dict(LM, **MOE)),
+    "doge": ("Doge", "DogeForCausalLM", LM),
+    "vaultgemma": ("VaultGemma", "VaultGemmaForCausalLM",
+                   dict(LM, head_dim=8)),
+    "gemma3n_text": ("Gemma3nText", "Gemma3nForCausalLM",
+                     dict(LM, head_dim=8, vocab_size_per_layer_input=V,
+                          hidden_size_per_layer_input=8, altup_num_inputs=2,
+                          laurel_rank=4, num_kv_shared_layers=0,
+                          layer_types=["sliding_attention", "full_attention",
+                                       "sliding_attention"],
+                          activation_sparsity_pattern=[0.0, 0.0, 0.0])),
+    "glm4_moe_lite": ("Glm4MoeLite", "Glm4MoeLiteForCausalLM", DEEPSEEK),
+    "mistral4": ("Mistral4", "Mistral4ForCausalLM", DEEPSEEK),
+    "nanochat": ("NanoChat", "NanoChatForCausalLM", LM),
+    "rwkv": ("Rwkv", "RwkvForCausalLM",
+             dict(vocab_size=V, hidden_size=32, num_hidden_layers=3,
+                  attention_hidden_size=32, intermediate_size=48,
+                  context_length=64)),
+    "t5gemma": ("T5Gemma", "T5GemmaForConditionalGeneration",
+                dict(encoder=dict(LM, head_dim=8),
+                     decoder=dict(LM, head_dim=8), vocab_size=V)),
+    "electra": ("Electra", "ElectraForMaskedLM", dict(ENC, embedding_size=32)),
+    "deberta_v2": ("DebertaV2", "DebertaV2ForMaskedLM", ENC),
+    "mpnet": ("MPNet", "MPNetForMaskedLM", ENC),
+    "bart": ("Bart", "BartForConditionalGeneration",
+             dict(vocab_size=V, d_model=32, encoder_layers=2,
+                  decoder_layers=2, encoder_attention_heads=4,
+                  decoder_attention_heads=4, encoder_ffn_dim=48,
+                  decoder_ffn_dim=48, max_position_embeddings=64,
+                  pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                  decoder_start_token_id=1, forced_eos_token_id=2)),
+}
+for n in ("gptj", "mpt"):
+    INFERRED[n] = CASES.pop(n)
+# Every second layer is of another kind, which a stack must keep.
+EVEN = ["jamba"]
+# What cannot be stacked, and the key of config.json that says so.
+NO_STACK = {"gemma3n_text": "hidden_size_per_layer_input"}
+# transformers has no weights of its own for the head of these, tied or not.
+ONE_HEAD = ["gptj", "mpt", "falcon_mamba", "mamba", "bloom", "rwkv", "codegen",
+            "recurrent_gemma"]
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, image_size=16, patch_size=8)
@@ -176,7 +300,7 @@ def make(name, vocab=V):
     if name in VLMS:
         cls, config, _ = VLMS[name]
         return config(), getattr(tf, cls)
-    config, cls, settings = CASES[name]
+    config, cls, settings = {**CASES, **INFERRED}[name]
     known = dict(settings, vocab_size=vocab)
     if vocab == V:
         known = settings
@@ -228,8 +352,10 @@ def finite(m, name):
 
 
 def is_causal(name):
-    return name not in VLMS and ("Causal" in CASES[name][1]
-                                 or "LMHead" in CASES[name][1])
+    if name in VLMS:
+        return False
+    cls = {**CASES, **INFERRED}[name][1]
+    return "Causal" in cls or "LMHead" in cls
 
 
 def mean(a, b):
@@ -238,10 +364,10 @@ def mean(a, b):
             "models": [{"model": a}, {"model": b}]}
 
 
-def stack(a, b, n=3):
+def stack(a, b, first=1):
     return {"merge_method": "passthrough", "slices": [
         {"sources": [{"model": a, "layer_range": [0, 2]}]},
-        {"sources": [{"model": b, "layer_range": [1, n]}]}]}
+        {"sources": [{"model": b, "layer_range": [first, first + 2]}]}]}
 
 
 def result(tvmerge, root, cls, name, recipe, what, said):
@@ -271,10 +397,11 @@ def layouts(tvmerge, root, cls, name, said):
             tensors(os.path.join(root, "a5"))):
         return
     for what, make_recipe in (("layouts", mean), ("stacked layouts", stack)):
-        want = result(tvmerge, root, cls, name, make_recipe("a", "b"), what,
-                      said)
+        first = [0] if name in EVEN and make_recipe is stack else []
+        want = result(tvmerge, root, cls, name,
+                      make_recipe("a", "b", *first), what, said)
         for a, b in (("a", "b5"), ("a5", "b"), ("a5", "b5")):
-            m = result(tvmerge, root, cls, name, make_recipe(a, b),
+            m = result(tvmerge, root, cls, name, make_recipe(a, b, *first),
                        f"{what} {a} {b}", said)
             if want is None or m is None or not same(want.state_dict(),
                                                      m.state_dict()):
@@ -395,8 +522,11 @@ def one(tvmerge, name):
             said += text_module(tvmerge, root, name, cls)
         if not is_causal(name) and name not in VLMS:
             return said
-        r = run(tvmerge, root, stack("a", "b"), "st")
-        if r.returncode:
+        r = run(tvmerge, root, stack("a", "b", int(name not in EVEN)), "st")
+        if name in NO_STACK:
+            if r.returncode != 4 or NO_STACK[name] not in r.stderr:
+                said.append(f"stack: exit {r.returncode} instead of 4")
+        elif r.returncode:
             said.append(f"stack: exit {r.returncode}: "
                         f"{r.stderr.strip()[:300]}")
         else:
@@ -412,7 +542,7 @@ def one(tvmerge, name):
         if name in VLMS:
             return said
         layouts(tvmerge, root, cls, name, said)
-        if name not in ("gptj", "mpt", "falcon_mamba", "mamba", "bloom"):
+        if name not in ONE_HEAD:
             ties(tvmerge, root, cls, name, said)
         c = os.path.join(root, "c")
         save(c, name, 3, V + 2)
@@ -433,7 +563,7 @@ def one(tvmerge, name):
 def main():
     tvmerge = os.path.abspath(sys.argv[1])
     failed = 0
-    for name in sys.argv[2:] or [*CASES, *VLMS]:
+    for name in sys.argv[2:] or [*CASES, *INFERRED, *VLMS]:
         try:
             said = one(tvmerge, name)
         except Exception as e:

@@ -233,12 +233,6 @@ enum tv_err tv_json_load(const char *data, size_t n, const char *label,
     return TV_OK;
 }
 
-enum tv_err tv_json_parse(const char *data, size_t n, const char *label,
-                          struct tv_error *err, struct json_t **out)
-{
-    return tv_json_load(data, n, label, 0, &tv_json_side_limits, err, out);
-}
-
 static int dump_piece(const char *buffer, size_t n, void *arg)
 {
     struct tv_buf *b = (struct tv_buf *)arg;

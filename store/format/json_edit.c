@@ -5,8 +5,9 @@
  * jansson rounds fractions to double, prints them its own way and refuses
  * integers beyond 64 bits (tokenizer_config.json often has a model_max_length
  * of 10^30). So such numbers are handed to it as strings with a mark in front
- * and written back as they stood. Text that needs no change is handed back byte
- * for byte.
+ * and written back as they stood. So are NaN and Infinity, which are no JSON
+ * but what Python writes (time_step_limit of Mamba 2). Text that needs no
+ * change is handed back byte for byte.
  */
 #include <string.h>
 
@@ -74,7 +75,21 @@ static size_t digits(const char *s, size_t n)
     return i;
 }
 
-/* Is s a JSON number, and one that jansson would not keep as it is? */
+/* Length of the word for a number that is none at s, 0: there is no such. */
+static size_t word_at(const char *s, size_t n)
+{
+    static const char *const words[] = {"NaN", "Infinity", "-Infinity"};
+
+    for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
+        const size_t m = strlen(words[i]);
+        if (m <= n && !memcmp(s, words[i], m) &&
+            (m == n || memchr(" \t\r\n,]}", s[m], 7) != NULL))
+            return m;
+    }
+    return 0;
+}
+
+/* Is s a number, and one that jansson would not keep as it is? */
 static bool is_fragile(const char *s, size_t n)
 {
     const size_t sign = n > 0 && s[0] == '-' ? 1 : 0;
@@ -82,6 +97,8 @@ static bool is_fragile(const char *s, size_t n)
     size_t at = sign + whole;
     bool plain = whole <= DIGITS_MAX && !(sign == 1 && s[1] == '0');
 
+    if (n > 0 && word_at(s, n) == n)
+        return true;
     if (whole == 0 || (whole > 1 && s[sign] == '0'))
         return false;
     if (at < n && s[at] == '.') {
@@ -113,8 +130,21 @@ static size_t behind_string(const char *s, size_t n, size_t i)
     return i < n ? i + 1 : n;
 }
 
-enum tv_err tv_json_parse_exact(const char *data, size_t n, const char *label,
-                                struct tv_error *err, struct json_t **out)
+/* Length of the number or the word for one at s. */
+static size_t number_at(const char *s, size_t n)
+{
+    size_t end = word_at(s, n);
+
+    while (end < n && (is_digit(s[end]) || s[end] == '-' || s[end] == '+' ||
+                       s[end] == '.' || s[end] == 'e' || s[end] == 'E'))
+        end++;
+    return end;
+}
+
+/* Parses with numbers marked, all that jansson would not keep or words only. */
+static enum tv_err parse_marked(const char *data, size_t n, const char *label,
+                                bool only_words, struct tv_error *err,
+                                struct json_t **out)
 {
     enum tv_err rc = TV_OK;
     struct tv_buf b;
@@ -122,17 +152,13 @@ enum tv_err tv_json_parse_exact(const char *data, size_t n, const char *label,
 
     tv_buf_init(&b, (size_t)TV_JSON_MAX);
     for (size_t i = 0; i < n;) {
-        size_t end = i;
-
         if (data[i] == '"') {
             i = behind_string(data, n, i);
             continue;
         }
-        while (end < n &&
-               (is_digit(data[end]) || data[end] == '-' || data[end] == '+' ||
-                data[end] == '.' || data[end] == 'e' || data[end] == 'E'))
-            end++;
-        if (end > i && is_fragile(data + i, end - i)) {
+        const size_t end = i + number_at(data + i, n - i);
+        if (end > i && (only_words ? word_at(data + i, end - i) == end - i
+                                   : is_fragile(data + i, end - i))) {
             tv_buf_add(&b, data + from, i - from);
             tv_buf_str(&b, "\"" MARK);
             tv_buf_add(&b, data + i, end - i);
@@ -142,7 +168,7 @@ enum tv_err tv_json_parse_exact(const char *data, size_t n, const char *label,
         i = end > i ? end : i + 1;
     }
     if (from == 0) {
-        rc = tv_json_parse(data, n, label, err, out);
+        rc = tv_json_load(data, n, label, 0, &tv_json_side_limits, err, out);
         goto out;
     }
     tv_buf_add(&b, data + from, n - from);
@@ -152,10 +178,23 @@ enum tv_err tv_json_parse_exact(const char *data, size_t n, const char *label,
         goto out;
     }
     TV_TRY(tv_buf_ok(&b, err));
-    rc = tv_json_parse(b.data, b.n_bytes, label, err, out);
+    rc = tv_json_load(b.data, b.n_bytes, label, 0, &tv_json_side_limits, err,
+                      out);
 out:
     tv_buf_free(&b);
     return rc;
+}
+
+enum tv_err tv_json_parse(const char *data, size_t n, const char *label,
+                          struct tv_error *err, struct json_t **out)
+{
+    return parse_marked(data, n, label, true, err, out);
+}
+
+enum tv_err tv_json_parse_exact(const char *data, size_t n, const char *label,
+                                struct tv_error *err, struct json_t **out)
+{
+    return parse_marked(data, n, label, false, err, out);
 }
 
 enum tv_err tv_json_write_exact(const struct json_t *json, struct tv_error *err,

@@ -306,6 +306,7 @@ static enum tv_err fill_config(struct tv_arch *a, struct tv_config *c,
     if (!a->family || !a->architecture || !a->model_type || !a->dtype)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     a->inferred = !f;
+    a->head_name = tv_head_name(a->model_type);
     a->has_config = c->present;
     a->dtype_key_new = c->dtype_key_new;
     a->n_layers = c->n_layers;

@@ -26,6 +26,14 @@ static const char *const keys_heads[] = {"num_attention_heads", "n_head",
 static const char *const keys_kv[] = {"num_key_value_heads", "num_kv_heads",
                                       NULL};
 static const char *const keys_head_dim[] = {"head_dim", NULL};
+/* Of models whose heads are no equal shares of the hidden size. */
+static const char *const keys_own_dim[] = {"qk_nope_head_dim",
+                                           "qk_rope_head_dim",
+                                           "v_head_dim",
+                                           "attention_head_dim",
+                                           "kv_channels",
+                                           "d_kv",
+                                           NULL};
 static const char *const keys_inner[] = {"intermediate_size", "ffn_dim",
                                          "n_inner", "ffn_hidden_size", NULL};
 static const char *const keys_vocab[] = {"vocab_size", NULL};
@@ -58,6 +66,15 @@ static json_t *find(const struct scopes *s, const char *const *keys,
     return NULL;
 }
 
+/* One value per layer (Gemma 3n, OpenELM): no number of the model. */
+static bool is_list_of_numbers(const json_t *v)
+{
+    for (size_t i = 0; i < json_array_size(v); i++)
+        if (!json_is_integer(json_array_get(v, i)))
+            return false;
+    return json_array_size(v) > 0;
+}
+
 static enum tv_err get_number(const struct scopes *s, const char *const *keys,
                               int64_t min, int64_t max, int64_t *out,
                               const char **key_out, struct tv_error *err)
@@ -67,7 +84,7 @@ static enum tv_err get_number(const struct scopes *s, const char *const *keys,
     int64_t n = 0;
 
     *out = 0;
-    if (!v)
+    if (!v || is_list_of_numbers(v))
         return TV_OK;
     if (json_is_integer(v)) {
         n = json_integer_value(v);
@@ -104,9 +121,13 @@ static enum tv_err get_string(const struct scopes *s, const char *key,
     return TV_OK;
 }
 
-static enum tv_err check_dims(const struct tv_config *c, struct tv_error *err)
+static enum tv_err check_dims(const struct tv_config *c, const struct scopes *s,
+                              struct tv_error *err)
 {
-    if (c->n_heads && c->hidden && !c->head_dim && c->hidden % c->n_heads)
+    const char *own = NULL;
+
+    if (c->n_heads && c->hidden && !c->head_dim && c->hidden % c->n_heads &&
+        !find(s, keys_own_dim, &own))
         return tv_error_set(err, TV_E_CORRUPT,
                             "config.json: hidden size %lld is no multiple of "
                             "%lld attention heads",
@@ -151,7 +172,7 @@ enum tv_err tv_config_read(const char *data, size_t n, struct tv_config *out,
     TV_TRY(get_number(&s, keys_positions, 1, TV_DIM_MAX, &c.max_positions, NULL,
                       err));
     TV_TRY(get_number(&s, keys_embed, 1, TV_DIM_MAX, &c.embed_dim, NULL, err));
-    TV_TRY(check_dims(&c, err));
+    TV_TRY(check_dims(&c, &s, err));
 
     TV_TRY(get_string(&s, "model_type", &c.model_type, err));
     c.has_parts = s.text != NULL ||

@@ -26,11 +26,13 @@ static const struct tv_expert_layout layouts[] = {
     {{[TV_EXPERT_ROUTER] = "mlp.gate.weight",
       [TV_EXPERT_GATE] = "mlp.experts.*.gate_proj.weight",
       [TV_EXPERT_UP] = "mlp.experts.*.up_proj.weight",
-      [TV_EXPERT_DOWN] = "mlp.experts.*.down_proj.weight"}},
+      [TV_EXPERT_DOWN] = "mlp.experts.*.down_proj.weight",
+      [TV_EXPERT_STATICS] = "mlp.moe_statics.e_score_correction_bias"}},
     /* all of them in transformers 5 */
     {{[TV_EXPERT_ROUTER] = "mlp.gate.weight",
       [TV_EXPERT_GATE_UP] = "mlp.experts.gate_up_proj",
-      [TV_EXPERT_DOWNS] = "mlp.experts.down_proj"}},
+      [TV_EXPERT_DOWNS] = "mlp.experts.down_proj",
+      [TV_EXPERT_STATICS] = "mlp.gate.moe_statics.e_score_correction_bias"}},
     /* Granite, packed from the beginning, and its new names */
     {{[TV_EXPERT_ROUTER] = "block_sparse_moe.router.layer.weight",
       [TV_EXPERT_GATE_UP] = "block_sparse_moe.input_linear.weight",

@@ -112,6 +112,9 @@ TV_NODISCARD enum tv_err tv_infer(struct tv_arch_tensor *tensors,
                                   int64_t vocab, int64_t *n_layers,
                                   struct tv_error *err);
 
+/* What a model of a type calls its head when it has one of its own. */
+const char *tv_head_name(const char *model_type);
+
 /* How a checkpoint's weights are quantised, by config.json or the names; NULL:
  * they are not. Borrowed from the config, or constant. *at is the first tensor
  * that shows it, SIZE_MAX when none does. */

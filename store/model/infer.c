@@ -215,6 +215,37 @@ static bool is_mask(const char *lower, unsigned rank)
                          ends_with(lower, "attention.bias"));
 }
 
+/* Heads whose names say too little to be looked for within others. */
+static bool is_head(const char *lower)
+{
+    static const char *const heads[] = {"output", "head", "output_projection",
+                                        "decoder", "lm_loss"};
+
+    for (size_t i = 0; i < sizeof(heads) / sizeof(heads[0]); i++) {
+        const size_t n = strlen(heads[i]);
+        if (!strncmp(lower, heads[i], n) &&
+            (!strcmp(lower + n, ".weight") || !strcmp(lower + n, ".bias")))
+            return true;
+    }
+    return false;
+}
+
+const char *tv_head_name(const char *model_type)
+{
+    static const char *const others[][2] = {
+        {"biogpt", "output_projection.weight"},
+        {"modernbert-decoder", "decoder.weight"},
+        {"rwkv", "head.weight"},
+        {"gpt_neox_japanese", "embed_out.weight"},
+        {"xlnet", "lm_loss.weight"},
+    };
+
+    for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++)
+        if (!strcmp(model_type, others[i][0]))
+            return others[i][1];
+    return "lm_head.weight";
+}
+
 static enum tv_err infer_role(struct tv_arch_tensor *t, unsigned rank,
                               struct tv_error *err)
 {
@@ -235,8 +266,7 @@ static enum tv_err infer_role(struct tv_arch_tensor *t, unsigned rank,
                 t->role = TV_ROLE_ROUTER;
         } else {
             t->role = match(hints_outside, lower);
-            if (t->role == TV_ROLE_OTHER && (!strcmp(lower, "output.weight") ||
-                                             !strcmp(lower, "head.weight")))
+            if (t->role == TV_ROLE_OTHER && is_head(lower))
                 t->role = TV_ROLE_LM_HEAD;
         }
     }

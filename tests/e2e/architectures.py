@@ -193,6 +193,35 @@ def modalities():
                   f"gradient of {name.format(i)}")
 
 
+def heads():
+    """The head of a stack of tied models has the name that its class knows."""
+    for kind, cls, head in (("llama", "LlamaForCausalLM", "lm_head"),
+                            ("biogpt", "BioGptForCausalLM",
+                             "output_projection"),
+                            ("modernbert-decoder",
+                             "ModernBertDecoderForCausalLM", "decoder")):
+        c = config(cls, kind, 2, tie_word_embeddings=True)
+        t = llama(2)
+        del t["lm_head.weight"]
+        save("ha", t, c)
+        save("hb", t, c, 2)
+        save("hu", dict(t, **{head + ".weight": (V, H)}),
+             dict(c, tie_word_embeddings=False), 3)
+        merge("merge_method: passthrough\nslices:\n"
+              "- sources: [{model: ha, layer_range: [0, 2]}]\n"
+              "- sources: [{model: hb, layer_range: [1, 2]}]\n")
+        check(np.array_equal(values("out", head + ".weight"),
+                             values("hb", "model.embed_tokens.weight")) and
+              config_of()["tie_word_embeddings"] is False, f"{kind}: a stack")
+        for a, b in (("ha", "hu"), ("hu", "ha")):
+            merge(pair(LINEAR, a, b))
+            check(np.allclose(values("out", head + ".weight"),
+                              (values("ha", "model.embed_tokens.weight") +
+                               values("hu", head + ".weight")) / 2, atol=1e-6)
+                  and config_of()["tie_word_embeddings"] is False,
+                  f"{kind}: tied and untied {a} {b}")
+
+
 def spellings():
     """One model as transformers 4 and 5 name it, and without a prefix."""
     vlm(3, 4, 1, "va")
@@ -340,6 +369,29 @@ def numbers():
     check(config_of()["max_window_layers"] == 3, "one more")
     r = stack("qb", [0, 3], "qb", [1, 4])
     check("max_window_layers" in r.stderr, "a window in between: warned")
+    # As many numbers as layers are no list with one entry per layer.
+    qwen("qm", moe_layers=[0, 1, 2, 3], time_step_limit=[0.0, float("inf")])
+    stack("qm", [0, 3], "qm", [1, 4])
+    check(config_of()["moe_layers"] == list(range(6)), "all of them")
+    check(config_of()["time_step_limit"] == [0.0, float("inf")],
+          "Infinity, as Python writes it")
+    qwen("qm", moe_layers=[1, 3], interleave_moe_layer_step=2)
+    stack("qm", [0, 3], "qm", [1, 4])
+    check(config_of()["moe_layers"] == [1, 3, 5], "Llama 4's experts")
+    for start, end, first, second, want in (
+            (1, 3, [0, 4], [2, 4], (1, 5)), (1, -1, [0, 4], [2, 4], (1, -1)),
+            (0, 2, [0, 2], [1, 4], (0, 3)), (1, 3, [0, 2], [0, 2], None),
+            (0, 2, [0, 4], [1, 3], None)):
+        qwen("qe", moe_layer_start_index=start, moe_layer_end_index=end)
+        stack("qe", first, "qe", second, 0 if want else 4)
+        c = config_of()
+        check(not want or (c["moe_layer_start_index"],
+                           c["moe_layer_end_index"]) == want,
+              f"ERNIE's experts: {start} {end} {first} {second}: {c}")
+    qwen("qp", hidden_size_per_layer_input=8)
+    r = stack("qp", [0, 3], "qp", [1, 4], 4)
+    check("hidden_size_per_layer_input" in r.stderr, "pieces of layers")
+    stack("qp", [0, 3], "qp", [3, 4])
     qwen("qc", mlp_only_layers=[0, 3], decoder_sparse_step=1)
     stack("qc", [0, 2], "qc", [2, 4])
     check(config_of()["mlp_only_layers"] == [0, 3], "the same layers")
@@ -364,6 +416,7 @@ def main():
     biases()
     gpt_neox()
     modalities()
+    heads()
     spellings()
     two_stacks()
     numbers()

@@ -181,6 +181,31 @@ def bare_files():
     check(merge("got", recipe) == want, "bare files")
 
 
+def statics():
+    """ERNIE 4.5: a correction that has another name in each layout; Hunyuan:
+    a router with a name of its own."""
+    def add(layout):
+        def more(t):
+            r = np.random.default_rng(9)
+            for i in range(N_LAYERS):
+                p = f"model.layers.{i}.mlp."
+                t[p + "gate.wg.weight"] = t.pop(p + "gate.weight")
+                at = "gate.moe_statics" if layout == "packed" else "moe_statics"
+                t[p + at + ".e_score_correction_bias"] = (
+                    r.standard_normal((1, E)))
+        return more
+    for seed, m in enumerate("ab", 1):
+        for layout in ("each", "packed"):
+            save(f"odd/{m}-{layout}", model(seed, "odd_moe"), "odd_moe",
+                 layout, damage=add(layout))
+    for out, other in (("each", "packed"), ("packed", "each")):
+        want = merge("want", refs(METHODS["linear"], f"odd/a-{out}",
+                                  f"odd/b-{out}", ""))
+        got = merge("got", refs(METHODS["linear"], f"odd/a-{out}",
+                                f"odd/b-{other}", ""))
+        check(want and got == want, f"odd routers in {out}")
+
+
 def in_first():
     """gpt-oss and Llama 4 pack their experts [experts, in, out], the first
     gate and up in turns and with biases: merged as they are, and not taken
@@ -286,6 +311,7 @@ def main():
     conversions()
     ways()
     bare_files()
+    statics()
     in_first()
     refusals()
     finish("experts")

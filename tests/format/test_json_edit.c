@@ -78,6 +78,8 @@ static void test_numbers(void **state)
     static const char text[] =
         "{\n  \"max\": 1000000000000000019884624838656,\n"
         "  \"many\": [\n    -0,\n    1E+2,\n    -1.50e-07,\n    12\n  ],\n"
+        "  \"limit\": [\n    0.0,\n    Infinity,\n    -Infinity,\n    NaN\n"
+        "  ],\n  \"word\": \"[NaN, Infinity]\",\n"
         "  \"text\": \"1.5, \\\"2.5\\\" \\\\\",\n"
         "  \"1.0\": \"1e5\",\n  \"z\": 7\n}\n";
     char *out = edit(text, edits, 1);

@@ -39,6 +39,11 @@ static void test_bad_configs(void **state)
         {"{\"hidden_size\":0}", TV_E_CORRUPT, "hidden_size"},
         {"{\"hidden_size\":\"8\"}", TV_E_CORRUPT, "hidden_size"},
         {"{\"hidden_size\":8.5}", TV_E_CORRUPT, "hidden_size"},
+        {"{\"hidden_size\":NaN}", TV_E_CORRUPT, "hidden_size"},
+        {"{\"hidden_size\":[]}", TV_E_CORRUPT, "hidden_size"},
+        {"{\"hidden_size\":[8,\"8\"]}", TV_E_CORRUPT, "hidden_size"},
+        {"{\"a\":nan}", TV_E_CORRUPT, "byte"},
+        {"{\"a\":Infinityx}", TV_E_CORRUPT, "byte"},
         {"{\"vocab_size\":9007199254740993}", TV_E_CORRUPT, "vocab_size"},
         {"{\"n_layer\":100001}", TV_E_CORRUPT, "n_layer"},
         {"{\"num_hidden_layers\":1e30}", TV_E_CORRUPT, "num_hidden_layers"},
@@ -66,6 +71,42 @@ static void test_bad_configs(void **state)
         assert_null(a);
         /* err may be NULL */
         assert_int_equal(describe(cases[i].config, names, NULL, &a), rc);
+    }
+}
+
+/* What real models have in their configs. */
+static void test_odd_configs(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *config;
+        int64_t heads, kv, inner;
+    } cases[] = {
+        /* one value per layer (Gemma 3n, OpenELM) */
+        {"{\"num_hidden_layers\":3,\"intermediate_size\":[16,32,16]}", 0, 0, 0},
+        {"{\"num_hidden_layers\":3,\"num_attention_heads\":[2,2,4],"
+         "\"num_key_value_heads\":[1,1,2]}",
+         0, 0, 0},
+        /* heads that are no equal shares (GLM-4.7-Flash) */
+        {"{\"num_hidden_layers\":3,\"hidden_size\":8,"
+         "\"num_attention_heads\":5,\"qk_nope_head_dim\":3}",
+         5, 5, 0},
+        /* what Python writes */
+        {"{\"num_hidden_layers\":3,\"time_step_limit\":[0.0, Infinity],"
+         "\"x\":NaN}",
+         0, 0, 0},
+    };
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct tv_error err = {0};
+        struct tv_arch *a = NULL;
+
+        if (describe(cases[i].config, names, &err, &a) != TV_OK)
+            fail_msg("%s: %s", cases[i].config, err.msg);
+        assert_int_equal(a->n_heads, cases[i].heads);
+        assert_int_equal(a->n_kv_heads, cases[i].kv);
+        assert_int_equal(a->intermediate, cases[i].inner);
+        tv_arch_free(a);
     }
 }
 
@@ -150,9 +191,8 @@ static void test_allocations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bad_configs),
-        cmocka_unit_test(test_deep_config),
-        cmocka_unit_test(test_spellings),
+        cmocka_unit_test(test_bad_configs), cmocka_unit_test(test_odd_configs),
+        cmocka_unit_test(test_deep_config), cmocka_unit_test(test_spellings),
         cmocka_unit_test(test_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

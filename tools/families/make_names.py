@@ -55,7 +55,7 @@ LAYER = [
      r"intermediate\.dense$|ffn\.lin1$", "mlp_up"),
     (r"down_proj$|\.w2$|wo$|fc2$|mlp\.c_proj$|4h_to_h$|out_proj$|"
      r"output_linear$|\d\.output\.dense$|ffn\.lin2$", "mlp_down"),
-    (r"mixer\.|act_fn\.|eh_proj$", "other"),
+    (r"mixer\.|act_fn\.|eh_proj$|attn\.sinks$", "other"),
 ]
 OUTSIDE = [
     (r"position_ids$|inv_freq$", "buffer"),
@@ -98,7 +98,7 @@ def family_of(name):
 
 
 def role_of(name, layer_end):
-    module = re.sub(r"\.(weight|bias)$", "", name)
+    module = re.sub(r"\.(weight|bias)$|(?<=_proj)_bias$", "", name)
     if re.search(r"\.attention\.(bias|masked_bias)$|\.attn\.bias$", name):
         return "buffer"
     if name == "lm_head.bias" or name.endswith("predictions.bias"):
@@ -152,8 +152,6 @@ def main():
     out = sys.argv[1]
     os.makedirs(out, exist_ok=True)
     for name in sys.argv[2:] or cf.CASES:
-        if name in ("gptj", "mpt"):
-            continue  # by inference
         config, cls = cf.make(name)
         with tempfile.TemporaryDirectory() as d:
             torch.manual_seed(1)

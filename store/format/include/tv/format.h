@@ -242,8 +242,10 @@ void tv_shards_free(struct tv_shards *s);
 
 /* ---- JSON ------------------------------------------------------------------
  * Parses an object (limits as above; UTF-8; duplicate keys refused): CORRUPT
- * with label, or NOMEM. The only way to parse: jansson's own parser goes wrong
- * without memory instead of failing. json_decref(*out) of jansson. */
+ * with label, or NOMEM. NaN and Infinity, as Python writes them, become strings
+ * that are no numbers to anybody. The only way to parse: jansson's own parser
+ * goes wrong without memory instead of failing. json_decref(*out) of jansson.
+ */
 struct json_t;
 TV_NODISCARD enum tv_err tv_json_parse(const char *data, size_t n,
                                        const char *label, struct tv_error *err,

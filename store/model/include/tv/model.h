@@ -86,6 +86,7 @@ struct tv_arch {        /* owned: tv_arch_free */
     int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab,
         max_positions;      /* 0 when unknown */
     bool tied;              /* tie_word_embeddings in effect */
+    const char *head_name;  /* of a head of its own, whether stored or not */
     bool linear_transposed; /* GPT-2 Conv1D: weights stored [in, out] */
     const char *layers_key; /* config key with the layer count at the top
                              * level, or NULL */
@@ -139,6 +140,7 @@ enum tv_expert_part {
     TV_EXPERT_DOWN,
     TV_EXPERT_GATE_UP, /* packed */
     TV_EXPERT_DOWNS,   /* packed */
+    TV_EXPERT_STATICS, /* ERNIE's correction of the router, in both */
     TV_EXPERT_PARTS
 };
 struct tv_expert_layout;
