@@ -37,25 +37,35 @@ int tvk_layer_built(void)
     return 1;
 }
 
-double tvk_gram_damp(float *h, size_t cols, double damping)
+/* The diagonal lies at d, `step` apart. */
+static double damp(float *d, size_t step, size_t cols, double damping)
 {
     double sum = 0;
     size_t n_live = 0;
 
     for (size_t j = 0; j < cols; j++)
-        if (h[j * cols + j] > 0) {
-            sum += (double)h[j * cols + j];
+        if (d[j * step] > 0) {
+            sum += (double)d[j * step];
             n_live++;
         }
     const double mean = n_live > 0 ? sum / (double)n_live : 1.0;
     const double amount = damping * mean;
     for (size_t j = 0; j < cols; j++) {
-        float *const d = &h[j * cols + j];
-        const double live = *d <= 0 ? mean : (double)*d;
+        const double live = d[j * step] <= 0 ? mean : (double)d[j * step];
 
-        *d = (float)(live + amount);
+        d[j * step] = (float)(live + amount);
     }
     return amount;
+}
+
+double tvk_gram_damp(float *h, size_t cols, double damping)
+{
+    return damp(h, cols + 1, cols, damping);
+}
+
+double tvk_diagonal_damp(float *diagonal, size_t cols, double damping)
+{
+    return damp(diagonal, 1, cols, damping);
 }
 
 static void reverse(float *a, size_t n)

@@ -118,6 +118,19 @@ static const char *name_of(const tvk_cuda *d, tvk_cu_result code)
     return name;
 }
 
+/* The first one is remembered. */
+static enum tv_err broken(tvk_cuda *d, const struct tv_error *mine,
+                          struct tv_error *err)
+{
+    (void)pthread_mutex_lock(&d->mutex);
+    if (d->trouble.code == TV_OK)
+        d->trouble = *mine;
+    (void)pthread_mutex_unlock(&d->mutex);
+    if (err != NULL)
+        *err = *mine;
+    return TV_E_IO;
+}
+
 enum tv_err tvk_cuda_refused(tvk_cuda *d, tvk_cu_result code, const char *call,
                              struct tv_error *err)
 {
@@ -130,13 +143,17 @@ enum tv_err tvk_cuda_refused(tvk_cuda *d, tvk_cu_result code, const char *call,
     (void)tv_error_set(&mine, TV_E_IO, "CUDA device %d (%s): %s: %s (%d)",
                        d->info.index, d->info.name, call, name_of(d, code),
                        (int)code);
-    (void)pthread_mutex_lock(&d->mutex);
-    if (d->trouble.code == TV_OK)
-        d->trouble = mine;
-    (void)pthread_mutex_unlock(&d->mutex);
-    if (err != NULL)
-        *err = mine;
-    return TV_E_IO;
+    return broken(d, &mine, err);
+}
+
+enum tv_err tvk_cuda_broken(tvk_cuda *d, const char *call, int code,
+                            struct tv_error *err)
+{
+    struct tv_error mine = {.code = TV_OK};
+
+    (void)tv_error_set(&mine, TV_E_IO, "CUDA device %d (%s): %s: status %d",
+                       d->info.index, d->info.name, call, code);
+    return broken(d, &mine, err);
 }
 
 enum tv_err tvk_cuda_trouble(tvk_cuda *d, struct tv_error *err)
@@ -244,6 +261,7 @@ void tvk_cuda_close(tvk_cuda *d)
 {
     if (d == NULL)
         return;
+    tvk_cuda_math_close(d->math);
     tvk_cuda_row_free(d->row);
     if (d->context != NULL) {
         /* Whatever fails here, a broken device among it, the process gives
@@ -386,12 +404,17 @@ enum tv_err tvk_cuda_stream_open(tvk_cuda *d, struct tv_error *err,
     return TV_OK;
 }
 
+void tvk_cuda_settle(tvk_cuda_stream *s)
+{
+    (void)s->device->api->context_use(s->device->context);
+    (void)s->device->api->stream_sync(s->raw);
+}
+
 void tvk_cuda_stream_close(tvk_cuda_stream *s)
 {
     if (s == NULL)
         return;
-    (void)s->device->api->context_use(s->device->context);
-    (void)s->device->api->stream_sync(s->raw);
+    tvk_cuda_settle(s);
     (void)s->device->api->stream_destroy(s->raw);
     tv_free(s);
 }

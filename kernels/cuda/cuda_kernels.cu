@@ -3,3 +3,5 @@
  * cuda_kernels.cu - all device code of the binary, as one unit for nvcc.
  */
 #include "cu_ops.cu"
+#include "cu_matrix.h"
+TVK_CU_MATRIX_KERNELS(ELEMENTS, BLOCKS2, BLOCKS3)

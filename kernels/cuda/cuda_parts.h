@@ -23,7 +23,8 @@ const struct tvk_cuda_api *tvk_cuda_driver(const char **why);
 
 #define TVK_CUDA_FUNCTIONS_MAX 64u
 
-struct tvk_cuda_row; /* cuda_row.c */
+struct tvk_cuda_row;  /* cuda_row.c */
+struct tvk_cuda_math; /* cuda_blas.c */
 
 struct tvk_cuda {
     const struct tvk_cuda_api *api;
@@ -32,7 +33,8 @@ struct tvk_cuda {
     tvk_cu_device device;
     tvk_cu_context context;
     tvk_cu_module module;
-    struct tvk_cuda_row *row; /* owned: tvk_cuda_row_free */
+    struct tvk_cuda_row *row;   /* owned: tvk_cuda_row_free */
+    struct tvk_cuda_math *math; /* owned: tvk_cuda_math_close */
 
     pthread_mutex_t mutex; /* guards what follows */
     uint64_t used_bytes, n_launches;
@@ -53,6 +55,13 @@ struct tvk_cuda_stream {
  * which breaks the device. Returns the code. */
 enum tv_err tvk_cuda_refused(tvk_cuda *d, tvk_cu_result code, const char *call,
                              struct tv_error *err);
+/* The same for a call of a library whose codes are its own. Returns IO. */
+enum tv_err tvk_cuda_broken(tvk_cuda *d, const char *call, int code,
+                            struct tv_error *err);
+/* Waits for what may still use memory that is about to go; errors show in the
+ * next call that can tell. */
+void tvk_cuda_settle(tvk_cuda_stream *s);
 void tvk_cuda_row_free(struct tvk_cuda_row *r);
+void tvk_cuda_math_close(struct tvk_cuda_math *m);
 
 #endif

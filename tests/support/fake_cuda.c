@@ -4,9 +4,9 @@
  *
  * A shared library with the functions that cuda_abi.h names, so that all of
  * kernels/cuda runs as it is: dlopen, staging, tiles, streams, running out of
- * memory, losing the device. Kernels are the host build of cu_ops.h under an
- * emulated grid: blocks one after the other, in each block phase by phase, in
- * each phase thread by thread.
+ * memory, losing the device. Kernels are the host build of cu_ops.h and
+ * cu_matrix.h under an emulated grid: blocks one after the other, in each block
+ * phase by phase, in each phase thread by thread.
  *
  * It is stricter than a device, so that luck does not hide mistakes:
  *  - nothing on a stream happens before somebody waits for it (unless host
@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda/cu_matrix.h"
 #include "cuda/cu_ops.h"
 #include "cuda/cuda_abi.h"
 #include "fake_cuda.h"
@@ -93,6 +94,7 @@ static struct tvk_cu_place place(const struct grid *g, uint32_t block,
         }                                                                      \
     }
 TVK_CU_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
+TVK_CU_MATRIX_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
 
 struct kernel {
     const char *name;
@@ -104,7 +106,8 @@ struct kernel {
 #define ROW_BLOCKS3(name, args, type, n, p0, p1, p2)                           \
     ROW_ELEMENTS(name, args, p0)
 static const struct kernel kernels[] = {
-    TVK_CU_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
+    TVK_CU_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)
+        TVK_CU_MATRIX_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
 #define N_KERNELS (sizeof kernels / sizeof *kernels)
 
 /* ---- the driver's state -------------------------------------------------- */
@@ -114,7 +117,7 @@ struct range { /* device memory, or pinned host memory */
     unsigned char *at;
     size_t bytes;
 };
-enum kind { COPY, FILL, LAUNCH };
+enum kind { COPY, FILL, LAUNCH, CALL };
 struct action { /* not done yet */
     struct action *next;
     enum kind kind;
@@ -123,6 +126,7 @@ struct action { /* not done yet */
     size_t bytes;
     unsigned char value;
     const struct kernel *kernel;
+    fake_cuda_work *work; /* of a library */
     struct grid grid;
     unsigned char args[ARGS_MAX];
 };
@@ -184,6 +188,8 @@ static void act(const struct action *a)
         memcpy(a->to, a->from, a->bytes);
     else if (a->kind == FILL)
         memset(a->to, a->value, a->bytes);
+    else if (a->kind == CALL)
+        a->work(a->args);
     else
         a->kernel->run(&a->grid, a->args);
 }
@@ -196,7 +202,7 @@ static tvk_cu_result drain(struct stream *s)
     while (s->first) {
         struct action *const a = s->first;
         s->first = a->next;
-        if (a->kind == LAUNCH && ++n_launches == lose_at)
+        if (a->kind >= LAUNCH && ++n_launches == lose_at)
             is_lost = true;
         a->grid.shared = shared;
         a->grid.backwards = n_launches % 2 == 1;
@@ -266,6 +272,31 @@ void fake_cuda_get(struct fake_cuda *f)
                             .n_launches = n_launches,
                             .most_streams = most_streams};
     (void)pthread_mutex_unlock(&mutex);
+}
+
+/* ---- for the libraries --------------------------------------------------- */
+
+EXPORT fake_cuda_call_fn fake_cuda_call;
+EXPORT fake_cuda_holds_fn fake_cuda_holds;
+
+int fake_cuda_call(void *stream, fake_cuda_work *work, const void *args,
+                   size_t bytes)
+{
+    struct action a = {.kind = CALL, .work = work};
+
+    if (!stream || bytes > sizeof a.args)
+        return INVALID;
+    memcpy(a.args, args, bytes);
+    (void)pthread_mutex_lock(&mutex);
+    return locked(push(stream, &a, false));
+}
+
+int fake_cuda_holds(const void *p, size_t bytes)
+{
+    (void)pthread_mutex_lock(&mutex);
+    const bool holds = within(memory, p, bytes);
+    (void)pthread_mutex_unlock(&mutex);
+    return holds;
 }
 
 /* ---- what cuda_abi.h names ----------------------------------------------- */

@@ -21,4 +21,13 @@ struct fake_cuda {
 typedef void fake_cuda_set_fn(const struct fake_cuda *f);
 typedef void fake_cuda_get_fn(struct fake_cuda *f);
 
+/* For the libraries beside it (fake_cublas.c, fake_cusolver.c): work on a
+ * stream, done when the stream gets to it; it counts as a launch. args are
+ * copied. Returns the driver's code. */
+typedef void fake_cuda_work(const void *args);
+typedef int fake_cuda_call_fn(void *stream, fake_cuda_work *work,
+                              const void *args, size_t bytes);
+/* Is all of this device memory? */
+typedef int fake_cuda_holds_fn(const void *p, size_t bytes);
+
 #endif

@@ -49,6 +49,8 @@ int tvk_layer_built(void);
  * magnitude. Returns amount. A matrix without live columns becomes the
  * identity times (1 + damping). */
 double tvk_gram_damp(float *h, size_t cols, double damping);
+/* The same for its diagonal [cols] alone. */
+double tvk_diagonal_damp(float *diagonal, size_t cols, double damping);
 
 /* h [cols, cols] -> U in place: upper, U^T U = H^-1, below the diagonal 0.
  * Returns 0, or -1 when H is not positive definite in fp32 or not finite (h is

@@ -1,0 +1,115 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tv/cuda_math.h - matrices on a CUDA device: products, the Gram matrix of a
+ * layer's inputs, and what tv/layer.h does with it.
+ *
+ * cuBLAS and cuSOLVER are loaded when a handle is first opened, as the
+ * driver is. Arithmetic is fp32 as the CPU's, never TF32; sums have another
+ * order, so results differ from the CPU's within rounding. They depend on the
+ * shapes, the GPU and the libraries, never on how much device memory there is.
+ * So far all of this has run on emulations only (tests/support/fake_cuda.c,
+ * fake_blas.c), not on a GPU.
+ *
+ * Matrices are row-major fp32 as in tv/layer.h. A device has one handle, which
+ * belongs to one thread at a time; everything happens in the order of its
+ * stream. Errors are
+ * tv/cuda.h's: BUDGET when device memory does not suffice, else the device is
+ * lost (IO).
+ */
+#ifndef TV_CUDA_MATH_H
+#define TV_CUDA_MATH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tv/cuda.h"
+#include "tv/error.h"
+#include "tv/layer.h"
+
+typedef struct tvk_cuda_math tvk_cuda_math;
+
+/* TV_OK when the libraries are there; else UNSUPPORTED with the reason. */
+TV_NODISCARD enum tv_err tvk_cuda_math_find(struct tv_error *err);
+/* The device's, made by the first call; borrowed until tvk_cuda_close. */
+TV_NODISCARD enum tv_err tvk_cuda_math_of(tvk_cuda *d, struct tv_error *err,
+                                          tvk_cuda_math **out);
+tvk_cuda *tvk_cuda_math_device(const tvk_cuda_math *m);
+/* Borrowed. */
+tvk_cuda_stream *tvk_cuda_math_stream(const tvk_cuda_math *m);
+/* What results depend on: the GPU's name. Filled, returns dst. */
+const char *tvk_cuda_math_core(const tvk_cuda *d, char *dst, size_t cap);
+
+/* c [m, n] = alpha op(a) op(b) + beta c; op(a) [m, k], op(b) [k, n]. */
+struct tvk_cuda_gemm {
+    bool trans_a, trans_b;
+    size_t m, n, k;
+    float alpha, beta;
+    tvk_cuda_ptr a, b, c;
+    size_t lda, ldb, ldc;
+};
+TV_NODISCARD enum tv_err tvk_cuda_gemm(tvk_cuda_math *m,
+                                       const struct tvk_cuda_gemm *g,
+                                       struct tv_error *err);
+
+/* ---- the Gram matrix ----------------------------------------------------- */
+
+/* Rows of x that are summed in fp32 before they join the fp64 sums, and rows
+ * of the matrix that one product makes. */
+#define TVK_CUDA_GRAM_CHUNK 1024u
+#define TVK_CUDA_GRAM_STRIP 1024u
+
+/* Adds x^T x of x [rows, n] (host, row stride ldx) to sums: the packed upper
+ * triangle [n (n + 1) / 2], fp64, as in tv/eval.h. `at` != 0: sums are there on
+ * the device, and `sums` is not looked at. 0: they are on the host and come
+ * and go strip by strip; same bits. Chunks begin at x. */
+TV_NODISCARD enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums,
+                                           tvk_cuda_ptr at, const float *x,
+                                           size_t ldx, size_t rows, size_t n,
+                                           struct tv_error *err);
+
+/* ---- one layer: tv/layer.h on the device --------------------------------- */
+
+/* T [rows, cols] and H or its factor U [cols, cols], both on the device. */
+typedef struct tvk_cuda_layer tvk_cuda_layer;
+
+/* Rows that tvk_cuda_layer_refine and _product take at a time. */
+#define TVK_CUDA_CG_ROWS 512u
+
+/* Device memory that a layer needs, all in all. */
+uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols);
+TV_NODISCARD enum tv_err tvk_cuda_layer_open(tvk_cuda *d, size_t rows,
+                                             size_t cols, struct tv_error *err,
+                                             tvk_cuda_layer **out);
+void tvk_cuda_layer_close(tvk_cuda_layer *l); /* NULL allowed */
+
+/* H from its packed upper triangle [cols (cols + 1) / 2] with `diagonal` [cols]
+ * in place of its own (NULL: its own). */
+TV_NODISCARD enum tv_err tvk_cuda_layer_gram(tvk_cuda_layer *l,
+                                             const float *packed,
+                                             const float *diagonal,
+                                             struct tv_error *err);
+/* H becomes U (tvk_gram_factor). *definite false: H was not positive definite
+ * in fp32 and is gone. u_diagonal [cols], NULL allowed: U's. */
+TV_NODISCARD enum tv_err tvk_cuda_layer_factor(tvk_cuda_layer *l,
+                                               bool *definite,
+                                               float *u_diagonal,
+                                               struct tv_error *err);
+/* tvk_obs_prune with U: t [rows, cols] on the host in: T, out: P. */
+TV_NODISCARD enum tv_err tvk_cuda_layer_obs(tvk_cuda_layer *l, float *t,
+                                            const struct tvk_obs *how,
+                                            struct tv_error *err);
+/* tvk_cg_rows with H on up to TVK_CUDA_CG_ROWS rows, all on the host. Entries
+ * of p that are 0 are pruned. */
+TV_NODISCARD enum tv_err tvk_cuda_layer_refine(tvk_cuda_layer *l, float *p,
+                                               const float *t, size_t rows,
+                                               unsigned n_steps,
+                                               struct tv_error *err);
+/* tvk_gram_product with H on up to TVK_CUDA_CG_ROWS rows, all on the host. */
+TV_NODISCARD enum tv_err tvk_cuda_layer_product(tvk_cuda_layer *l,
+                                                const float *t, const float *p,
+                                                size_t rows, double *tt,
+                                                double *tp, double *pp,
+                                                struct tv_error *err);
+
+#endif

@@ -1,0 +1,551 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_cuda_math.c - matrices on the device against the CPU: products in every
+ * layout, Gram matrices, one layer's pruning and refinement; what does not fit,
+ * a lost device.
+ *
+ * On the fake driver and libraries (tests/support), which CTest sees to. Bounds
+ * are I2's: sums have another order than OpenBLAS's.
+ */
+#include "test.h"
+
+#include <dlfcn.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fake_cuda.h"
+#include "rng.h"
+#include "tv/cuda_math.h"
+#include "ulp.h"
+
+static fake_cuda_set_fn *fake_set;
+static fake_cuda_get_fn *fake_get;
+
+static int fixture(void **state)
+{
+    (void)state;
+    void *const driver = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!driver)
+        return -1;
+    void *const set = dlsym(driver, "fake_cuda_set");
+    void *const get = dlsym(driver, "fake_cuda_get");
+    if (!set || !get)
+        return -1;
+    memcpy(&fake_set, &set, sizeof fake_set);
+    memcpy(&fake_get, &get, sizeof fake_get);
+    return 0;
+}
+
+static void *zeroed(size_t n, size_t each)
+{
+    void *p = calloc(n + 1, each);
+
+    assert_non_null(p);
+    return p;
+}
+
+static float *normal(size_t n, uint64_t stream)
+{
+    float *const x = zeroed(n, sizeof *x);
+    struct rng r;
+
+    rng_open(&r, stream);
+    for (size_t i = 0; i < n; i++)
+        x[i] = rng_normal(&r);
+    return x;
+}
+
+static tvk_cuda *device_open(size_t bytes, unsigned long lose_at)
+{
+    const struct fake_cuda f = {.total_bytes = bytes, .lose_at = lose_at};
+    struct tv_error err = {.code = TV_OK};
+    struct tvk_cuda_options o;
+    tvk_cuda *d = NULL;
+
+    fake_set(&f);
+    tvk_cuda_options_init(&o);
+    o.image = "kernels of the emulated grid";
+    assert_ok(tvk_cuda_open(&o, &err, &d), &err);
+    return d;
+}
+
+/* Everything was given back. */
+static void device_close(tvk_cuda *d)
+{
+    struct fake_cuda f;
+
+    tvk_cuda_close(d);
+    fake_get(&f);
+    assert_int_equal(f.used_bytes, 0);
+    assert_int_equal(f.n_pinned, 0);
+}
+
+static tvk_cuda_math *math_of(tvk_cuda *d)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda_math *m = NULL;
+
+    assert_ok(tvk_cuda_math_of(d, &err, &m), &err);
+    return m;
+}
+
+static tvk_cuda_ptr to_device(tvk_cuda *d, const void *x, size_t bytes)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda_stream *const s = tvk_cuda_math_stream(math_of(d));
+    tvk_cuda_ptr p = 0;
+
+    assert_ok(tvk_cuda_alloc(d, bytes, "an operand", &err, &p), &err);
+    assert_ok(tvk_cuda_upload(s, p, x, bytes, &err), &err);
+    return p;
+}
+
+/* ---- products ------------------------------------------------------------ */
+
+enum { GM = 5, GN = 7, GK = 3, LD = 9 };
+
+static void test_gemm(void **state)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda *const d = device_open(64u << 20, 0);
+    tvk_cuda_math *const m = math_of(d);
+    float *const a = normal((size_t)LD * LD, 1);
+    float *const b = normal((size_t)LD * LD, 2);
+    float *const c = normal((size_t)LD * LD, 3);
+    const size_t bytes = (size_t)LD * LD * sizeof *a;
+    const tvk_cuda_ptr da = to_device(d, a, bytes), db = to_device(d, b, bytes);
+
+    (void)state;
+    for (unsigned way = 0; way < 8; way++) {
+        const bool ta = way & 1, tb = way & 2;
+        const float beta = way & 4 ? 0.5f : 0.0f;
+        const tvk_cuda_ptr dc = to_device(d, c, bytes);
+        const struct tvk_cuda_gemm g = {ta, tb, GM, GN, GK, -2.0f, beta,
+                                        da, db, dc, LD, LD, LD};
+        float got[LD * LD];
+
+        assert_ok(tvk_cuda_gemm(m, &g, &err), &err);
+        assert_ok(
+            tvk_cuda_download(tvk_cuda_math_stream(m), got, dc, bytes, &err),
+            &err);
+        assert_ok(tvk_cuda_sync(tvk_cuda_math_stream(m), &err), &err);
+        for (size_t i = 0; i < LD; i++)
+            for (size_t j = 0; j < LD; j++) {
+                double want = (double)c[i * LD + j];
+
+                if (i < GM && j < GN) {
+                    want *= (double)beta;
+                    for (size_t k = 0; k < GK; k++)
+                        want -= 2.0 * (double)a[ta ? k * LD + i : i * LD + k] *
+                                (double)b[tb ? j * LD + k : k * LD + j];
+                }
+                if (fabs((double)got[i * LD + j] - want) > 1e-5)
+                    fail_msg("way %u: c[%zu,%zu] is %g, not %g", way, i, j,
+                             (double)got[i * LD + j], want);
+            }
+        tvk_cuda_free(d, dc, bytes);
+    }
+    tvk_cuda_free(d, da, bytes);
+    tvk_cuda_free(d, db, bytes);
+    device_close(d);
+    free(a);
+    free(b);
+    free(c);
+}
+
+/* ---- Gram matrices ------------------------------------------------------- */
+
+static void gram_case(size_t rows, size_t n, size_t ldx)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda *const d = device_open(64u << 20, 0);
+    tvk_cuda_math *const m = math_of(d);
+    float *const x = normal(rows * ldx, rows);
+    const size_t entries = n * (n + 1) / 2;
+    double *const host = zeroed(entries, sizeof *host);
+    double *const there = zeroed(entries, sizeof *there);
+    const tvk_cuda_ptr at = to_device(d, there, entries * sizeof *there);
+
+    for (int twice = 0; twice < 2; twice++) {
+        assert_ok(tvk_cuda_gram_add(m, host, 0, x, ldx, rows, n, &err), &err);
+        assert_ok(tvk_cuda_gram_add(m, NULL, at, x, ldx, rows, n, &err), &err);
+    }
+    assert_ok(tvk_cuda_download(tvk_cuda_math_stream(m), there, at,
+                                entries * sizeof *there, &err),
+              &err);
+    assert_ok(tvk_cuda_sync(tvk_cuda_math_stream(m), &err), &err);
+    assert_same_bytes("sums on the device", there, host,
+                      entries * sizeof *there);
+    for (size_t i = 0, e = 0; i < n; i++)
+        for (size_t j = i; j < n; j++, e++) {
+            double want = 0;
+
+            for (size_t r = 0; r < rows; r++)
+                want += 2.0 * (double)x[r * ldx + i] * (double)x[r * ldx + j];
+            if (fabs(host[e] - want) > 1e-5 * (double)rows)
+                fail_msg("[%zu,%zu] is %g, not %g", i, j, host[e], want);
+        }
+    tvk_cuda_free(d, at, entries * sizeof *there);
+    device_close(d);
+    free(x);
+    free(host);
+    free(there);
+}
+
+static void test_gram(void **state)
+{
+    (void)state;
+    gram_case(1, 1, 1);
+    gram_case(37, 19, 23);
+    gram_case(2 * TVK_CUDA_GRAM_CHUNK + 5, 11, 11); /* several chunks */
+    gram_case(2, TVK_CUDA_GRAM_STRIP + 6, TVK_CUDA_GRAM_STRIP + 9); /* strips */
+}
+
+/* One buffer instead of two, then none. */
+static void test_gram_memory(void **state)
+{
+    struct tv_error err = {.code = TV_OK};
+    enum { N = 64, ROWS = 1500 };
+    const size_t chunk = (size_t)TVK_CUDA_GRAM_CHUNK * N * sizeof(float);
+    float *const x = normal((size_t)ROWS * N, 5);
+    double *const roomy = zeroed((size_t)N * N, sizeof *roomy);
+    double *const tight = zeroed((size_t)N * N, sizeof *tight);
+    tvk_cuda *d = device_open(64u << 20, 0);
+
+    (void)state;
+    assert_ok(tvk_cuda_gram_add(math_of(d), roomy, 0, x, N, ROWS, N, &err),
+              &err);
+    const uint64_t left = tvk_cuda_left(d);
+    tvk_cuda_ptr rest = 0;
+    const size_t taken = (size_t)left - (2 * chunk - 256);
+    assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
+    assert_ok(tvk_cuda_gram_add(math_of(d), tight, 0, x, N, ROWS, N, &err),
+              &err);
+    assert_same_bytes("sums", tight, roomy, (size_t)N * N * sizeof *roomy);
+    tvk_cuda_ptr more = 0;
+    assert_ok(tvk_cuda_alloc(d, chunk, "others", &err, &more), &err);
+    assert_int_equal(
+        tvk_cuda_gram_add(math_of(d), tight, 0, x, N, ROWS, N, &err),
+        TV_E_BUDGET);
+    assert_non_null(strstr(err.msg, "--device-memory"));
+    assert_int_equal(tvk_cuda_trouble(d, &err), TV_OK);
+    tvk_cuda_free(d, more, chunk);
+    tvk_cuda_free(d, rest, taken);
+    device_close(d);
+    free(x);
+    free(roomy);
+    free(tight);
+}
+
+/* ---- one layer ----------------------------------------------------------- */
+
+struct layer_case {
+    size_t rows, cols;
+    float *t, *h, *u, *packed, *diagonal, *p, *work;
+};
+
+/* H = X^T X of correlated inputs, damped, and what the CPU makes of it;
+ * identity: H is 1, so that every score is t^2. */
+static void case_open(struct layer_case *c, size_t rows, size_t cols,
+                      bool identity)
+{
+    const size_t n = cols;
+    float *const x = normal(2 * n * n, n);
+
+    *c = (struct layer_case){.rows = rows, .cols = cols};
+    c->t = normal(rows * cols, rows);
+    c->h = zeroed(n * n, sizeof *c->h);
+    c->u = zeroed(n * n, sizeof *c->u);
+    c->p = zeroed(rows * n, sizeof *c->p);
+    c->packed = zeroed(n * (n + 1) / 2, sizeof *c->packed);
+    c->diagonal = zeroed(n, sizeof *c->diagonal);
+    c->work =
+        zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(cols), sizeof *c->work);
+    for (size_t k = 0; k < 2 * n && !identity; k++)
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < n; j++)
+                c->h[i * n + j] += (x[k * n + i] + 0.5f * x[k * n]) *
+                                   (x[k * n + j] + 0.5f * x[k * n]);
+    for (size_t i = 0; i < n && identity; i++)
+        c->h[i * n + i] = 1.0f;
+    for (size_t i = 0, e = 0; i < n; i++) {
+        c->diagonal[i] = c->h[i * n + i];
+        for (size_t j = i; j < n; j++)
+            c->packed[e++] = c->h[i * n + j];
+    }
+    if (!identity) {
+        const double amount = tvk_gram_damp(c->h, n, 0.01);
+        assert_true(tvk_diagonal_damp(c->diagonal, n, 0.01) == amount);
+    }
+    memcpy(c->u, c->h, n * n * sizeof *c->u);
+    assert_int_equal(tvk_gram_factor(c->u, n), 0);
+    free(x);
+}
+
+static void case_close(struct layer_case *c)
+{
+    free(c->t);
+    free(c->h);
+    free(c->u);
+    free(c->p);
+    free(c->packed);
+    free(c->diagonal);
+    free(c->work);
+}
+
+static tvk_cuda_layer *layer_open(tvk_cuda *d, const struct layer_case *c)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda_layer *l = NULL;
+    bool definite = false;
+
+    assert_ok(tvk_cuda_layer_open(d, c->rows, c->cols, &err, &l), &err);
+    assert_ok(tvk_cuda_layer_gram(l, c->packed, c->diagonal, &err), &err);
+    assert_ok(tvk_cuda_layer_factor(l, &definite, NULL, &err), &err);
+    assert_true(definite);
+    return l;
+}
+
+/* Frobenius norm of x - y by that of y. */
+static double difference(const float *x, const float *y, size_t n)
+{
+    double sum = 0, all = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        sum += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
+        all += (double)y[i] * (double)y[i];
+    }
+    return sqrt(sum / (all > 0 ? all : 1));
+}
+
+static void test_factor(void **state)
+{
+    static const size_t sizes[] = {1, 2, 33, 150};
+
+    (void)state;
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        struct tv_error err = {.code = TV_OK};
+        const size_t n = sizes[s];
+        struct layer_case c;
+        tvk_cuda_layer *l = NULL;
+        tvk_cuda *const d = device_open(64u << 20, 0);
+        float *const diagonal = zeroed(n, sizeof *diagonal);
+        bool definite = false;
+
+        case_open(&c, 3, n, false);
+        assert_ok(tvk_cuda_layer_open(d, 3, n, &err, &l), &err);
+        assert_ok(tvk_cuda_layer_gram(l, c.packed, c.diagonal, &err), &err);
+        assert_ok(tvk_cuda_layer_factor(l, &definite, diagonal, &err), &err);
+        assert_true(definite);
+        for (size_t i = 0; i < n; i++)
+            assert_true(fabsf(diagonal[i] / c.u[i * n + i] - 1) < 1e-4f);
+        /* Not definite: nothing is broken. */
+        c.packed[0] = -1.0f;
+        assert_ok(tvk_cuda_layer_gram(l, c.packed, NULL, &err), &err);
+        assert_ok(tvk_cuda_layer_factor(l, &definite, diagonal, &err), &err);
+        assert_false(definite);
+        c.packed[0] = NAN;
+        assert_ok(tvk_cuda_layer_gram(l, c.packed, NULL, &err), &err);
+        assert_ok(tvk_cuda_layer_factor(l, &definite, diagonal, &err), &err);
+        assert_false(definite);
+        tvk_cuda_layer_close(l);
+        device_close(d);
+        free(diagonal);
+        case_close(&c);
+    }
+}
+
+static void obs_case(size_t rows, size_t cols, bool identity, bool ties,
+                     const struct tvk_obs *how)
+{
+    struct tv_error err = {.code = TV_OK};
+    struct layer_case c;
+    tvk_cuda *const d = device_open(64u << 20, 0);
+
+    case_open(&c, rows, cols, identity);
+    float *const got = zeroed(rows * cols, sizeof *got);
+    for (size_t i = 0; i < rows * cols && ties; i++)
+        c.t[i] = roundf(c.t[i] * 4.0f) / 4.0f;
+    memcpy(c.p, c.t, rows * cols * sizeof *c.p);
+    memcpy(got, c.t, rows * cols * sizeof *got);
+    (void)tvk_obs_prune(c.p, c.u, rows, cols, how, c.work);
+    tvk_cuda_layer *const l = layer_open(d, &c);
+    assert_ok(tvk_cuda_layer_obs(l, got, how, &err), &err);
+    size_t n_other = 0;
+    for (size_t i = 0; i < rows * cols; i++)
+        n_other += (got[i] != 0) != (c.p[i] != 0);
+    if (identity && n_other > 0)
+        fail_msg("%zu of %zu entries are chosen otherwise", n_other,
+                 rows * cols);
+    /* I2: 99.9% of the mask; a swap moves its row. */
+    if ((double)n_other > 1e-3 * (double)(rows * cols))
+        fail_msg("%zu entries are chosen otherwise", n_other);
+    if (n_other == 0 && difference(got, c.p, rows * cols) > 1e-4)
+        fail_msg("relative difference %g", difference(got, c.p, rows * cols));
+    tvk_cuda_layer_close(l);
+    device_close(d);
+    free(got);
+    case_close(&c);
+}
+
+static void test_obs(void **state)
+{
+    static const struct tvk_obs half = {.density = 0.5}, none = {.density = 0},
+                                all = {.density = 1}, few = {.density = 0.1};
+    static const struct tvk_obs two_four = {.n_pruned = 2, .group = 4},
+                                wide = {.n_pruned = 40, .group = 64};
+
+    (void)state;
+    obs_case(1, 1, false, false, &half);
+    obs_case(33, 200, false, false, &half);
+    obs_case(20, 200, false, false, &few);
+    obs_case(9, 130, false, false, &none);
+    obs_case(9, 130, false, false, &all);
+    obs_case(7, 530, true, true, &half); /* beyond a group */
+    obs_case(7, 530, false, false, &two_four);
+    obs_case(17, 140, false, false, &two_four);
+    obs_case(11, 150, false, false, &wide);
+    /* The first of equal scores go, row by row. */
+    obs_case(300, 133, true, true, &half);
+    obs_case(300, 133, true, true, &few);
+}
+
+static void test_refine(void **state)
+{
+    struct tv_error err = {.code = TV_OK};
+    enum { ROWS = 40, COLS = 150, N = ROWS * COLS };
+    struct layer_case c;
+    tvk_cuda *const d = device_open(64u << 20, 0);
+    tvk_cuda_layer *l = NULL;
+    uint8_t *const keep = zeroed(N, 1);
+    float *const got = zeroed(N, sizeof *got);
+
+    (void)state;
+    case_open(&c, ROWS, COLS, false);
+    for (size_t i = 0; i < N; i++)
+        c.p[i] = got[i] = i % 3 == 0 || i / COLS == 7 ? c.t[i] : 0.0f;
+    for (size_t i = 0; i < N; i++)
+        keep[i] = c.p[i] != 0;
+    assert_ok(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), &err);
+    assert_ok(tvk_cuda_layer_gram(l, c.packed, c.diagonal, &err), &err);
+    for (unsigned steps = 0; steps < 5; steps++) {
+        for (size_t i = 0; i < N; i++)
+            c.p[i] = got[i] = keep[i] ? c.t[i] : 0.0f;
+        tvk_cg_rows(c.p, c.t, keep, c.h, ROWS, COLS, steps, c.work);
+        assert_ok(tvk_cuda_layer_refine(l, got, c.t, ROWS, steps, &err), &err);
+        if (difference(got, c.p, N) > 1e-5)
+            fail_msg("%u steps: relative difference %g", steps,
+                     difference(got, c.p, N));
+    }
+    double want[3] = {0}, sums[3] = {0};
+    tvk_gram_product(c.t, c.p, c.h, ROWS, COLS, &want[0], &want[1], &want[2],
+                     c.work);
+    assert_ok(tvk_cuda_layer_product(l, c.t, c.p, ROWS, &sums[0], &sums[1],
+                                     &sums[2], &err),
+              &err);
+    for (size_t i = 0; i < 3; i++)
+        assert_true(fabs(sums[i] / want[i] - 1) < 1e-5);
+    tvk_cuda_layer_close(l);
+    device_close(d);
+    free(keep);
+    free(got);
+    case_close(&c);
+}
+
+/* What a layer says it needs is enough, and a little less is not. */
+static void test_layer_memory(void **state)
+{
+    struct tv_error err = {.code = TV_OK};
+    struct layer_case c;
+    tvk_cuda *const d = device_open(64u << 20, 0);
+    tvk_cuda_layer *l = NULL;
+    tvk_cuda_ptr rest = 0;
+
+    (void)state;
+    case_open(&c, 40, 300, false);
+    (void)math_of(d);
+    const size_t needed = (size_t)tvk_cuda_layer_bytes(40, 300);
+    const size_t taken = (size_t)tvk_cuda_left(d) - needed;
+    assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
+    l = layer_open(d, &c);
+    tvk_cuda_layer_close(l);
+    tvk_cuda_ptr more = 0;
+    const size_t too_much = needed - 1000;
+    assert_ok(tvk_cuda_alloc(d, too_much, "others", &err, &more), &err);
+    assert_int_equal(tvk_cuda_layer_open(d, 40, 300, &err, &l), TV_E_BUDGET);
+    assert_null(l);
+    assert_int_equal(tvk_cuda_trouble(d, &err), TV_OK);
+    tvk_cuda_free(d, more, too_much);
+    tvk_cuda_free(d, rest, taken);
+    device_close(d);
+    case_close(&c);
+}
+
+/* All of a layer's work; its first error. */
+static enum tv_err work_through(tvk_cuda *d, const struct layer_case *c,
+                                float *t, struct tv_error *err)
+{
+    const struct tvk_obs half = {.density = 0.5};
+    enum tv_err rc = TV_OK;
+    tvk_cuda_layer *l = NULL;
+    tvk_cuda_math *m = NULL;
+    double sums[3] = {0};
+    double *const gram = zeroed(c->cols * c->cols, sizeof *gram);
+    bool definite = false;
+
+    memcpy(t, c->t, c->rows * c->cols * sizeof *t);
+    TV_TRY(tvk_cuda_math_of(d, err, &m));
+    TV_TRY(tvk_cuda_gram_add(m, gram, 0, c->t, c->cols, c->rows, c->cols, err));
+    TV_TRY(tvk_cuda_layer_open(d, c->rows, c->cols, err, &l));
+    TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
+    TV_TRY(tvk_cuda_layer_factor(l, &definite, NULL, err));
+    TV_TRY(tvk_cuda_layer_obs(l, t, &half, err));
+    TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
+    TV_TRY(tvk_cuda_layer_refine(l, t, c->t, c->rows, 2, err));
+    TV_TRY(tvk_cuda_layer_product(l, c->t, t, c->rows, &sums[0], &sums[1],
+                                  &sums[2], err));
+out:
+    tvk_cuda_layer_close(l);
+    free(gram);
+    return rc;
+}
+
+static void test_lost(void **state)
+{
+    struct layer_case c;
+    struct fake_cuda f;
+    float *t = NULL;
+
+    (void)state;
+    case_open(&c, 6, 140, false);
+    t = zeroed(c.rows * c.cols, sizeof *t);
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda *d = device_open(64u << 20, 0);
+    assert_ok(work_through(d, &c, t, &err), &err);
+    fake_get(&f);
+    const unsigned long n = f.n_launches;
+    assert_true(n > 30);
+    device_close(d);
+    for (unsigned long at = 1; at <= n; at += at < 8 ? 1 : 5) {
+        tv_error_clear(&err);
+        d = device_open(64u << 20, at);
+        assert_int_equal(work_through(d, &c, t, &err), TV_E_IO);
+        assert_non_null(strstr(err.msg, "Fake GPU 0"));
+        assert_int_equal(tvk_cuda_trouble(d, &err), TV_E_IO);
+        device_close(d);
+    }
+    free(t);
+    case_close(&c);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gemm),         cmocka_unit_test(test_gram),
+        cmocka_unit_test(test_gram_memory),  cmocka_unit_test(test_factor),
+        cmocka_unit_test(test_obs),          cmocka_unit_test(test_refine),
+        cmocka_unit_test(test_layer_memory), cmocka_unit_test(test_lost),
+    };
+    return cmocka_run_group_tests(tests, fixture, NULL);
+}

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fake_cublas.c - cuBLAS made of plain loops over the fake driver's memory.
+ *
+ * Column-major as the real one, on a stream as the real one: nothing happens
+ * before the stream gets there. Stricter: operands must lie in device memory as
+ * a whole, and only pedantic arithmetic with a workspace of ours is accepted,
+ * which results need to be the same each time.
+ */
+#include <stdlib.h>
+
+#include "cuda/cuda_blas_abi.h"
+#include "fake_library.h"
+
+#define INVALID                        7  /* CUBLAS_STATUS_INVALID_VALUE */
+#define FAILED                         13 /* CUBLAS_STATUS_EXECUTION_FAILED */
+
+#define DECLARE(field, symbol, params) EXPORT tvk_cb_status symbol params;
+TVK_CUDA_CUBLAS(DECLARE)
+
+struct handle {
+    void *stream;
+    bool has_workspace, pedantic;
+};
+
+tvk_cb_status cublasCreate_v2(tvk_cb_handle *h)
+{
+    *h = find_driver() ? calloc(1, sizeof(struct handle)) : NULL;
+    return *h ? TVK_CB_OK : 1;
+}
+
+tvk_cb_status cublasDestroy_v2(tvk_cb_handle h)
+{
+    free(h);
+    return TVK_CB_OK;
+}
+
+tvk_cb_status cublasSetStream_v2(tvk_cb_handle h, tvk_cb_stream s)
+{
+    struct handle *const x = h;
+
+    x->stream = s;
+    x->has_workspace = false; /* as the real one */
+    return TVK_CB_OK;
+}
+
+tvk_cb_status cublasSetWorkspace_v2(tvk_cb_handle h, void *at, size_t bytes)
+{
+    struct handle *const x = h;
+
+    x->has_workspace = fake_holds(at, bytes) != 0;
+    return x->has_workspace ? TVK_CB_OK : INVALID;
+}
+
+tvk_cb_status cublasSetMathMode(tvk_cb_handle h, tvk_cb_math mode)
+{
+    struct handle *const x = h;
+
+    x->pedantic = mode == TVK_CB_PEDANTIC;
+    return TVK_CB_OK;
+}
+
+static bool is_ready(const struct handle *x)
+{
+    return x->stream && x->has_workspace && x->pedantic;
+}
+
+struct product {
+    bool ta, tb;
+    size_t m, n, k, lda, ldb, ldc;
+    float alpha, beta;
+    const float *a, *b;
+    float *c;
+};
+
+static void multiply(const void *args)
+{
+    const struct product *const p = args;
+
+    for (size_t j = 0; j < p->n; j++)
+        for (size_t i = 0; i < p->m; i++) {
+            float *const c = &p->c[j * p->ldc + i];
+            float sum = 0;
+            for (size_t l = 0; l < p->k; l++)
+                sum += p->a[p->ta ? i * p->lda + l : l * p->lda + i] *
+                       p->b[p->tb ? l * p->ldb + j : j * p->ldb + l];
+            /* beta 0 means that c may hold anything. */
+            *c = p->alpha * sum + (p->beta != 0 ? p->beta * *c : 0);
+        }
+}
+
+tvk_cb_status cublasSgemm_v2(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m,
+                             int n, int k, const float *alpha, const float *a,
+                             int lda, const float *b, int ldb,
+                             const float *beta, float *c, int ldc)
+{
+    const struct handle *const x = h;
+    const bool is_ta = ta == TVK_CB_T, is_tb = tb == TVK_CB_T;
+
+    if (!is_ready(x) || !is_matrix(a, is_ta ? k : m, is_ta ? m : k, lda) ||
+        !is_matrix(b, is_tb ? n : k, is_tb ? k : n, ldb) ||
+        !is_matrix(c, m, n, ldc))
+        return INVALID;
+    const struct product p = {is_ta,     is_tb,       (size_t)m,   (size_t)n,
+                              (size_t)k, (size_t)lda, (size_t)ldb, (size_t)ldc,
+                              *alpha,    *beta,       a,           b,
+                              c};
+    return fake_call(x->stream, multiply, &p, sizeof p) ? FAILED : TVK_CB_OK;
+}
+
+/* Columns of b, from the last row of the upper triangle to the first. */
+static void solve(const void *args)
+{
+    const struct product *const p = args;
+
+    for (size_t j = 0; j < p->n; j++) {
+        float *const b = p->c + j * p->ldc;
+        for (size_t i = p->m; i-- > 0;) {
+            float sum = p->alpha * b[i];
+            for (size_t l = i + 1; l < p->m; l++)
+                sum -= p->a[l * p->lda + i] * b[l];
+            b[i] = sum / p->a[i * p->lda + i];
+        }
+    }
+}
+
+tvk_cb_status cublasStrsm_v2(tvk_cb_handle h, tvk_cb_side side,
+                             tvk_cb_fill fill, tvk_cb_op ta, tvk_cb_diag diag,
+                             int m, int n, const float *alpha, const float *a,
+                             int lda, float *b, int ldb)
+{
+    const struct handle *const x = h;
+
+    if (!is_ready(x) || side != TVK_CB_LEFT || fill != TVK_CB_UPPER ||
+        ta != TVK_CB_N || diag != TVK_CB_NON_UNIT || !is_matrix(a, m, m, lda) ||
+        !is_matrix(b, m, n, ldb))
+        return INVALID;
+    const struct product p = {.m = (size_t)m,
+                              .n = (size_t)n,
+                              .lda = (size_t)lda,
+                              .ldc = (size_t)ldb,
+                              .alpha = *alpha,
+                              .a = a,
+                              .c = b};
+    return fake_call(x->stream, solve, &p, sizeof p) ? FAILED : TVK_CB_OK;
+}
