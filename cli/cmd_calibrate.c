@@ -402,7 +402,7 @@ static enum tv_err calibrate(struct job *j)
     struct tvc *c = j->c;
     enum tv_err rc = TV_OK;
     struct tvc_progress *bar = NULL;
-    char *about = json_dumps(j->about, JSON_COMPACT | JSON_SORT_KEYS);
+    char *about = tv_json_text(j->about, JSON_COMPACT | JSON_SORT_KEYS);
     const struct tve_calibration_options opt = {.kind = j->o->stat,
                                                 .store = j->store,
                                                 .keep = TVE_KEEP_ALL,
@@ -430,11 +430,7 @@ static enum tv_err calibrate(struct job *j)
     if (tv_derived_release(j->store, NULL, 0, NULL) != TV_OK)
         tvc_note(&c->out, "the store was not told that the work is over");
 out:
-    if (about) {
-        json_free_t give_back = NULL;
-        json_get_alloc_funcs(NULL, &give_back);
-        give_back(about);
-    }
+    tv_free(about);
     return rc;
 }
 

@@ -114,14 +114,10 @@ enum tv_err tvm_adapters_config(struct tvm_adapters *a, char **out,
     for (size_t i = 0; i < sizeof cleared / sizeof *cleared; i++)
         bad |= json_object_set_new(c, cleared[i], json_null());
     if (bad == 0)
-        raw = json_dumps(c, JSON_INDENT(2));
+        raw = tv_json_text(c, JSON_INDENT(2));
     if (raw)
         *out = tv_asprintf("%s\n", raw);
-    if (raw) {
-        json_free_t give_back = NULL;
-        json_get_alloc_funcs(NULL, &give_back);
-        give_back(raw);
-    }
+    tv_free(raw);
     json_decref(c);
     return *out ? TV_OK : tv_error_set(err, TV_E_NOMEM, "out of memory");
 }

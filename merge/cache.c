@@ -216,12 +216,7 @@ static char *about_of(const struct tvm_plan *p, const struct tvm_cache_entry *e)
     json_t *doc =
         json_pack("{s:s, s:s, s:s, s:f}", "rule", tvm_rule_name(&e->rule),
                   "donor", donor, "base", base, "density", e->rule.density);
-    char *text = NULL;
-    const size_t n = doc ? json_dumpb(doc, NULL, 0, JSON_COMPACT) : 0;
-    if (n > 0 && (text = tv_alloc(n + 1)) != NULL) {
-        (void)json_dumpb(doc, text, n, JSON_COMPACT);
-        text[n] = '\0';
-    }
+    char *text = doc ? tv_json_text(doc, JSON_COMPACT) : NULL;
     json_decref(doc);
     return text;
 }

@@ -670,13 +670,10 @@ static char *config_text(struct extract *e)
         (json_int_t)e->top_rank, "rank_pattern", e->ranks, "alpha_pattern",
         e->ranks, "target_modules", e->targets, "use_rslora", 0, "use_dora", 0,
         "task_type", "CAUSAL_LM");
-    raw = doc ? json_dumps(doc, JSON_INDENT(2)) : NULL;
-    if (raw) {
-        json_free_t give_back = NULL;
+    raw = doc ? tv_json_text(doc, JSON_INDENT(2)) : NULL;
+    if (raw)
         text = tv_asprintf("%s\n", raw);
-        json_get_alloc_funcs(NULL, &give_back);
-        give_back(raw);
-    }
+    tv_free(raw);
     json_decref(doc);
     return text;
 }

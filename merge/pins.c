@@ -101,13 +101,8 @@ static char *state_make(const struct tvm_plan *p, const char *path)
     if (!doc)
         doc = json_pack("{s:s, s:I}", "schema", SCHEMA, "pid",
                         (json_int_t)getpid());
-    const size_t n = doc ? json_dumpb(doc, NULL, 0, JSON_COMPACT) : 0;
-    if (n > 0)
-        text = tv_alloc(n + 1);
-    if (text) {
-        (void)json_dumpb(doc, text, n, JSON_COMPACT);
-        text[n] = '\0';
-    }
+    if (doc)
+        text = tv_json_text(doc, JSON_COMPACT);
     json_decref(doc);
     return text;
 }

@@ -409,16 +409,8 @@ static const char *dtype_text(enum tv_dtype t)
 /* Canonical text, owned; NULL: out of memory. */
 static char *dump(const json_t *j, size_t *n)
 {
-    char *text = NULL;
-    *n = json_dumpb(j, NULL, 0, JSON_COMPACT | JSON_SORT_KEYS);
-    text = *n == 0 ? NULL : tv_alloc(*n + 1);
-    if (text == NULL)
-        return NULL;
-    if (json_dumpb(j, text, *n, JSON_COMPACT | JSON_SORT_KEYS) != *n) {
-        tv_free(text);
-        return NULL;
-    }
-    text[*n] = '\0';
+    char *const text = tv_json_text(j, JSON_COMPACT | JSON_SORT_KEYS);
+    *n = text == NULL ? 0 : strlen(text);
     return text;
 }
 

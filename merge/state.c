@@ -49,16 +49,11 @@ static json_t *identity_json(const struct tvm_plan *p)
 /* Text of a document in our heap; consumes it. */
 static char *text_of(json_t *doc, size_t flags)
 {
-    char *raw = doc ? json_dumps(doc, flags) : NULL;
-    char *text = NULL;
+    char *raw = doc ? tv_json_text(doc, flags) : NULL;
+    char *text = raw ? tv_asprintf("%s\n", raw) : NULL;
 
     json_decref(doc);
-    if (raw) {
-        text = tv_asprintf("%s\n", raw);
-        json_free_t give_back = NULL;
-        json_get_alloc_funcs(NULL, &give_back);
-        give_back(raw);
-    }
+    tv_free(raw);
     return text;
 }
 
@@ -286,7 +281,7 @@ static void say(struct diff *d, const char *fmt, ...)
 static void value_text(const json_t *j, size_t flags, char dst[VALUE_MAX + 4])
 {
     char *raw =
-        j ? json_dumps(j, flags | JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
+        j ? tv_json_text(j, flags | JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
     size_t n = 0;
 
     if (!raw) {
@@ -304,9 +299,7 @@ static void value_text(const json_t *j, size_t flags, char dst[VALUE_MAX + 4])
         dst[n] = '\0';
     }
     memcpy(dst, raw, n);
-    json_free_t give_back = NULL;
-    json_get_alloc_funcs(NULL, &give_back);
-    give_back(raw);
+    tv_free(raw);
 }
 
 static void add_difference(struct diff *d, const char *path, const json_t *a,

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "tv/alloc.h"
+#include "tv/format.h"
 #include "tv/hash.h"
 
 static enum tv_err nomem(struct tv_error *err)
@@ -154,13 +155,11 @@ static enum tv_err hash_rules(struct tvm_vocab *v, const json_t *root,
     for (size_t i = 0; i < 2; i++) {
         const json_t *const part = json_object_get(root, parts[i]);
         const size_t flags = JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY;
-        const size_t n = part == NULL ? 0 : json_dumpb(part, NULL, 0, flags);
-        char *const text = tv_alloc(n + 1);
+        char *const text =
+            part == NULL ? tv_strdup("") : tv_json_text(part, flags);
         if (text == NULL)
             return nomem(err);
-        if (n > 0)
-            (void)json_dumpb(part, text, n, flags);
-        h[i] = tv_hash128(text, n);
+        h[i] = tv_hash128(text, strlen(text));
         tv_free(text);
     }
     v->rules.lo = h[0].lo ^ (h[1].lo << 1 | h[1].lo >> 63);

@@ -247,6 +247,20 @@ void tv_json_dump(const json_t *json, size_t flags, struct tv_buf *b)
         b->failed = true;
 }
 
+char *tv_json_text(const json_t *json, size_t flags)
+{
+    struct tv_buf b;
+
+    tv_buf_init(&b, (size_t)1 << 32);
+    tv_json_dump(json, flags, &b);
+    tv_buf_add(&b, "", 1);
+    if (b.failed) {
+        tv_buf_free(&b);
+        return NULL;
+    }
+    return b.data;
+}
+
 const char *tv_show(const char *name, struct tv_shown *buf)
 {
     if (strlen(name) < sizeof buf->s)

@@ -152,12 +152,50 @@ static void test_no_memory(void **state)
     tv_free(want);
 }
 
+struct text {
+    const json_t *doc;
+    char *want;
+};
+
+static enum tv_err text_once(void *arg, struct tv_error *err)
+{
+    const struct text *t = arg;
+    char *got = tv_json_text(t->doc, JSON_INDENT(1));
+
+    if (got == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "no text");
+    assert_string_equal(got, t->want);
+    tv_free(got);
+    return TV_OK;
+}
+
+/* The text is whole or there is none, wherever memory ends: json_dumps leaves
+ * out a key then. Long keys, so that the buffer grows inside of them. */
+static void test_whole_text(void **state)
+{
+    json_t *doc = json_object();
+    struct text t = {doc, NULL};
+    char key[200];
+
+    (void)state;
+    for (int i = 0; i < 26; i++) {
+        memset(key, 'a' + i, sizeof key - 1);
+        key[sizeof key - 1] = '\0';
+        (void)json_object_set_new(doc, key, json_pack("[i,{s:s}]", i, key, ""));
+    }
+    t.want = tv_json_text(doc, JSON_INDENT(1));
+    assert_non_null(t.want);
+    assert_true(faults_loop_alloc(text_once, &t, false) > 20);
+    tv_free(t.want);
+    json_decref(doc);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_untouched), cmocka_unit_test(test_edits),
         cmocka_unit_test(test_numbers),   cmocka_unit_test(test_refused),
-        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_no_memory), cmocka_unit_test(test_whole_text),
     };
     json_set_alloc_funcs(tv_alloc, tv_free);
     return cmocka_run_group_tests(tests, NULL, NULL);

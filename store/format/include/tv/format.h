@@ -257,6 +257,10 @@ TV_NODISCARD enum tv_err tv_json_parse_exact(const char *data, size_t n,
                                              const char *label,
                                              struct tv_error *err,
                                              struct json_t **out);
+/* Text of a value, flags of jansson's encoder: owned (tv_free), NUL-terminated;
+ * NULL when out of memory. The only way to write: jansson's own functions leave
+ * out the name of a key whose memory could not be had, and go on. */
+char *tv_json_text(const struct json_t *json, size_t flags);
 /* Owned text (tv_free), NUL-terminated, indented by two, a newline behind. */
 TV_NODISCARD enum tv_err tv_json_write_exact(const struct json_t *json,
                                              struct tv_error *err, char **out,
