@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <string.h>
 
+#include "eval_options.h"
 #include "progress.h"
 #include "signals.h"
 #include "store_open.h"
@@ -33,9 +34,7 @@ enum {
     KEY_STORE,
     KEY_SAMPLES,
     KEY_CONTEXT,
-    KEY_STAT,
-    KEY_TOKENIZER,
-    KEY_BOS
+    KEY_STAT
 };
 
 struct opts {
@@ -44,7 +43,8 @@ struct opts {
     const char *ids;
     bool random;
     uint64_t seed;
-    const char *store, *tokenizer, *out;
+    const char *store, *out;
+    struct tvc_eval_opts eval; /* the tokenizer of it */
     struct tve_sampling how;
     enum tve_stat stat;
 };
@@ -53,17 +53,6 @@ static void init(struct tvc *c)
 {
     struct opts *o = c->opt;
     o->how.bos = -2;
-}
-
-static error_t positive(struct tvc *c, const char *name, const char *arg,
-                        size_t *out)
-{
-    uint64_t n = 0;
-    const error_t e = tvc_parse_u64(c, name, arg, INT32_MAX, &n);
-    if (e == 0 && n == 0)
-        return tvc_bad(c, "%s must be positive", name);
-    *out = (size_t)n;
-    return e;
 }
 
 static error_t option(struct tvc *c, int key, const char *arg)
@@ -91,21 +80,18 @@ static error_t option(struct tvc *c, int key, const char *arg)
         o->store = arg;
         return 0;
     case KEY_SAMPLES:
-        return positive(c, "--samples", arg, &o->how.samples);
+        return tvc_parse_count(c, "--samples", arg, &o->how.samples);
     case KEY_CONTEXT:
-        return positive(c, "--context", arg, &o->how.context);
+        return tvc_parse_count(c, "--context", arg, &o->how.context);
     case KEY_STAT:
         if (strcmp(arg, "diag") != 0 && strcmp(arg, "gram") != 0)
             return tvc_bad(c, "--stat: '%s' is neither diag nor gram", arg);
         o->stat = strcmp(arg, "gram") == 0 ? TVE_STAT_GRAM : TVE_STAT_DIAG;
         return 0;
-    case KEY_TOKENIZER:
-        o->tokenizer = arg;
-        return 0;
-    case KEY_BOS:
+    case TVC_KEY_BOS:
         return tvc_parse_bos(c, arg, &o->how.bos);
     default:
-        return ARGP_ERR_UNKNOWN;
+        return tvc_eval_option(c, key, arg, &o->eval);
     }
 }
 
@@ -169,7 +155,7 @@ static enum tv_err from_texts(struct job *j, json_t *list)
         rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    TV_TRY(tve_tokenizer_of(j->subject.input, o->tokenizer, &bos, &c->err,
+    TV_TRY(tve_tokenizer_of(j->subject.input, o->eval.tokenizer, &bos, &c->err,
                             &tokenizer));
     if (o->how.bos == -2)
         o->how.bos = bos;
@@ -490,9 +476,8 @@ static const struct argp_option options[] = {
      0},
     {"out", 'o', "DIR", 0,
      "Also write every statistic to DIR/TENSOR.npy, X^T X in full", 0},
-    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
-     "tokenizer.json or a directory with one", 0},
-    {"bos", KEY_BOS, "ID|none", 0, "Token that begins each window", 0},
+    TVC_OPTION_TOKENIZER(0),
+    TVC_OPTION_BOS(0),
     {0},
 };
 

@@ -7,6 +7,7 @@
  */
 #include <string.h>
 
+#include "eval_options.h"
 #include "progress.h"
 #include "signals.h"
 #include "tv/alloc.h"
@@ -16,16 +17,7 @@
 #define TEXT_BYTES_MAX (UINT64_C(1) << 34)
 #define TEXTS_MAX      256u
 
-enum {
-    KEY_TEXT = 0x500,
-    KEY_IDS,
-    KEY_PROTOCOL,
-    KEY_CONTEXT,
-    KEY_STRIDE,
-    KEY_TOKENIZER,
-    KEY_BOS,
-    KEY_STORE
-};
+enum { KEY_TEXT = 0x500, KEY_IDS, KEY_STORE };
 
 struct source {
     const char *path;
@@ -35,21 +27,19 @@ struct source {
 struct opts {
     struct source sources[TEXTS_MAX];
     size_t n_sources, n_texts;
-    struct tve_ppl_options ppl;
-    const char *tokenizer, *store;
+    struct tvc_eval_opts eval;
+    const char *store;
 };
 
 static void init(struct tvc *c)
 {
     struct opts *o = c->opt;
-    o->ppl.bos = -2;
+    tvc_eval_init(&o->eval);
 }
 
 static error_t option(struct tvc *c, int key, const char *arg)
 {
     struct opts *o = c->opt;
-    uint64_t n = 0;
-    error_t e = 0;
 
     switch (key) {
     case KEY_TEXT:
@@ -59,34 +49,11 @@ static error_t option(struct tvc *c, int key, const char *arg)
         o->sources[o->n_sources++] = (struct source){arg, key == KEY_IDS};
         o->n_texts += key == KEY_TEXT;
         return 0;
-    case KEY_PROTOCOL:
-        if (tve_protocol_from_name(arg, &o->ppl.protocol) != 0)
-            return tvc_bad(c,
-                           "--protocol: '%s' is not one of windows, gptq, "
-                           "llamacpp, stride",
-                           arg);
-        return 0;
-    case KEY_CONTEXT:
-    case KEY_STRIDE:
-        e = tvc_parse_u64(c, key == KEY_CONTEXT ? "--context" : "--stride", arg,
-                          INT32_MAX, &n);
-        if (e == 0 && n == 0)
-            return tvc_bad(c, "%s must be positive",
-                           key == KEY_CONTEXT ? "--context" : "--stride");
-        if (e == 0)
-            *(key == KEY_CONTEXT ? &o->ppl.context : &o->ppl.stride) =
-                (size_t)n;
-        return e;
-    case KEY_TOKENIZER:
-        o->tokenizer = arg;
-        return 0;
-    case KEY_BOS:
-        return tvc_parse_bos(c, arg, &o->ppl.bos);
     case KEY_STORE:
         o->store = arg;
         return 0;
     default:
-        return ARGP_ERR_UNKNOWN;
+        return tvc_eval_option(c, key, arg, &o->eval);
     }
 }
 
@@ -117,8 +84,8 @@ static enum tv_err read_source(struct job *j, const struct source *s,
     } else {
         TV_TRY(tv_file_read(s->path, TEXT_BYTES_MAX, err, &text, &n));
         rc = tve_tokenizer_encode(j->tokenizer, text, n,
-                                  tve_protocol_special(j->o->ppl.protocol), ids,
-                                  err);
+                                  tve_protocol_special(j->o->eval.ppl.protocol),
+                                  ids, err);
         if (rc != TV_OK)
             tv_error_context(err, "%s", s->path);
     }
@@ -138,7 +105,7 @@ static enum tv_err score(struct job *j, size_t i, struct tv_error *err)
     bar = tvc_progress_begin(&j->c->out, "score", "tokens");
     const struct tve_progress progress = {tvc_eval_step, bar,
                                           tvc_cancel_flag()};
-    rc = tve_perplexity(j->model, ids.ids, ids.n, &j->o->ppl, &progress,
+    rc = tve_perplexity(j->model, ids.ids, ids.n, &j->o->eval.ppl, &progress,
                         &j->results[i], err);
     tvc_progress_end(bar);
     if (rc != TV_OK) {
@@ -154,7 +121,7 @@ out:
 
 static size_t window_of(const struct job *j)
 {
-    const struct tve_ppl_options *o = &j->o->ppl;
+    const struct tve_ppl_options *o = &j->o->eval.ppl;
     return o->context ? o->context
                       : tve_protocol_context(o->protocol,
                                              tve_model_positions(j->model));
@@ -186,9 +153,10 @@ static void document(const struct job *j, const char *hash)
         &c->out,
         json_pack("{s:s, s:o, s:s, s:o, s:o, s:o, s:o, s:o}", "schema",
                   "tveval.ppl/1", "model", tvc_json_string(c->pos[0]),
-                  "protocol", tve_protocol_name(o->ppl.protocol), "context",
-                  tvc_json_u64(j->results[0].context), "bos",
-                  o->ppl.bos < 0 ? json_null() : json_integer(o->ppl.bos),
+                  "protocol", tve_protocol_name(o->eval.ppl.protocol),
+                  "context", tvc_json_u64(j->results[0].context), "bos",
+                  o->eval.ppl.bos < 0 ? json_null()
+                                      : json_integer(o->eval.ppl.bos),
                   "tokenizer_hash", *hash ? json_string(hash) : json_null(),
                   "texts", texts, "tokens_per_second", tvc_json_real(rate(j))));
 }
@@ -202,8 +170,8 @@ static enum tv_err table(const struct job *j, const char *hash)
     struct tvc_table t;
     char bos[32] = "none";
 
-    if (o->ppl.bos >= 0)
-        (void)snprintf(bos, sizeof bos, "%ld", (long)o->ppl.bos);
+    if (o->eval.ppl.bos >= 0)
+        (void)snprintf(bos, sizeof bos, "%ld", (long)o->eval.ppl.bos);
     tvc_table_begin(&t, "lrrrr", headers);
     for (size_t i = 0; i < o->n_sources; i++) {
         const struct tve_ppl *p = &j->results[i];
@@ -215,7 +183,7 @@ static enum tv_err table(const struct job *j, const char *hash)
     }
     const enum tv_err rc = tvc_table_end(&c->out, &t, &c->err);
     tvc_out(&c->out, "protocol %s, context %zu, BOS %s, tokenizer %s\n",
-            tve_protocol_name(o->ppl.protocol), j->results[0].context, bos,
+            tve_protocol_name(o->eval.ppl.protocol), j->results[0].context, bos,
             *hash ? hash : "none (ids)");
     tvc_say(&c->out, "%.0f tokens per second", rate(j));
     return rc;
@@ -241,14 +209,14 @@ static int run(struct tvc *c)
     }
     TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &j->subject));
     if (o->n_texts > 0) {
-        TV_TRY(tve_tokenizer_of(j->subject.input, o->tokenizer, &bos, &c->err,
-                                &j->tokenizer));
+        TV_TRY(tve_tokenizer_of(j->subject.input, o->eval.tokenizer, &bos,
+                                &c->err, &j->tokenizer));
         (void)tv_hash_hex(tve_tokenizer_hash(j->tokenizer), hash);
     } else {
         TV_TRY(tve_bos_of(j->subject.input, &bos, &c->err));
     }
-    if (o->ppl.bos == -2)
-        o->ppl.bos = bos;
+    if (o->eval.ppl.bos == -2)
+        o->eval.ppl.bos = bos;
     TV_TRY(tvc_subject_model(c, &j->subject, &j->model));
     TV_TRY(tvc_subject_fit(c, &j->subject, TVE_PASS_SCORES, window_of(j),
                            &j->model));
@@ -272,17 +240,9 @@ static const struct argp_option options[] = {
     {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8; may be repeated", 0},
     {"ids", KEY_IDS, "FILE.npy", 0,
      "Token ids instead of a text (int64 or int32)", 0},
-    {"protocol", KEY_PROTOCOL, "NAME", 0,
-     "windows (default), gptq, llamacpp or stride", 0},
-    {"context", KEY_CONTEXT, "N", 0,
-     "Tokens of a window (default: the model's limit, at most 2048; 512 for "
-     "llamacpp)",
-     0},
-    {"stride", KEY_STRIDE, "N", 0,
-     "Protocol stride: tokens between windows (default: half the context)", 0},
-    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
-     "tokenizer.json or a directory with one", 0},
-    {"bos", KEY_BOS, "ID|none", 0, "Token that begins each window", 0},
+    TVC_OPTIONS_PROTOCOL(0),
+    TVC_OPTION_TOKENIZER(0),
+    TVC_OPTION_BOS(0),
     {"store", KEY_STORE, "STORE", 0, "Store of store:NAME references", 0},
     {0},
 };

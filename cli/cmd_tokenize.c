@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "eval_options.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -13,7 +14,7 @@
 
 #define TEXT_BYTES_MAX (UINT64_C(1) << 34)
 
-enum { KEY_TEXT = 0x540, KEY_SPECIAL, KEY_TOKENIZER, KEY_STORE };
+enum { KEY_TEXT = 0x540, KEY_SPECIAL, KEY_STORE };
 
 struct opts {
     const char *text, *tokenizer, *store;
@@ -30,7 +31,7 @@ static error_t option(struct tvc *c, int key, const char *arg)
     case KEY_SPECIAL:
         o->special = true;
         return 0;
-    case KEY_TOKENIZER:
+    case TVC_KEY_TOKENIZER:
         o->tokenizer = arg;
         return 0;
     case KEY_STORE:
@@ -170,8 +171,7 @@ static const struct argp_option options[] = {
     {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8 (default: stdin)", 0},
     {"special", KEY_SPECIAL, NULL, 0,
      "Add what the tokenizer puts around a text (BOS, ...)", 0},
-    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
-     "tokenizer.json or a directory with one", 0},
+    TVC_OPTION_TOKENIZER(0),
     {"store", KEY_STORE, "STORE", 0, "Store of store:NAME references", 0},
     {0},
 };

@@ -1,15 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * compare.h - what the parts of tvmerge compare share: cmd_compare.c works,
- * compare_options.c reads the command line, compare_report.c writes tables.
+ * compare.h - what the parts of tvmerge compare share.
+ *
+ *   cmd_compare.c      the command: place, lock, store, order of work
+ *   compare_options.c  its command line
+ *   compare_entries.c  what is compared
+ *   compare_records.c  what is known of an entry
+ *   compare_run.c      scores and merges
+ *   compare_report.c   tables
  */
 #ifndef TVC_COMPARE_H
 #define TVC_COMPARE_H
 
+#include "eval_options.h"
 #include "tv/eval.h"
 #include "tvmerge.h"
 
 #define TVC_COMPARE_METHODS     "ties,dare_ties,sparsegpt_ties"
+#define TVC_COMPARE_STATE       ".tvcompare"
 #define TVC_COMPARE_TEXTS_MAX   64u
 #define TVC_COMPARE_METHODS_MAX 64u
 
@@ -17,8 +25,8 @@ enum keep { KEEP_ALL = 0, KEEP_BEST, KEEP_NONE };
 
 struct compare_opts {
     struct tvm_options options;
-    struct tve_ppl_options ppl;
-    const char *out, *store_path, *tokenizer;
+    struct tvc_eval_opts eval;
+    const char *out, *store_path;
     const char *texts[TVC_COMPARE_TEXTS_MAX];
     size_t n_texts;
     /* For calibration. No memory of the heap here: nothing runs after an
@@ -27,7 +35,9 @@ struct compare_opts {
     char task_names[TVC_COMPARE_TEXTS_MAX][256];
     size_t n_tasks;
     char method_list[4096]; /* cut at its commas */
-    const char *methods[TVC_COMPARE_METHODS_MAX];
+    struct wanted {
+        const char *method, *sparsify; /* NULL: as the recipe says */
+    } methods[TVC_COMPARE_METHODS_MAX];
     size_t n_methods;
     enum keep keep;
     bool store_given;
@@ -58,7 +68,10 @@ struct tvc_compare {
     bool has_plain, oom;
     struct entry *entries;
     size_t n_entries, n_donors;
-    char **text; /* [n_texts] */
+    char **text;         /* [n_texts] */
+    struct tve_ids *ids; /* [n_texts] of the tokenizer ids_of; NULL: none yet */
+    struct tv_hash ids_of;
+    tv_store *shared; /* ours, in OUT/.tvcompare; NULL: a given one, or none */
     size_t *text_bytes;
     struct tv_hash *text_hash;
 };
@@ -70,6 +83,35 @@ error_t tvc_compare_option(struct tvc *c, int key, const char *arg);
 TV_NODISCARD enum tv_err tvc_compare_methods(struct tvc *c, const char *list);
 /* What must not be missing, and what does not go together. USAGE. */
 TV_NODISCARD enum tv_err tvc_compare_check(struct tvc *c);
+
+enum tv_err tvc_compare_oom(struct tvc *c);
+
+/* Plans everything: p->entries, p->problems. */
+TV_NODISCARD enum tv_err tvc_compare_collect(struct tvc_compare *p);
+/* The plan of an entry; problems are in m->problems and give TV_OK. */
+TV_NODISCARD enum tv_err tvc_compare_plan(struct tvc_compare *p,
+                                          const struct entry *e, uint64_t quota,
+                                          struct tvc_merge *m);
+
+/* What an earlier run found out, into e->record. CHANGED when it was about
+ * something else. */
+TV_NODISCARD enum tv_err tvc_record_load(struct tvc_compare *p,
+                                         struct entry *e);
+TV_NODISCARD enum tv_err tvc_record_save(struct tvc_compare *p,
+                                         struct entry *e);
+/* Sets a member; takes the reference. */
+void tvc_record_put(struct tvc_compare *p, struct entry *e, const char *key,
+                    json_t *value);
+bool tvc_record_has(const struct entry *e, const char *key);
+
+/* Can the models be scored at all, on these texts? Before hours are spent on
+ * merging. */
+TV_NODISCARD enum tv_err tvc_compare_models(struct tvc_compare *p);
+void tvc_compare_ids_free(struct tvc_compare *p);
+/* Does what is not done yet. */
+TV_NODISCARD enum tv_err tvc_compare_all(struct tvc_compare *p);
+/* The best merge so far, NULL when there is none. */
+struct entry *tvc_compare_best(struct tvc_compare *p);
 
 /* A document as text [n], owned; NULL when out of memory. */
 char *tvc_compare_text(const json_t *doc, size_t *n);

@@ -23,11 +23,7 @@ enum {
     KEY_NO_SYNC,
     KEY_FORCE,
     KEY_NO_CACHE,
-    KEY_PROTOCOL,
-    KEY_CONTEXT,
-    KEY_STRIDE,
-    KEY_TOKENIZER,
-    KEY_BOS
+    KEY_KEEP_STATISTICS
 };
 
 const struct argp_option tvc_compare_options[] = {
@@ -38,13 +34,18 @@ const struct argp_option tvc_compare_options[] = {
      "calibrate",
      0},
     {"methods", KEY_METHODS, "LIST", 0,
-     "Methods to merge one recipe by (default: " TVC_COMPARE_METHODS ")", 0},
+     "Methods to merge one recipe by (default: " TVC_COMPARE_METHODS "), or "
+     "ties_X and linear_X with X one of magnitude, random, importance, "
+     "sparsegpt",
+     0},
     {"keep", KEY_KEEP, "WHAT", 0,
      "Merged models that stay: all (default), best or none; the others are "
      "removed once they are scored, so that at most two are there",
      0},
     {"store", KEY_STORE, "STORE", 0,
-     "Store for store:NAME, masks and statistics (default: $TV_STORE)", 0},
+     "Store for store:NAME, masks and statistics (default: $TV_STORE, else "
+     "one in OUT/" TVC_COMPARE_STATE ", unless --quota is given)",
+     0},
     {"random-seed", KEY_SEED, "N", 0, "Seed of random masks (default: 0)", 0},
     {"quota", KEY_QUOTA, "SIZE", 0, "Most bytes that OUT may take on disk", 0},
     {"force", KEY_FORCE, NULL, 0, "Replace what OUT holds of other inputs", 0},
@@ -52,17 +53,13 @@ const struct argp_option tvc_compare_options[] = {
      "Do not wait for the disk: faster, but a power cut may cost the run", 0},
     {"no-cache", KEY_NO_CACHE, NULL, 0,
      "Neither use nor keep masks and task vectors in the store", 0},
-    {"protocol", KEY_PROTOCOL, "NAME", 0,
-     "windows (default), gptq, llamacpp or stride", 1},
-    {"context", KEY_CONTEXT, "N", 0,
-     "Tokens of a window (default: the model's limit, at most 2048; 512 for "
-     "llamacpp)",
-     1},
-    {"stride", KEY_STRIDE, "N", 0,
-     "Protocol stride: tokens between windows (default: half the context)", 1},
-    {"tokenizer", KEY_TOKENIZER, "PATH", 0,
-     "tokenizer.json or a directory with one, for all models", 1},
-    {"bos", KEY_BOS, "ID|none", 0, "Token that begins each window", 1},
+    {"keep-statistics", KEY_KEEP_STATISTICS, NULL, 0,
+     "Keep the statistics of calibration in the store, for other densities and "
+     "methods",
+     0},
+    TVC_OPTIONS_PROTOCOL(1),
+    TVC_OPTION_TOKENIZER(1),
+    TVC_OPTION_BOS(1),
     {0},
 };
 
@@ -72,7 +69,7 @@ void tvc_compare_init(struct tvc *c)
 
     tvm_options_init(&o->options);
     o->store_path = tvc_default_store();
-    o->ppl.bos = -2;
+    tvc_eval_init(&o->eval);
 }
 
 /* FILE, or NAME=FILE as tvmerge run has it. */
@@ -109,45 +106,6 @@ static error_t option_keep(struct tvc *c, const char *arg)
     return tvc_bad(c, "--keep: '%s' is not one of all, best, none", arg);
 }
 
-static error_t option_count(struct tvc *c, const char *name, const char *arg,
-                            size_t *out)
-{
-    uint64_t n = 0;
-    const error_t e = tvc_parse_u64(c, name, arg, INT32_MAX, &n);
-
-    if (e == 0 && n == 0)
-        return tvc_bad(c, "%s must be positive", name);
-    if (e == 0)
-        *out = (size_t)n;
-    return e;
-}
-
-static error_t option_eval(struct tvc *c, int key, const char *arg)
-{
-    struct compare_opts *o = c->opt;
-
-    switch (key) {
-    case KEY_PROTOCOL:
-        if (tve_protocol_from_name(arg, &o->ppl.protocol) != 0)
-            return tvc_bad(c,
-                           "--protocol: '%s' is not one of windows, gptq, "
-                           "llamacpp, stride",
-                           arg);
-        return 0;
-    case KEY_CONTEXT:
-        return option_count(c, "--context", arg, &o->ppl.context);
-    case KEY_STRIDE:
-        return option_count(c, "--stride", arg, &o->ppl.stride);
-    case KEY_TOKENIZER:
-        o->tokenizer = arg;
-        return 0;
-    case KEY_BOS:
-        return tvc_parse_bos(c, arg, &o->ppl.bos);
-    default:
-        return ARGP_ERR_UNKNOWN;
-    }
-}
-
 error_t tvc_compare_option(struct tvc *c, int key, const char *arg)
 {
     struct compare_opts *o = c->opt;
@@ -178,12 +136,45 @@ error_t tvc_compare_option(struct tvc *c, int key, const char *arg)
     case KEY_FORCE:
         o->options.force = true;
         return 0;
+    case KEY_KEEP_STATISTICS:
+        o->options.keep_statistics = true;
+        return 0;
     case KEY_NO_CACHE:
         o->options.no_cache = true;
         return 0;
     default:
-        return option_eval(c, key, arg);
+        return tvc_eval_option(c, key, arg, &o->eval);
     }
+}
+
+/* What a method that is asked for by name means, whatever the recipe says of
+ * sparsifying: its name, or <merge>_<sparsify> as the results are called. */
+static bool method_named(const char *name, struct wanted *out)
+{
+    static const char *const merges[][2] = {{"ties_", "ties"},
+                                            {"linear_", "task_arithmetic"}};
+    static const char *const ways[] = {"magnitude", "random", "importance",
+                                       "sparsegpt"};
+
+    *out = (struct wanted){name, NULL};
+    if (strcmp(name, "ties") == 0)
+        out->sparsify = "magnitude";
+    else if (strcmp(name, "task_arithmetic") == 0)
+        out->sparsify = "none";
+    else if (strstr(name, "sparsegpt"))
+        out->sparsify = "sparsegpt";
+    if (tvm_method_find(name))
+        return true;
+    for (size_t i = 0; i < sizeof merges / sizeof *merges; i++) {
+        const size_t n = strlen(merges[i][0]);
+        for (size_t k = 0; k < sizeof ways / sizeof *ways; k++)
+            if (strncmp(name, merges[i][0], n) == 0 &&
+                strcmp(name + n, ways[k]) == 0) {
+                *out = (struct wanted){merges[i][1], ways[k]};
+                return true;
+            }
+    }
+    return false;
 }
 
 enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
@@ -200,7 +191,8 @@ enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
         char *const comma = strchr(at, ',');
         if (comma)
             *comma = '\0';
-        if (!tvm_method_find(at)) {
+        struct wanted w;
+        if (!method_named(at, &w)) {
             const char *like = tvm_method_suggest(at);
             (void)tv_error_set(&c->err, TV_E_USAGE,
                                "--methods: unknown method '%s'", at);
@@ -211,7 +203,7 @@ enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
         if (o->n_methods == TVC_COMPARE_METHODS_MAX)
             return tv_error_set(&c->err, TV_E_USAGE, "more than %u methods",
                                 TVC_COMPARE_METHODS_MAX);
-        o->methods[o->n_methods++] = at;
+        o->methods[o->n_methods++] = w;
         at = comma ? comma + 1 : NULL;
     }
     return TV_OK;

@@ -70,7 +70,7 @@ static json_t *document(const struct tvc_compare *p, const struct entry *best)
         "{s:s, s:o, s:o, s:o, s:s, s:o, s:o, s:o}", "schema",
         "tvmerge.compare/1", "out", tvc_json_string(o->out), "base",
         p->base ? tvc_json_string(p->base) : json_null(), "texts", texts,
-        "protocol", tve_protocol_name(o->ppl.protocol), "seed",
+        "protocol", tve_protocol_name(o->eval.ppl.protocol), "seed",
         tvc_json_u64(o->options.seed), "best",
         best ? tvc_json_string(best->name) : json_null(), "rows", rows);
 }
@@ -156,7 +156,7 @@ static void table(const struct tvc_compare *p, struct tv_buf *b)
         line(b, &p->entries[i]);
     const json_t *r = p->n_entries > 0 ? p->entries[0].record : NULL;
     tv_buf_fmt(b, "\nPerplexity: protocol %s, context %lld, ",
-               tve_protocol_name(o->ppl.protocol),
+               tve_protocol_name(o->eval.ppl.protocol),
                (long long)json_integer_value(json_object_get(r, "context")));
     if (json_is_integer(json_object_get(r, "bos")))
         tv_buf_fmt(b, "BOS %lld.\n",

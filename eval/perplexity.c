@@ -12,6 +12,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "decoder.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/eval.h"
@@ -154,6 +155,29 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static size_t context_for(const tve_model *m, const struct tve_ppl_options *opt)
+{
+    return opt->context
+               ? opt->context
+               : tve_protocol_context(opt->protocol, tve_model_positions(m));
+}
+
+enum tv_err tve_perplexity_check(const tve_model *m, const int32_t *ids,
+                                 size_t n_ids,
+                                 const struct tve_ppl_options *opt,
+                                 struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct cut c = {NULL, 0, NULL};
+
+    TV_TRY(cut_text(ids, n_ids, opt, context_for(m, opt), &c, err));
+    rc = tve_check_windows(m, c.w, c.n, err);
+out:
+    tv_free(c.w);
+    tv_free(c.ids);
+    return rc;
+}
+
 enum tv_err tve_perplexity(tve_model *m, const int32_t *ids, size_t n_ids,
                            const struct tve_ppl_options *opt,
                            const struct tve_progress *progress,
@@ -161,10 +185,7 @@ enum tv_err tve_perplexity(tve_model *m, const int32_t *ids, size_t n_ids,
 {
     enum tv_err rc = TV_OK;
     struct cut c = {NULL, 0, NULL};
-    const size_t context =
-        opt->context
-            ? opt->context
-            : tve_protocol_context(opt->protocol, tve_model_positions(m));
+    const size_t context = context_for(m, opt);
     double *nll = NULL;
     size_t n = 0;
     double sum = 0, squares = 0, mean = 0;

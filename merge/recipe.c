@@ -1070,9 +1070,83 @@ static enum tv_err replace_all(struct tvm_recipe *r,
     return rc;
 }
 
+/* Puts `add` into the text. */
+static enum tv_err insert(struct tvm_recipe *r, size_t at, const char *add,
+                          struct tv_error *err)
+{
+    const size_t n = strlen(add);
+    char *const text = tv_alloc(r->n_text + n + 1);
+
+    if (text == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    memcpy(text, r->text, at);
+    memcpy(text + at, add, n);
+    memcpy(text + at + n, r->text + at, r->n_text - at + 1);
+    tv_free(r->text);
+    r->text = text;
+    r->n_text += n;
+    return TV_OK;
+}
+
+/* Gives a map that has entries one more, before its first: `key: value` as the
+ * map is written, in braces or by indentation. */
+static enum tv_err add_entry(struct tvm_recipe *r, const struct tvm_node *map,
+                             const char *entry, struct tv_error *err)
+{
+    const size_t at = offset_of(r, map->line, map->col);
+    const bool braces = at < r->n_text && r->text[at] == '{';
+    char text[160];
+
+    if (braces)
+        (void)snprintf(text, sizeof(text), "%s, ", entry);
+    else
+        (void)snprintf(text, sizeof(text), "%s\n%*s", entry,
+                       (int)(map->first->key_col - 1), "");
+    return insert(r,
+                  braces
+                      ? at + 1
+                      : offset_of(r, map->first->key_line, map->first->key_col),
+                  text, err);
+}
+
+/* Is there a value of this key anywhere? */
+static bool has_key(const struct tvm_node *node, const char *key)
+{
+    if (node->key != NULL && strcmp(node->key, key) == 0)
+        return true;
+    for (const struct tvm_node *e = node->first; e != NULL; e = e->next)
+        if (has_key(e, key))
+            return true;
+    return false;
+}
+
+/* A parameter that the recipe does not mention. */
+static enum tv_err add_parameter(struct tvm_recipe *r,
+                                 const struct tvm_node *root, const char *key,
+                                 const char *value, struct tv_error *err)
+{
+    const struct tvm_node *const p = tvm_node_find(root, "parameters");
+    char entry[100];
+
+    if (root->kind != TVM_NODE_MAP || root->first == NULL)
+        return TV_OK;
+    if (p != NULL && p->kind == TVM_NODE_MAP && p->first != NULL) {
+        (void)snprintf(entry, sizeof(entry), "\"%s\": \"%s\"", key, value);
+        return add_entry(r, p, entry, err);
+    }
+    if (p != NULL)
+        return tv_error_set(err, TV_E_USAGE,
+                            "%s:%u:%u: no place for '%s: %s' here", r->path,
+                            p->line, p->col, key, value);
+    (void)snprintf(entry, sizeof(entry), "\"parameters\": {\"%s\": \"%s\"}",
+                   key, value);
+    return add_entry(r, root, entry, err);
+}
+
 /* A text that is no recipe stays as it is: reading it says why. */
 static enum tv_err replace_in_text(struct tvm_recipe *r, const char *key,
-                                   const char *value, struct tv_error *err)
+                                   const char *value, bool add,
+                                   struct tv_error *err)
 {
     struct tvm_arena arena;
     struct tvm_problems unused;
@@ -1085,7 +1159,10 @@ static enum tv_err replace_in_text(struct tvm_recipe *r, const char *key,
     tvm_problems_init(&unused);
     TV_TRY(tvm_yaml_parse(r->path, r->text, r->n_text, &arena, &unused, err,
                           &root));
-    TV_TRY(replace_all(r, root, key, value, err));
+    if (root != NULL && add && !has_key(root, key))
+        TV_TRY(add_parameter(r, root, key, value, err));
+    else
+        TV_TRY(replace_all(r, root, key, value, err));
 out:
     tvm_problems_free(&unused);
     tvm_arena_free(&arena);
@@ -1240,6 +1317,15 @@ enum tv_err tvm_recipe_load(const char *path, struct tvm_problems *problems,
     return tvm_recipe_load_as(path, NULL, NULL, problems, err, out);
 }
 
+/* Must a recipe of the method be told? */
+static bool says_more(const char *method, const char *sparsify)
+{
+    if (strstr(method, "sparsegpt") != NULL)
+        return false;
+    return strcmp(sparsify,
+                  strcmp(method, "ties") == 0 ? "magnitude" : "none") != 0;
+}
+
 enum tv_err tvm_recipe_load_as(const char *path, const char *method,
                                const char *sparsify,
                                struct tvm_problems *problems,
@@ -1267,8 +1353,12 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
                           path);
     if (rc != TV_OK)
         goto out;
-    TV_TRY(replace_in_text(r, "merge_method", method, err));
-    TV_TRY(replace_in_text(r, "sparsify", sparsify, err));
+    TV_TRY(replace_in_text(r, "merge_method", method, false, err));
+    /* Without one it is what most methods do anyway. */
+    TV_TRY(replace_in_text(r, "sparsify", sparsify,
+                           sparsify != NULL && method != NULL &&
+                               says_more(method, sparsify),
+                           err));
     TV_TRY(tvm_yaml_parse(path, r->text, r->n_text, &r->arena, problems, err,
                           &root));
     if (root != NULL)

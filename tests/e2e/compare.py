@@ -20,7 +20,7 @@ from common import check, finish, run, run_json, temp
 BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVEVAL, TVSTORE = (os.path.join(BIN, p) for p in
                             ("tvmerge", "tveval", "tvstore"))
-TIMES = ("seconds", "eval_seconds", "peak_memory_bytes")
+TIMES = ("seconds", "eval_seconds", "peak_memory_bytes", "calibration")
 METHODS = "ties,dare_ties,tsv"
 NAMES = {"ties": "ties_magnitude", "dare_ties": "ties_random", "tsv": "tsv"}
 
@@ -311,6 +311,90 @@ def calibrated(tmp):
           f"names {got}")
 
 
+def shared(tmp):
+    """What one merge finds out of the inputs serves the next, without a store
+    of the user's; killed at any moment too. <merge>_<sparsify> names."""
+    d = work(tmp, "shared")
+    tasks = [x for m, t in (("ft-prose", "prose"), ("ft-code", "code"),
+                            ("base+lora-jargon", "prose"))
+             for x in ("--text", f"{m}={t}.txt")]
+    names = ["ties_importance", "linear_importance", "ties_sparsegpt",
+             "linear_sparsegpt"]
+    argv = [TVMERGE, "compare", "r.yml", "-o", "out", "--text", "code.txt",
+            "--context", "64", "--no-sync", "--json", "--methods",
+            ",".join(names), *tasks]
+    doc = run_json(*argv, cwd=d)
+    by = rows(doc)
+    check([r["name"] for r in doc["rows"] if r["kind"] == "merge"] ==
+          ["task_arithmetic"] + names, f"names {list(by)}")
+    for name in names:
+        use = by[name]["calibration"]
+        first = name.startswith("ties")
+        check((use["models"] > 0) == first and
+              use["masks_made" if first else "masks_found"] > 0 and
+              use["masks_found" if first else "masks_made"] == 0,
+              f"{name}: {use}")
+    # Other weights: nothing is calibrated, in another place with that store.
+    check(os.path.isdir(os.path.join(d, "out/.tvcompare/store")), "no store")
+    with open(os.path.join(d, "r.yml"), "w") as f:
+        f.write(RECIPE.format(0.3, "task_arithmetic"))
+    other = list(argv)
+    other[other.index("out")] = "other"
+    got = run_json(*other, "--store", "out/.tvcompare/store", cwd=d)
+    check(all(rows(got)[n]["calibration"]["models"] == 0 for n in names),
+          "other weights calibrate again")
+    check(not os.path.exists(os.path.join(d, "other/.tvcompare/store")),
+          "two stores")
+    # Under a quota there is none; a damaged one is begun anew.
+    plain = list(argv)
+    plain[plain.index("out")] = "plain"
+    without = run_json(*plain, "--quota", "100MB", cwd=d)
+    check(not os.path.exists(os.path.join(d, "plain/.tvcompare/store")),
+          "a store under --quota")
+    os.mkdir(os.path.join(d, "plain/.tvcompare/store"))
+    with open(os.path.join(d, "plain/.tvcompare/store/data.mdb"), "w") as f:
+        f.write("no store " * 4096)
+    more = list(plain)
+    more[more.index("--methods") + 1] += ",ties"
+    run_json(*more, cwd=d)
+    run(TVSTORE, "verify", "plain/.tvcompare/store", cwd=d, code=0)
+    got = run_json(*other, "--force", cwd=d)
+    check([r.get("digest") for r in got["rows"]] ==
+          [r.get("digest") for r in without["rows"]],
+          "a shared store changes bytes")
+    rng = random.Random(11)
+    kills = 0
+    other[other.index("other")] = "killed"
+    while kills < 4:
+        p = subprocess.Popen(other, cwd=d, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+        try:
+            p.wait(timeout=0.02 + 0.3 * rng.random())
+            break
+        except subprocess.TimeoutExpired:
+            p.send_signal(signal.SIGKILL)
+            p.wait()
+            kills += 1
+    check(kills > 0, "nothing was killed")
+    got = run_json(*other, cwd=d)
+    check([{k: v for k, v in r.items() if k != "out"} for r in figures(got)] ==
+          [{k: v for k, v in r.items() if k != "out"}
+           for r in figures(without)], "killed: other figures")
+
+
+def bad_texts(tmp):
+    """Texts that cannot be scored are found before anything is merged."""
+    d = work(tmp, "texts")
+    for name, data, code, what in (("empty", b"", 4, "tokens"),
+                                   ("short", b"one two\n", 4, "tokens"),
+                                   ("latin1", b"caf\xe9 " * 300, 12, "UTF-8")):
+        with open(os.path.join(d, name + ".txt"), "wb") as f:
+            f.write(data)
+        r = run(*command("out", "--text", name + ".txt"), cwd=d, code=code)
+        check(name + ".txt" in r.stderr and what in r.stderr, r.stderr)
+        check(not os.path.exists(os.path.join(d, "out")), f"{name}: written")
+
+
 tmp = temp()
 reference, doc, _ = table(tmp)
 kept(tmp, doc)
@@ -319,5 +403,7 @@ interrupted(tmp, doc)
 refused(tmp)
 recipes(tmp)
 calibrated(tmp)
+shared(tmp)
+bad_texts(tmp)
 shutil.rmtree(tmp, True)
 finish("compare")

@@ -654,7 +654,20 @@ static void test_load_as(void **state)
 {
     (void)state;
     replaced("merge_method: linear # x\nmodels: [{model: a}]\n",
+             "\"parameters\": {\"sparsify\": \"none\"}\n"
              "merge_method: ties # x\nmodels: [{model: a}]\n");
+    /* Where there is no `sparsify` it is added, as the map is written. */
+    replaced("merge_method: linear\nparameters:\n    density: 1\n    weight: "
+             "1\nmodels: [{model: a}]\n",
+             "merge_method: ties\nparameters:\n    \"sparsify\": \"none\"\n"
+             "    density: 1\n    weight: 1\nmodels: [{model: a}]\n");
+    replaced("{\"parameters\": {\"weight\": 1}, \"merge_method\": \"linear\", "
+             "\"models\": [{\"model\": \"a\"}]}",
+             "{\"parameters\": {\"sparsify\": \"none\", \"weight\": 1}, "
+             "\"merge_method\": ties, \"models\": [{\"model\": \"a\"}]}");
+    replaced("{merge_method: linear, models: [{model: a}]}",
+             "{\"parameters\": {\"sparsify\": \"none\"}, merge_method: ties, "
+             "models: [{model: a}]}");
     replaced(
         "\xc3\xa9: {\xc3\xa9: 1}\n"
         "models: [{model: \xe2\x82\xac, parameters: {sparsify: \"random\", "

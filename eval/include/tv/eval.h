@@ -242,6 +242,11 @@ struct tve_ppl {
     double ppl_stderr; /* ppl times the standard error of nll_mean */
     double seconds;
 };
+/* Would it score them? Runs nothing. As tve_perplexity fails. */
+TV_NODISCARD enum tv_err tve_perplexity_check(const tve_model *m,
+                                              const int32_t *ids, size_t n_ids,
+                                              const struct tve_ppl_options *opt,
+                                              struct tv_error *err);
 /* ids as the protocol wants them (tve_protocol_special). INPUT when the text is
  * too short for one window, USAGE for an impossible context. */
 TV_NODISCARD enum tv_err tve_perplexity(tve_model *m, const int32_t *ids,

@@ -111,7 +111,8 @@ TV_NODISCARD enum tv_err tvm_recipe_load(const char *path,
                                          struct tv_error *err,
                                          tvm_recipe **out);
 /* The same with another merge_method in the text, and every `sparsify` in it
- * set to `sparsify`; NULL leaves what is written. USAGE when one of them is
+ * set to `sparsify`, added where it is missing and the method would do
+ * something else; NULL leaves what is written. USAGE when one of them is
  * written in a way (anchors, tags) that cannot be replaced. */
 TV_NODISCARD enum tv_err
 tvm_recipe_load_as(const char *path, const char *method, const char *sparsify,

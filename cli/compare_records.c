@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * compare_records.c - what a comparison knows of an entry, from run to run.
+ *
+ *   OUT/.tvcompare/NAME.json  of a merge first its cost, then with the
+ *                             perplexities all of it
+ *
+ * A record is written whole or not at all (rename), and carries a hash of
+ * everything its figures depend on; one that belongs to something else is
+ * refused.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "compare.h"
+#include "tv/alloc.h"
+#include "tv/sys.h"
+
+static char *record_path(const struct tvc_compare *p, const struct entry *e)
+{
+    char *name = tv_alloc(strlen(e->name) + 6);
+    char *path = NULL;
+
+    if (name) {
+        (void)snprintf(name, strlen(e->name) + 6, "%s.json", e->name);
+        path = tv_path_join(p->state, name);
+    }
+    tv_free(name);
+    return path;
+}
+
+enum tv_err tvc_record_load(struct tvc_compare *p, struct entry *e)
+{
+    enum tv_err rc = TV_OK;
+    struct tvc *c = p->c;
+    char *path = record_path(p, e);
+    char *text = NULL;
+    char hex[33];
+    size_t n = 0;
+
+    if (!path) {
+        rc = tvc_compare_oom(c);
+        goto out;
+    }
+    if (!tv_path_exists(path))
+        goto out;
+    TV_TRY(tv_file_read(path, 16u << 20, &c->err, &text, &n));
+    e->record = json_loadb(text, n, 0, NULL);
+    const char *key = json_string_value(json_object_get(e->record, "key"));
+    if (!key) {
+        rc = tv_error_set(&c->err, TV_E_CORRUPT, "%s is damaged", path);
+        tv_error_hint(&c->err, "remove it: its figures are taken again");
+        goto out;
+    }
+    if (strcmp(key, tv_hash_hex(e->key, hex)) == 0)
+        goto out;
+    json_decref(e->record);
+    e->record = NULL;
+    if (!p->opts->options.force) {
+        rc = tv_error_set(&c->err, TV_E_CHANGED,
+                          "%s: what %s holds of '%s' was taken of other "
+                          "inputs, recipes, texts or settings",
+                          p->opts->out, TVC_COMPARE_STATE, e->name);
+        tv_error_hint(&c->err, "give another OUT, or --force to begin again");
+    }
+out:
+    tv_free(path);
+    tv_free(text);
+    return rc;
+}
+
+enum tv_err tvc_record_save(struct tvc_compare *p, struct entry *e)
+{
+    enum tv_err rc = TV_OK;
+    char *path = record_path(p, e);
+    size_t n = 0;
+    char *text = tvc_compare_text(e->record, &n);
+
+    if (!path || !text)
+        rc = tvc_compare_oom(p->c);
+    else
+        rc = tv_file_write_atomic(path, text, n, p->opts->options.sync,
+                                  &p->c->err);
+    tv_free(text);
+    tv_free(path);
+    return rc;
+}
+
+void tvc_record_put(struct tvc_compare *p, struct entry *e, const char *key,
+                    json_t *value)
+{
+    if (!e->record) {
+        char hex[33];
+        e->record = json_pack("{s:s}", "key", tv_hash_hex(e->key, hex));
+    }
+    if (json_object_set_new(e->record, key, value) != 0)
+        p->oom = true;
+}
+
+bool tvc_record_has(const struct entry *e, const char *key)
+{
+    return json_object_get(e->record, key) != NULL;
+}
