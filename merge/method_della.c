@@ -26,7 +26,10 @@
  * are kept for the second where the memory budget has room for them, else made
  * again.
  */
+#include "compat_gta.h"
+#include "compat_sums.h"
 #include "method_gta.h"
+#include "mt.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -34,6 +37,7 @@
 
 #include "tv/checked.h"
 
+#define BLOCK_WORDS   (TVM_BLOCK / 64)
 #define RADIX_BITS    11u
 #define RADIX_BUCKETS (1u << RADIX_BITS)
 #define RESCALE_MIN   1e-7
@@ -503,6 +507,352 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
     job->k->gta(dst, x[job->tensor->base], donors, masks, &st->call, n);
 }
 
+/* ---- --compat mergekit ----------------------------------------------------
+ * Ranks and odds in the compute dtype, in which bf16 knows some 500 ranks of a
+ * row; draws from mergekit's stream, a donor's all in order and then the next
+ * one's. A row of one entry keeps it by density (mergekit divides 0 by 0). */
+
+struct compat_donor {
+    size_t source, draw; /* draw: place among the donors that draw */
+    double density, epsilon;
+    bool thinned;
+};
+
+struct compat_state {
+    size_t n_donors, n_draw;
+    struct compat_donor donor[TVK_DONORS_MAX];
+    double weight[TVK_DONORS_MAX];
+    float scale[TVK_DONORS_MAX];
+    double *sum_all, *sum_kept; /* [n_donors][n_rows], with rescale */
+    struct tvm_mt *mt_tile;     /* [n_tiles][n_draw]: at its first row */
+    /* Of a worker: */
+    struct tvm_mt *mt;     /* [n_draw] */
+    uint64_t *row;         /* that mt stands at */
+    struct entry *entries; /* [2][row] */
+    uint32_t *keys;        /* [row] */
+    float *delta;          /* [n_donors][row] */
+    float *odds;           /* [row] */
+    uint64_t *masks;       /* [n_donors][mask words of a row] */
+};
+
+static size_t count_thinned(const struct tvm_tensor *t)
+{
+    size_t n = 0;
+
+    for (size_t s = 0; s < t->n_sources; s++)
+        n += (int)s != t->base && is_thinned(t, s);
+    return n;
+}
+
+static uint64_t compat_draws(const struct tvm_tensor *t)
+{
+    return count_thinned(t) * t->n_elems;
+}
+
+/* torch has no bernoulli for fp16 on a CPU: that is thinned in fp32. */
+static enum tv_dtype thin_dtype(const struct tvm_job *job)
+{
+    return job->tensor->compute == TV_F16 ? TV_F32 : job->tensor->compute;
+}
+
+static size_t compat_row(const struct tvm_tensor *t)
+{
+    return any_thinned(t) ? (size_t)tvm_row_elems(t) : TVM_BLOCK;
+}
+
+static size_t compat_lay_out(const struct tvm_job *job, void *base,
+                             struct compat_state *st)
+{
+    const struct tvm_tensor *t = job->tensor;
+    const size_t row = compat_row(t);
+    const size_t w = job->n_workers;
+    const size_t k = tvm_donor_count(t);
+    const size_t n_draw = count_thinned(t);
+    struct tvm_carver c = {base, 0};
+
+    (void)tvm_carve(&c, 1, sizeof *st);
+    st->delta = tvm_carve(&c, w * k * row, sizeof *st->delta);
+    if (n_draw == 0)
+        return c.used;
+    st->mt_tile = tvm_carve(&c, job->n_tiles * n_draw, sizeof *st->mt_tile);
+    st->mt = tvm_carve(&c, w * n_draw, sizeof *st->mt);
+    st->row = tvm_carve(&c, w, sizeof *st->row);
+    st->entries = tvm_carve(&c, w * 2 * row, sizeof *st->entries);
+    st->keys = tvm_carve(&c, w * row, sizeof *st->keys);
+    st->odds = tvm_carve(&c, w * row, sizeof *st->odds);
+    st->masks = tvm_carve(&c, w * k * mask_words(row), sizeof *st->masks);
+    if (rescales(t)) {
+        const size_t rows = (size_t)(t->n_elems / row);
+        st->sum_all = tvm_carve(&c, k * rows, sizeof *st->sum_all);
+        st->sum_kept = tvm_carve(&c, k * rows, sizeof *st->sum_kept);
+    }
+    return c.used;
+}
+
+static size_t compat_state_bytes(const struct tvm_job *job)
+{
+    struct compat_state st;
+
+    return compat_lay_out(job, NULL, &st);
+}
+
+/* The generator at the first row of every tile. */
+static void compat_find_draws(const struct tvm_job *job,
+                              const struct compat_donor *d)
+{
+    const struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+    const uint64_t row = compat_row(t);
+    uint64_t at = 0;
+    struct tvm_mt mt;
+
+    tvm_mt_stream_seek(job->stream, t->draw_at + d->draw * t->n_elems, &mt);
+    for (uint64_t i = 0; i < job->n_tiles; i++) {
+        const uint64_t first = i * job->tile_elems / row * row;
+        tvm_mt_skip(&mt, first - at);
+        at = first;
+        st->mt_tile[(size_t)i * st->n_draw + d->draw] = mt;
+    }
+}
+
+static void compat_set_up(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const struct tvm_tensor *t = job->tensor;
+
+    (void)compat_lay_out(job, st, st);
+    st->n_draw = count_thinned(t);
+    for (size_t s = 0, draw = 0; s < t->n_sources; s++) {
+        if ((int)s == t->base)
+            continue;
+        const size_t j = st->n_donors++;
+        st->weight[j] = value_of(t, s, GTA_WEIGHT);
+        st->donor[j] = (struct compat_donor){
+            .source = s,
+            .density = value_of(t, s, GTA_DENSITY),
+            .epsilon = value_of(t, s, GTA_EXTRA),
+            .thinned = is_thinned(t, s),
+        };
+        if (!st->donor[j].thinned)
+            continue;
+        st->donor[j].draw = draw++;
+        compat_find_draws(job, &st->donor[j]);
+    }
+}
+
+static bool compat_next_phase(struct tvm_job *job)
+{
+    struct compat_state *st = job->state;
+    const size_t row = compat_row(job->tensor);
+    const size_t rows = (size_t)(job->tensor->n_elems / row);
+
+    if (job->phase == 0) {
+        compat_set_up(job);
+        return rescales(job->tensor);
+    }
+    for (size_t j = 0; j < st->n_donors; j++)
+        if (st->donor[j].thinned)
+            st->scale[j] =
+                gta_compat_scale(job->k, thin_dtype(job),
+                                 tvk_sum_tree(st->sum_all + j * rows, rows),
+                                 tvk_sum_tree(st->sum_kept + j * rows, rows));
+    return false;
+}
+
+static void compat_tile_begin(struct tvm_job *job, struct tvm_tile *tile)
+{
+    const struct compat_state *st = job->state;
+
+    if (st->n_draw == 0)
+        return;
+    memcpy(st->mt + (size_t)tile->worker * st->n_draw,
+           st->mt_tile + (size_t)tile->tile * st->n_draw,
+           st->n_draw * sizeof *st->mt);
+    st->row[tile->worker] = tile->first / compat_row(job->tensor);
+}
+
+/* Brings a worker's generators to a row: some are passed over. */
+static void go_to_row(const struct tvm_job *job, const struct tvm_tile *tile,
+                      uint64_t row, size_t n)
+{
+    const struct compat_state *st = job->state;
+    struct tvm_mt *mt = st->mt + (size_t)tile->worker * st->n_draw;
+
+    for (size_t i = 0; i < st->n_draw; i++)
+        tvm_mt_skip(&mt[i], (row - st->row[tile->worker]) * n);
+    st->row[tile->worker] = row + 1;
+}
+
+/* Odds of a row by rank, in the order of the row. */
+static void find_odds(const struct tvm_job *job, const struct compat_donor *d,
+                      const struct entry *sorted, float *odds, size_t n)
+{
+    const struct tvk_table *k = job->k;
+    const enum tv_dtype c = thin_dtype(job);
+    const float least = (float)(d->density - d->epsilon);
+    const float eps = (float)d->epsilon;
+    /* Both twice: torch has the rank and 1 added to it. */
+    const float top = tvm_compat_round1(
+        k, c, (double)(tvm_compat_round1(k, c, (double)(n - 1)) + 1.0f));
+    const float span = tvm_compat_round1(k, c, (double)(top - 1.0f));
+
+    for (size_t r = 0; r < n; r++) {
+        float rank = tvm_compat_round1(k, c, (double)r);
+        rank = tvm_compat_round1(k, c, (double)(rank + 1.0f));
+        rank = tvm_compat_round1(k, c, (double)(rank - 1.0f));
+        rank = tvm_compat_round1(k, c, (double)(rank / span));
+        rank = tvm_compat_round1(k, c, (double)(rank * 2.0f * eps));
+        odds[sorted[r].at] =
+            n == 1 ? (float)d->density
+                   : tvm_compat_round1(k, c, (double)(least + rank));
+    }
+}
+
+/* Ordered like the magnitudes. */
+static uint32_t bits_of(float d)
+{
+    uint32_t bits = 0;
+
+    memcpy(&bits, &d, sizeof bits);
+    bits &= 0x7fffffffu;
+    return bits > 0x7f800001u ? 0x7f800001u : bits;
+}
+
+/* Task vectors of a row and what stays of them. */
+static void thin_row(const struct tvm_job *job, const struct tvm_tile *tile,
+                     uint64_t row, const float *const *x, float **delta,
+                     const uint64_t **masks, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const size_t worker = tile->worker;
+    const float *base = x[job->tensor->base];
+    struct entry *entries = st->entries + worker * 2 * n;
+    uint32_t *keys = st->keys + worker * n;
+    float *odds = st->odds + worker * n;
+
+    go_to_row(job, tile, row, n);
+    for (size_t j = 0; j < st->n_donors; j++) {
+        const struct compat_donor *d = &st->donor[j];
+        uint64_t *mask =
+            st->masks + (worker * st->n_donors + j) * mask_words(n);
+        delta[j] = st->delta + (worker * st->n_donors + j) * n;
+        masks[j] = d->thinned || d->density <= 0.0 ? mask : NULL;
+        for (size_t at = 0; at < n; at += TVM_BLOCK)
+            tvm_compat_sub(job, delta[j] + at, x[d->source] + at, base + at,
+                           n - at < TVM_BLOCK ? n - at : TVM_BLOCK);
+        if (!d->thinned) {
+            memset(mask, 0, mask_words(n) * sizeof *mask);
+            continue;
+        }
+        for (size_t i = 0; i < n; i++)
+            keys[i] = bits_of(delta[j][i]);
+        find_odds(job, d, sort_row(entries, keys, n), odds, n);
+        tvm_mt_mask_each(&st->mt[worker * st->n_draw + d->draw], mask, odds, n);
+    }
+}
+
+static void compat_measure_row(struct tvm_job *job, struct tvm_tile *tile,
+                               uint64_t row, const float *const *x, size_t n)
+{
+    const struct compat_state *st = job->state;
+    const size_t rows = (size_t)(job->tensor->n_elems / n);
+    float *delta[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+
+    thin_row(job, tile, row, x, delta, masks, n);
+    for (size_t j = 0; j < st->n_donors; j++) {
+        double all = 0.0;
+        double kept = 0.0;
+        for (size_t at = 0; st->donor[j].thinned && at < n; at += TVM_BLOCK) {
+            const size_t m = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+            all += job->k->abs_sum(delta[j] + at, NULL, NULL, m);
+            kept += job->k->abs_sum(delta[j] + at, NULL, masks[j] + at / 64, m);
+        }
+        st->sum_all[j * rows + (size_t)row] = all;
+        st->sum_kept[j * rows + (size_t)row] = kept;
+    }
+}
+
+static struct gta_mix mix_of(const struct tvm_job *job)
+{
+    const struct compat_state *st = job->state;
+    const struct gta_detail *detail = job->tensor->method->detail;
+
+    return (struct gta_mix){
+        .compute = job->tensor->compute,
+        .thin = thin_dtype(job),
+        .n_donors = st->n_donors,
+        .weight = st->weight,
+        .scale = st->scale,
+        .consensus = detail->consensus,
+        .normalize = tvm_shared(job->tensor, GTA_NORMALIZE) != 0.0,
+        .lambda = tvm_shared(job->tensor, GTA_LAMBDA),
+    };
+}
+
+static void compat_combine_row(struct tvm_job *job, struct tvm_tile *tile,
+                               uint64_t row, const float *const *x, float *dst,
+                               size_t n)
+{
+    const struct compat_state *st = job->state;
+    const struct gta_mix m = mix_of(job);
+    float *delta[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+
+    thin_row(job, tile, row, x, delta, masks, n);
+    for (size_t at = 0; at < n; at += TVM_BLOCK) {
+        const size_t here = n - at < TVM_BLOCK ? n - at : TVM_BLOCK;
+        gta_compat_mix(job->k, &m, dst + at, x[job->tensor->base] + at, delta,
+                       masks, here);
+        for (size_t j = 0; j < st->n_donors; j++) {
+            delta[j] += here;
+            masks[j] += masks[j] == NULL ? 0 : BLOCK_WORDS;
+        }
+    }
+}
+
+/* Nothing is thinned. */
+static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
+                           const float *const *x, float *dst, size_t n)
+{
+    static const uint64_t none[BLOCK_WORDS];
+    const struct compat_state *st = job->state;
+    const struct gta_mix m = mix_of(job);
+    const float *base = x[job->tensor->base];
+    float *delta[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        delta[j] =
+            st->delta + ((size_t)tile->worker * st->n_donors + j) * TVM_BLOCK;
+        tvm_compat_sub(job, delta[j], x[st->donor[j].source], base, n);
+        masks[j] = st->donor[j].density > 0.0 ? NULL : none;
+    }
+    gta_compat_mix(job->k, &m, dst, base, delta, masks, n);
+}
+
+#define DELLA_COMPAT_FUNCTIONS                                                 \
+    .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
+    .n_params = GTA_N_PARAMS + 1, .check = check,                              \
+    .state_bytes = compat_state_bytes, .next_phase = compat_next_phase,        \
+    .tile_begin = compat_tile_begin, .combine = compat_combine,                \
+    .row_elems = row_elems, .measure_row = compat_measure_row,                 \
+    .combine_row = compat_combine_row, .draws = compat_draws
+
+static const struct tvm_method compat_elected = {
+    .name = "della",
+    .params = params_normalized,
+    .detail = &elected,
+    DELLA_COMPAT_FUNCTIONS,
+};
+
+static const struct tvm_method compat_summed = {
+    .name = "della_linear",
+    .params = params_summed,
+    .detail = &summed,
+    DELLA_COMPAT_FUNCTIONS,
+};
+
 #define DELLA_FUNCTIONS                                                        \
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
     .n_params = GTA_N_PARAMS + 1, .check = check, .fold = fold,                \
@@ -516,6 +866,7 @@ const struct tvm_method tvm_method_della = {
     .paper = "DELLA-Merging, Deep et al. 2024, arXiv 2406.11617",
     .params = params_normalized,
     .detail = &elected,
+    .compat = &compat_elected,
     DELLA_FUNCTIONS,
 };
 
@@ -525,5 +876,6 @@ const struct tvm_method tvm_method_della_linear = {
     .paper = "DELLA-Merging, Deep et al. 2024, arXiv 2406.11617",
     .params = params_summed,
     .detail = &summed,
+    .compat = &compat_summed,
     DELLA_FUNCTIONS,
 };

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""compare_mergekit.py [--cache DIR] TVMERGE REFMODELS [METHOD...] - the same
+"""compare_mergekit.py [--cache DIR] [--ties] TVMERGE REFMODELS [METHOD...] - the same
 recipes through mergekit and through us.
 
 Runs every method x {float32, bfloat16} x 3 parameter sets x {llama, gpt2}
@@ -9,11 +9,10 @@ prints one line per case: elements of the result that are not the same bits, and
 the largest error relative to the change (|ours - theirs| / |theirs - base|, both
 as norms over a tensor; the worst tensor counts). Of methods that cut at a
 magnitude the line also says how many of these elements have a model whose
-change has exactly the magnitude at a cut (all of those that differ by more than
-rounding should): which of those are kept is decided by torch's sort, which is
-unstable and another one on every kind of CPU. With
-ATEN_CPU_CAPABILITY=default in the environment torch sorts stably, as --compat
-mergekit does, and these differences have to vanish. Of dare_*, parameter set 1
+change has exactly the magnitude at a cut: all of those that differ by more than
+rounding should. Which of these are kept is decided by torch's sorts, which are
+not stable. With --ties torch sorts equal magnitudes as --compat mergekit does,
+by place, and these differences have to vanish. Of dare_*, parameter set 1
 does not rescale, so that equal results are equal masks (the sums behind L1
 factors are torch's own). REFMODELS is a directory with the models base, ft-code,
 ft-prose and gpt2; the fine-tunes of gpt2 are made here, by seeded noise.
@@ -231,11 +230,34 @@ def compare(theirs, ours, base, doc, donors):
     return text
 
 
-def theirs_of(doc, work, cache):
+def by_place():
+    """Sorts of equal values by their place: the first is the largest for
+    magnitudes that are cut, the smallest for ranks."""
+    argsort = torch.argsort
+
+    class Sorted:
+        def __init__(self, x, dim, descending):
+            i = argsort(x, dim=dim, descending=True, stable=True)
+            self.indices = i if descending else i.flip(dim)
+            self.values = x.gather(dim, self.indices)
+
+        def __iter__(self):
+            return iter((self.values, self.indices))
+
+    def topk(x, k, largest=True):
+        i = argsort(x, descending=largest, stable=True)[:k]
+        return x[i], i
+
+    torch.sort = lambda x, dim=-1, descending=False: Sorted(x, dim, descending)
+    torch.argsort = lambda x, dim=-1, descending=False: argsort(
+        x, dim=dim, descending=descending, stable=True)
+    torch.topk = topk
+
+
+def theirs_of(doc, work, cache, ties=False):
     """mergekit's result, or its refusal."""
-    key = hashlib.sha256(json.dumps([
-        doc, os.environ.get("ATEN_CPU_CAPABILITY")]).replace(
-            work, "").encode()).hexdigest()[:20]
+    key = hashlib.sha256(json.dumps([doc, "ties" if ties else None]).replace(
+        work, "").encode()).hexdigest()[:20]
     peer = os.path.join(cache or work, key)
     if not os.path.isdir(peer):
         try:
@@ -266,7 +288,7 @@ def run_case(args, doc, loaded, work):
     path, out = os.path.join(work, "r.yml"), os.path.join(work, "out")
     with open(path, "w", encoding="utf-8") as f:
         yaml.safe_dump(doc, f, sort_keys=False)
-    theirs, refusal = theirs_of(doc, work, args.cache)
+    theirs, refusal = theirs_of(doc, work, args.cache, args.ties)
     if theirs is None:
         return [refusal] * 2
     cells = []
@@ -282,6 +304,7 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--cache", type=os.path.abspath)
+    p.add_argument("--ties", action="store_true")
     p.add_argument("tvmerge", type=os.path.abspath)
     p.add_argument("refmodels", type=os.path.abspath)
     p.add_argument("method", nargs="*")
@@ -293,6 +316,8 @@ def main():
         "gpt2": make_gpt2(args.refmodels, work),
     }
     torch.set_num_threads(1)
+    if args.ties:
+        by_place()
     print("| method | model | dtype | set | default | --compat mergekit |")
     print("|---|---|---|---|---|---|")
     for method in args.method or CASES:

@@ -74,7 +74,8 @@ class Stream:
     def mask(self, shape, p):
         n = int(np.prod(shape))
         u = (self.mt.random_raw(n) & 0xffffff).astype(F) * F(2.0 ** -24)
-        return (u < F(p)).astype(F).reshape(shape)
+        p = np.asarray(p, F)
+        return (u < (p.ravel() if p.ndim else p)).astype(F).reshape(shape)
 
 
 def linear(b, xs, c, w, normalize):
@@ -177,6 +178,135 @@ def slerp(a, b, c, t):
              + F(np.sin(t * th) / np.sin(th)) * b)
 
 
+def total(v):
+    return F(np.sum(v, dtype=np.float64))
+
+
+def norm(v):
+    return F(np.sqrt(np.sum(np.square(v, dtype=np.float64))))
+
+
+def fsum(parts):
+    """torch's sum over a few models: fp32 in order."""
+    s = np.zeros_like(parts[0])
+    for p in parts:
+        s = s + p
+    return s
+
+
+def sin(c, x):
+    return c(F(np.sin(np.float64(x))))
+
+
+def model_stock(b, xs, c):
+    d = [c(x - b) for x in xs]
+    n, cos = len(d), []
+    for i in range(n):
+        for j in range(i + 1, n):
+            by = max(c(c(norm(d[i])) * c(norm(d[j]))), c(F(1e-6)))
+            cos.append(np.clip(c(c(total(c(d[i] * d[j]))) / by), F(-1), F(1)))
+    m = c(fsum(cos) / F(len(cos)))
+    t = c(c(F(n) * m) / c(F(1) + c(F(n - 1) * m)))
+    mean = np.zeros_like(b)
+    for x in xs:
+        mean = c(mean + x)
+    return c(c(t * c(mean / F(n))) + c(c(F(1) - t) * b))
+
+
+def nuslerp(b, xs, c, w, axis):
+    """axis: along which a vector runs; None: all of the tensor."""
+    v = [c(x - b) for x in xs]
+    if axis is None or v[0].ndim < 2:
+        rows = [x.reshape(1, -1) for x in v]
+    else:
+        rows = [np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+                for x in v]
+    t, out = w[1] / (w[0] + w[1]), np.empty_like(rows[0])
+    for i, (p, q) in enumerate(zip(*rows)):
+        u = [c(x / max(c(norm(x)), c(F(1e-7)))) for x in (p, q)]
+        cos = np.clip(c(total(c(u[0] * u[1]))), F(-1), F(1))
+        if c(F(1) - c(cos * cos)) <= 1e-16:
+            out[i] = c(c(p * F(1 - t)) + c(q * F(t)))
+            continue
+        th = c(F(np.arccos(np.float64(cos))))
+        f = [sin(c, c(F(s) * th)) for s in (1 - t, t)]
+        out[i] = c(c(c(f[0] * p) + c(f[1] * q)) / sin(c, th))
+    if axis is None or v[0].ndim < 2:
+        out = out.reshape(b.shape)
+    else:
+        out = np.moveaxis(out.reshape(np.moveaxis(v[0], axis, -1).shape), -1,
+                          axis)
+    return c(b + out)
+
+
+def multislerp(b, xs, c, w):
+    v = [c(x - b) for x in xs]
+    wc = [c(F(x)) for x in w]
+    s = c(fsum(wc))
+    wc = [c(x / s) for x in wc]
+    length = [c(norm(x)) for x in v]
+    u = [c(x / c(n + F(1e-8))) for x, n in zip(v, length)]
+    m = c(fsum([c(x * y) for x, y in zip(u, wc)]))
+    m = c(m / c(norm(m)))
+    dot = [c(total(c(x * m))) for x in u]
+    t = c(fsum([c(c(x - c(m * y)) * z) for x, y, z in zip(u, dot, wc)]))
+    a = c(c(norm(t)) + F(1e-8))
+    y = c(c(m * c(F(np.cos(np.float64(a))))) + c(t * c(sin(c, a) / a)))
+    y = c(y * c(fsum([c(x * z) for x, z in zip(length, wc)])))
+    return c(y + b)
+
+
+def karcher(xs, c, max_iter, tol):
+    n = [norm(x) for x in xs]
+    u = [c(x / y) for x, y in zip(xs, n)]
+    al = F(1 / len(xs))
+    m = np.zeros_like(xs[0])
+    for x in u:
+        m = c(m + c(x * al))
+    m = c(m / norm(m))
+    for _ in range(max_iter):
+        t = np.zeros_like(m)
+        for x in u:
+            dot = np.clip(c(F(np.sum(m.astype(np.float64) * x))), F(-1), F(1))
+            th = c(F(np.arccos(np.float64(dot))))
+            if th < tol:
+                continue
+            t = c(t + c(c(x - c(m * dot)) * c(al * c(th / sin(c, th)))))
+        r = norm(t)
+        if r < tol:
+            break
+        m = c(c(m * c(F(np.cos(np.float64(r)))))
+              + c(c(t / r) * sin(c, r)))
+        m = c(m / norm(m))
+    return c(m * c(fsum([al * x for x in n])))
+
+
+def sce(b, xs, c, top):
+    d = [c(x - b) for x in xs]
+    v = c(F(np.var(np.stack(d).astype(np.float64), axis=0))).ravel()
+    k = int(F(np.count_nonzero(v)) * F(top))
+    keep = np.zeros(v.size, F)
+    keep[np.argsort(-v, kind="stable")[:k]] = 1
+    d = [x * keep.reshape(b.shape) for x in d]
+    w = [c(F(np.float64(total(c(x * x))) / x.size)) for x in d]
+    s = c(fsum(w))
+    w = [c(F(1 / len(w))) if abs(s) < 1e-6 else c(x / s) for x in w]
+    sign = np.where(c(fsum(d)) >= 0, F(1), F(-1))
+    e = [x * (np.sign(y) == sign).astype(F) for x, y in zip(w, d)]
+    y = c(fsum([c(x * z) for x, z in zip(d, e)]))
+    return c(b + c(y / np.maximum(c(fsum(e)), c(F(1e-6)))))
+
+
+def della(d, c, density, eps, stream):
+    rows = np.abs(d).reshape(-1, d.shape[-1])
+    order = np.argsort(rows, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(rows.shape[1])[None, :], axis=1)
+    r = c(c(c(rank.astype(F)) + F(1)) - F(1))
+    p = c(F(density - eps) + c(c(r / r.max()) * F(2) * F(eps)))
+    return stream.mask(p.shape, p).reshape(d.shape)
+
+
 def recipe(path, text):
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
@@ -206,6 +336,41 @@ def expect(what, text, want):
     for k, v in want.items():
         bad = (got[k].view(np.uint32) != v.view(np.uint32)).sum()
         check(bad == 0, f"{what}: {k}: {bad} of {v.size} elements differ")
+
+
+def reducing(base, each, based):
+    """bf16 hides how sums over a tensor are made."""
+    c, three = bf16, entries([0.7, 0.4, 0.2])
+    head = f"dtype: bfloat16\n{based}"
+    two = "models:\n- {model: x0.safetensors, parameters: {weight: 0.7}}\n" \
+        "- {model: x1.safetensors, parameters: {weight: 0.4}}\n"
+    plain = "models:\n" + "".join(f"- model: x{i}.safetensors\n"
+                                  for i in range(3))
+    expect("model_stock", f"merge_method: model_stock\n{head}{plain}",
+           {k: model_stock(base[k], each[k], c) for k in base})
+    for axis, flat, row in ((None, True, False), (-1, False, False),
+                            (0, False, True)):
+        expect(f"nuslerp {axis}", f"merge_method: nuslerp\n{head}{two}"
+               f"parameters: {{nuslerp_flatten: {flat}, "
+               f"nuslerp_row_wise: {row}}}\n",
+               {k: nuslerp(base[k], each[k][:2], c, [0.7, 0.4], axis)
+                for k in base})
+    expect("multislerp", f"merge_method: multislerp\n{head}{three}",
+           {k: multislerp(base[k], each[k], c, [0.7, 0.4, 0.2])
+            for k in base})
+    expect("karcher", f"merge_method: karcher\ndtype: bfloat16\n{plain}"
+           "parameters: {max_iter: 4}\n",
+           {k: karcher(each[k], c, 4, 1e-5) for k in base})
+    expect("sce", f"merge_method: sce\n{head}{plain}"
+           "parameters: {select_topk: 0.3}\n",
+           {k: sce(base[k], each[k], c, 0.3) for k in base})
+    w, dens, s, want = [0.7, -0.2, 0.4], [0.3, 1.0, 0.6], Stream(), {}
+    for k in sorted(base):
+        m = [None if q >= 1 else della(c(x - base[k]), c, q, 0.2, s)
+             for x, q in zip(each[k], dens)]
+        want[k] = gta(base[k], each[k], c, w, m, True, True, True, 1)
+    expect("della", f"merge_method: della\n{head}{entries(w, dens)}"
+           "parameters: {epsilon: 0.2}\n", want)
 
 
 def main():
@@ -274,6 +439,7 @@ def main():
                f"merge_method: dare_ties\ndtype: {dtype}\n{based}"
                f"{entries(w, dens)}parameters: {{rescale: {rescale}}}\n", want)
 
+    reducing(base, each, based)
     # Another arithmetic is another merge.
     run(TVMERGE, "run", "r.yml", "out0", "--random-seed", SEED, code=4)
     plan = run_json(TVMERGE, "plan", "r.yml", "--compat", "mergekit", "--json")

@@ -214,6 +214,30 @@ WRONG = {  # what: documents, exit code, what the message says
 }
 
 
+def multi():
+    """tools/mergekit-multi: mergekit's command line for the same."""
+    tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..",
+                        "tools", "mergekit-multi")
+    env = {"TVMERGE": TVMERGE}
+    write("named.yml", DOCS["first"], DOCS["second"])
+    run(tool, "-I", "st", "named.yml", "--random-seed", "7", "--quiet",
+        code=0, env=env)
+    check(sorted(os.listdir("st")) == ["first", "second"] and
+          os.path.exists("st/second/config.json"), f"{os.listdir('st')}")
+    write("all.yml", *DOCS.values())
+    r = run(tool, "all.yml", "-I", "st", env=env)
+    check(r.returncode == 2 and "--out-path" in r.stderr, r.stderr[-300:])
+    before = sizes("st/first")
+    run(tool, "all.yml", "--intermediate-dir=st", "--out-path", "final",
+        "--lazy", "--quiet", "--random-seed", "7", code=0, env=env)
+    check(sizes("st/first") == before and
+          os.path.exists("final/config.json") and
+          sorted(os.listdir("st")) == ["first", "second", "third"],
+          "mergekit-multi: all in their places")
+    shutil.rmtree("st")
+    shutil.rmtree("final")
+
+
 def wrong():
     for what, (docs, code, words) in WRONG.items():
         write("w.yml", *docs)
@@ -246,6 +270,7 @@ def wrong():
               not [n for n in os.listdir("in") if "stages" in n],
               f"OUT {out}: {os.listdir('in')}")
         shutil.rmtree("in")
+    multi()
     # A directory that is not ours stays.
     write("all.yml", *DOCS.values())
     os.makedirs("out.stages/second")
