@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * signals.c - handlers. They set flags, or write(2) and _exit; nothing else is
- * allowed there.
+ * allowed there. Flags are atomic: a signal may be delivered to a thread of a
+ * library (OpenBLAS keeps some) while ours read them.
  *
  * SIGBUS is what the kernel sends when a mapped input shrinks or its disk
  * fails while we read it. The journal makes leaving at once safe; the handler
@@ -11,6 +12,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
 #include <unistd.h>
@@ -18,12 +20,12 @@
 #include "print.h"
 #include "tv/sys.h"
 
-static volatile int cancel_flag;
-static volatile sig_atomic_t signal_seen;
-static volatile sig_atomic_t usr1_seen;
+static atomic_int cancel_flag;
+static atomic_int signal_seen;
+static atomic_int usr1_seen;
 static volatile sig_atomic_t first_exits;
 static volatile sig_atomic_t report_json;
-static sem_t *volatile wake_up;
+static sem_t *_Atomic wake_up;
 static const char *tool_name = "";
 
 static int status_of(int sig)
@@ -44,8 +46,9 @@ static void on_usr1(int sig)
     (void)sig;
     const int saved = errno;
     usr1_seen = 1;
-    if (wake_up)
-        (void)sem_post(wake_up);
+    sem_t *const wake = wake_up;
+    if (wake)
+        (void)sem_post(wake);
     errno = saved;
 }
 
@@ -140,14 +143,15 @@ void tvc_signals_install(const char *tool, bool cancellable, bool json)
     (void)sigaction(SIGBUS, &sa, NULL);
 }
 
-const volatile int *tvc_cancel_flag(void)
+const atomic_int *tvc_cancel_flag(void)
 {
     return &cancel_flag;
 }
 
 int tvc_signal_status(void)
 {
-    return status_of(signal_seen ? signal_seen : SIGINT);
+    const int seen = signal_seen;
+    return status_of(seen ? seen : SIGINT);
 }
 
 void tvc_signals_wake(sem_t *wake)
@@ -157,7 +161,5 @@ void tvc_signals_wake(sem_t *wake)
 
 bool tvc_signal_usr1(void)
 {
-    const bool seen = usr1_seen != 0;
-    usr1_seen = 0;
-    return seen;
+    return atomic_exchange(&usr1_seen, 0) != 0;
 }

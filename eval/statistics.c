@@ -15,6 +15,7 @@
  * block's inputs are in memory at a time; a finished Gram matrix is rounded to
  * fp32 in its place.
  */
+#include <stdatomic.h>
 #include <string.h>
 
 #include <cblas.h>
@@ -460,7 +461,7 @@ struct tve_sequence {
     struct statistics t;
     struct tve_walk *walk;
     bool *want; /* [n_sites] */
-    const volatile int *cancel;
+    const atomic_int *cancel;
     size_t layer, site; /* next layer, its first site */
 };
 

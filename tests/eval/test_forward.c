@@ -7,6 +7,7 @@
  * be refused.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -235,7 +236,7 @@ static void test_bad_calls(void **state)
     tve_model *m = NULL;
     int32_t ids[64] = {0};
     double nll[64];
-    const volatile int cancel = 1;
+    const atomic_int cancel = 1;
     const struct tve_progress stop = {.cancel = &cancel};
     struct tve_window w = {ids, 8, 1};
 

@@ -7,6 +7,7 @@
  * threads and any memory; and calls that must fail.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -289,7 +290,7 @@ static void test_refused(void **state)
 {
     (void)state;
     struct tv_error err = {0};
-    const volatile int cancel = 1;
+    const atomic_int cancel = 1;
     const struct tve_progress stop = {.cancel = &cancel};
     const struct tve_model_options small = {
         .n_threads = 1,

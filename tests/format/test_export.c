@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <jansson.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -351,7 +352,7 @@ static void test_config_last(void **state)
 
 static void on_bytes(void *arg, uint64_t done, uint64_t total)
 {
-    volatile int *cancel = arg;
+    atomic_int *cancel = arg;
 
     (void)total;
     if (done > 500)
@@ -362,7 +363,7 @@ static void test_cancel(void **state)
 {
     struct tv_transfer t;
     struct tv_error err;
-    volatile int cancel = 0;
+    atomic_int cancel = 0;
 
     (void)state;
     memset(&t, 0, sizeof t);

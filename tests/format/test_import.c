@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <jansson.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -147,7 +148,7 @@ struct watch {
     uint64_t done, total, calls;
     bool seen; /* the object was visible before the end */
     int cancel_at;
-    volatile int cancel;
+    atomic_int cancel;
     int kill_at;
     const char *touch;
 };

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
@@ -134,7 +135,7 @@ static struct tvm_result run_ok(struct state *s)
 /* ---- cancel -------------------------------------------------------------- */
 
 struct cancel {
-    volatile int flag;
+    atomic_int flag;
     size_t after, seen;
 };
 

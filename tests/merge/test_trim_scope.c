@@ -9,6 +9,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -208,7 +209,7 @@ static void interrupted_before_the_first_tensor(void **state)
     const struct fx_param p[] = {{"weight", FX_ALL, 1.0},
                                  {"trim_scope", FX_ALL, MODEL},
                                  {"density", FX_ALL, 0.2}};
-    const volatile int cancel = 1;
+    const atomic_int cancel = 1;
     const struct tvm_run_hooks hooks = {.cancel = &cancel};
     struct tvm_result r;
     struct tv_error err;

@@ -6,6 +6,7 @@
  * Models are tiny_model.h's with tokenizers written here: "<unk>", "<s>",
  * "</s>", "t3", "t4", ... and added tokens behind them.
  */
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -752,7 +753,7 @@ static void test_independence(void **state)
 static void stop(void *arg, const struct tvm_progress *p)
 {
     if (p->n_done == 5)
-        *(volatile int *)arg = 1;
+        *(atomic_int *)arg = 1;
 }
 
 /* Stopped and resumed, from a store, into a store: the same bytes. */
@@ -763,7 +764,7 @@ static void test_ways(void **state)
         "models: [{model: %sbase}, {model: %spadded}, {model: %schatml}]\n"
         "tokenizer: {source: union, pad_to_multiple_of: 5}\n";
     static const char *const names[] = {"base", "chatml", "padded"};
-    volatile int cancel = 0;
+    atomic_int cancel = 0;
     const struct tvm_run_hooks hooks = {
         .progress = stop, .arg = (void *)&cancel, .cancel = &cancel};
     char recipe[512];

@@ -19,6 +19,7 @@
 #ifndef TV_CALIBRATE_H
 #define TV_CALIBRATE_H
 
+#include <stdatomic.h>
 #include "tv/eval.h"
 #include "tv/hash.h"
 #include "tv/store.h"
@@ -145,8 +146,8 @@ struct tve_sequence_options {
     /* Does anybody look at the inputs of this weight? NULL: at all of them. */
     bool (*wants)(void *arg, const char *tensor);
     void *arg;
-    const volatile int *cancel; /* not 0: advancing is INTERRUPTED; may be NULL
-                                 */
+    const atomic_int *cancel; /* not 0: advancing is INTERRUPTED; may be NULL
+                               */
 };
 /* Embeds. Errors of tve_statistics. */
 TV_NODISCARD enum tv_err

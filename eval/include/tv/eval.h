@@ -19,6 +19,7 @@
 #ifndef TV_EVAL_H
 #define TV_EVAL_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -130,7 +131,7 @@ struct tve_progress {
     /* in tokens; may be NULL */
     void (*step)(void *arg, uint64_t done, uint64_t total);
     void *arg;
-    const volatile int *cancel; /* may be NULL; polled between layers */
+    const atomic_int *cancel; /* may be NULL; polled between layers */
 };
 
 struct tve_window {

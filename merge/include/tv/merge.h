@@ -14,6 +14,7 @@
 #ifndef TV_MERGE_H
 #define TV_MERGE_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -325,7 +326,7 @@ struct tvm_run_hooks {
     void (*calibrating)(void *arg, const char *model, uint64_t done,
                         uint64_t total);
     void *arg;
-    const volatile int *cancel; /* non-zero: commit the group and stop */
+    const atomic_int *cancel; /* non-zero: commit the group and stop */
 };
 struct tvm_cache_use { /* masks and task vectors of the store */
     size_t masks_used, masks_stored;

@@ -15,6 +15,7 @@
 #ifndef TV_FORMAT_H
 #define TV_FORMAT_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -293,7 +294,7 @@ struct tv_transfer {
     bool sync; /* export: fsync outputs */
     tv_bytes_fn progress;
     void *progress_arg;
-    const volatile int *cancel;
+    const atomic_int *cancel;
     /* results */
     size_t n_tensors, n_resumed;
     uint64_t bytes, bytes_shared; /* shared: already stored */
