@@ -8,6 +8,8 @@ A benchmark is one file of this folder with
   run(bench) -> rows      measures; a list of dicts, written to --json as it is
   table(rows) -> lines    Markdown of the rows (see `markdown`)
   SMOKE                   options of `tools/bench smoke`: a dict, None: left out
+  ALL                     optional: options of `tools/bench all`, and as "share"
+                          its part of the time
   check(rows) -> problems optional: what no noise explains (factors of ten)
 
 and its docstring says what is measured against what. tools/bench finds the
@@ -57,8 +59,11 @@ def shape_bytes(shape):
 class Bench:
     """Options of one run, its scratch directory and its programs."""
 
-    def __init__(self, options):
+    def __init__(self, options, seconds=None):
+        """With `seconds`, rounds end when that time is over."""
         self.options = options
+        self.end = seconds and time.monotonic() + seconds
+        self.n_rounds = None
         self.own_dir = options.dir is None
         self.scratch = options.dir or tempfile.mkdtemp(prefix="tvbench-")
         os.makedirs(self.scratch, exist_ok=True)
@@ -66,6 +71,21 @@ class Bench:
     def close(self):
         if self.own_dir and not self.options.keep:
             shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def rounds(self, share=1.0):
+        """As many rounds as asked for, or as fit into a share of the time left;
+        always one."""
+        now = time.monotonic()
+        end = self.end and now + share * (self.end - now)
+        n = 0
+        while n < self.options.rounds:
+            began = time.monotonic()
+            yield n
+            n += 1
+            now = time.monotonic()
+            if end and now + (now - began) > end:
+                break
+        self.n_rounds = min(n, self.n_rounds or n)
 
     def path(self, *parts):
         return os.path.join(self.scratch, *parts)

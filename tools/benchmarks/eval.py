@@ -26,6 +26,7 @@ from benchmarks import common
 HELP = "forward pass against transformers and the sgemm peak"
 ORDER = 30
 SMOKE = {"shape": "tiny", "tokens": 512, "context": 256, "no_peer": True}
+ALL = {"share": 10}
 
 PEER = r"""
 import json, os, resource, sys, time
@@ -111,7 +112,7 @@ def run(bench):
         common.say("bench: no torch and transformers (TV_VENV); without them")
     flop = operations(o.shape, tokens, o.context)
     ours, peers, gemms, memory, peer_memory, cpu = [], [], [], 0, 0, []
-    for _ in range(o.rounds):
+    for _ in bench.rounds():
         gemms.append(json.loads(common.Timed(
             [bench.program("tv_sgemm"), str(threads),
              "0.2" if o.shape == "tiny" else "5"]).out))

@@ -13,6 +13,7 @@ from benchmarks import common
 HELP = "each kernel against the bandwidth roofline"
 ORDER = 50
 SMOKE = {"mib": 2, "rounds": 3}
+ALL = {"share": 3}
 
 
 def add_arguments(parser):

@@ -17,6 +17,7 @@ from benchmarks import common
 HELP = "SparseGPT on one layer, beside PyTorch"
 ORDER = 60
 SMOKE = {"cols": 256, "rows": 128, "rounds": 1, "torch": None}
+ALL = {"share": 6}
 
 TORCH = r"""
 import json, sys, time, resource
@@ -94,7 +95,7 @@ def run(bench):
     o = bench.options
     size = [str(o.cols), str(o.rows), str(o.density)]
     rows = []
-    for r in range(o.rounds):
+    for r in bench.rounds():
         ours = steps([bench.program("tv_obs_bench"), *size])
         row = {"round": r, "cols": o.cols, "rows": o.rows,
                "density": o.density, "ours": ours}

@@ -15,6 +15,7 @@ from benchmarks import common, merge
 HELP = "against mergekit, where installed"
 ORDER = 60
 SMOKE = None
+ALL = {"share": 30, "rounds": 1}
 
 
 def add_arguments(parser):
@@ -38,7 +39,7 @@ def run(bench):
         text, files = merge.recipe(method, models)
         common.prime(files, bench.scratch)
         ours, theirs = [], []
-        for _ in range(o.rounds):
+        for _ in bench.rounds():
             ours.append(merge.run_once(bench, text, out, more=["--no-sync"])[0])
             shutil.rmtree(out, ignore_errors=True)
             theirs.append(common.Timed(

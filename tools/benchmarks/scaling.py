@@ -16,6 +16,7 @@ from benchmarks import common, merge, startup
 HELP = "donors, threads, sizes, cold cache"
 ORDER = 40
 SMOKE = {"shape": "tiny", "donors": 4}
+ALL = {"share": 10}
 
 LARGE = {"layers": 80, "hidden": 8192, "kv": 1024, "inter": 28672,
          "vocab": 128256, "heads": 64}
@@ -48,7 +49,7 @@ def run(bench):
     def compare(what, a, b, use=lambda t, doc: t.seconds):
         """Ratio of runs b to runs a, taken in turn."""
         x, y, peaks = [], [], [0, 0]
-        for _ in range(o.rounds):
+        for _ in bench.rounds(1 / (6 - min(len(rows), 5))):
             for i, (runs, f) in enumerate(((x, a), (y, b))):
                 t, doc = f()
                 runs.append(use(t, doc))

@@ -16,6 +16,7 @@ from benchmarks import common
 HELP = "start-up, opening a store of many tensors, planning a 405B merge"
 ORDER = 30
 SMOKE = {"tensors": 5000, "rounds": 2}
+ALL = {"share": 3}
 
 BIG = {"layers": 126, "hidden": 16384, "kv": 1024, "inter": 53248,
        "vocab": 128256, "heads": 128}

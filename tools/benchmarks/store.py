@@ -14,6 +14,7 @@ from benchmarks import common
 HELP = "import, export and verify of a store against cp and cat"
 ORDER = 20
 SMOKE = {"shape": "tiny"}
+ALL = {"share": 14}
 
 
 def add_arguments(parser):
@@ -37,7 +38,7 @@ def run(bench):
         seconds[what].append(t.seconds)
         cpu[what].append(t.cpu)
 
-    for _ in range(o.rounds):
+    for _ in bench.rounds():
         shutil.rmtree(store, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
         seconds["copy"].append(common.clock(common.copy_synced, weights, copy))
