@@ -151,13 +151,13 @@ static enum tv_err tensors_table(struct tvc *c, const struct tv_tensor_list *l,
             continue;
         if (x->checksum_known)
             tv_hash_hex(x->checksum, hex);
-        tvc_table_cell(&t, "%s", x->name);
-        tvc_table_cell(&t, "%s", tv_dtype_name(x->dtype));
-        tvc_table_cell(&t, "%s",
+        tvc_table_text(&t, x->name);
+        tvc_table_text(&t, tv_dtype_name(x->dtype));
+        tvc_table_text(&t,
                        tv_shape_format(x->shape, x->rank, shape, sizeof shape));
         tvc_table_cell(&t, "%" PRIu64, x->bytes);
-        tvc_table_cell(&t, "%s", storage_name(x->storage));
-        tvc_table_cell(&t, "%s", hex);
+        tvc_table_text(&t, storage_name(x->storage));
+        tvc_table_text(&t, hex);
     }
     return tvc_table_end(&c->out, &t, &c->err);
 }

@@ -70,11 +70,22 @@ bool tvc_out_open(const struct tvc_print *p)
     return p->out_errno == 0;
 }
 
+/* Only characters of ASCII that can be shown: nothing has to be looked up. */
+static bool is_plain(const char *s, size_t n)
+{
+    bool plain = true;
+    for (size_t i = 0; i < n; i++)
+        plain = plain && s[i] >= ' ' && s[i] <= '~';
+    return plain;
+}
+
 /* Controls become '?'; line ends too, but for the first `lead` and the last
  * `trail` bytes, which the caller wrote. Owned, NULL when out of memory. */
 static char *clean_text(const char *s, size_t lead, size_t trail)
 {
     const size_t n = strlen(s);
+    if (is_plain(s + lead, n - lead - trail))
+        return tv_strndup(s, n);
     char *clean = tv_alloc(n + 1);
     char *inner = tv_strndup(s + lead, n - lead - trail);
     if (!clean || !inner) {
@@ -95,18 +106,24 @@ out:
 static char *format_clean(const char *fmt, va_list ap)
 {
     va_list again;
+    char room[512];
+    char *longer = NULL;
     va_copy(again, ap);
-    const int n = vsnprintf(NULL, 0, fmt, again);
+    const int n = vsnprintf(room, sizeof room, fmt, again);
     va_end(again);
-    char *text = n < 0 ? NULL : tv_alloc((size_t)n + 1);
-    if (!text)
+    if (n < 0)
         return NULL;
-    (void)vsnprintf(text, (size_t)n + 1, fmt, ap);
+    if ((size_t)n >= sizeof room) {
+        longer = tv_alloc((size_t)n + 1);
+        if (!longer)
+            return NULL;
+        (void)vsnprintf(longer, (size_t)n + 1, fmt, ap);
+    }
     const size_t len = strlen(fmt);
     const size_t lead = strspn(fmt, "\n");
     const size_t trail = lead < len && fmt[len - 1] == '\n';
-    char *clean = clean_text(text, lead, trail);
-    tv_free(text);
+    char *clean = clean_text(longer ? longer : room, lead, trail);
+    tv_free(longer);
     return clean;
 }
 
@@ -389,6 +406,11 @@ void tvc_table_cell(struct tvc_table *t, const char *fmt, ...)
     cell_put(t, text);
 }
 
+void tvc_table_text(struct tvc_table *t, const char *text)
+{
+    cell_put(t, t->failed ? NULL : clean_text(text, 0, 0));
+}
+
 /* Characters, not bytes, so that columns line up. */
 static size_t text_width(const char *s)
 {
@@ -398,17 +420,42 @@ static size_t text_width(const char *s)
     return n;
 }
 
-static void spaces(struct tvc_print *p, size_t n)
+/* A line on its way out, in pieces that stdio need not see one by one. */
+struct line {
+    struct tvc_print *p;
+    size_t n;
+    char text[1024];
+};
+
+static void line_flush(struct line *l)
+{
+    tvc_out_bytes(l->p, l->text, l->n);
+    l->n = 0;
+}
+
+static void line_add(struct line *l, const char *text, size_t n)
+{
+    if (n > sizeof l->text - l->n)
+        line_flush(l);
+    if (n > sizeof l->text) {
+        tvc_out_bytes(l->p, text, n);
+        return;
+    }
+    memcpy(l->text + l->n, text, n);
+    l->n += n;
+}
+
+static void line_pad(struct line *l, size_t n)
 {
     static const char blank[] = "                                ";
     while (n > 0) {
         const size_t now = n < sizeof blank - 1 ? n : sizeof blank - 1;
-        tvc_out_bytes(p, blank, now);
+        line_add(l, blank, now);
         n -= now;
     }
 }
 
-static void row_print(struct tvc_print *p, const struct tvc_table *t,
+static void row_print(struct line *l, const struct tvc_table *t,
                       const size_t *width, size_t first)
 {
     for (size_t c = 0; c < t->n_columns; c++) {
@@ -416,14 +463,14 @@ static void row_print(struct tvc_print *p, const struct tvc_table *t,
         const size_t pad = width[c] - text_width(text);
         const bool last = c + 1 == t->n_columns;
         if (t->align[c] == 'r')
-            spaces(p, pad);
-        tvc_out_bytes(p, text, strlen(text));
+            line_pad(l, pad);
+        line_add(l, text, strlen(text));
         if (t->align[c] != 'r' && !last)
-            spaces(p, pad);
+            line_pad(l, pad);
         if (!last)
-            tvc_out_bytes(p, "  ", 2);
+            line_add(l, "  ", 2);
     }
-    tvc_out_bytes(p, "\n", 1);
+    line_add(l, "\n", 1);
 }
 
 void tvc_table_free(struct tvc_table *t)
@@ -438,6 +485,7 @@ enum tv_err tvc_table_end(struct tvc_print *p, struct tvc_table *t,
                           struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    struct line l = {.p = p};
     size_t *width = tv_calloc(t->n_columns, sizeof *width);
     if (t->failed || !width) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory for a table");
@@ -449,7 +497,8 @@ enum tv_err tvc_table_end(struct tvc_print *p, struct tvc_table *t,
             width[i % t->n_columns] = w;
     }
     for (size_t i = 0; i + t->n_columns <= t->n; i += t->n_columns)
-        row_print(p, t, width, i);
+        row_print(&l, t, width, i);
+    line_flush(&l);
 out:
     tv_free(width);
     tvc_table_free(t);

@@ -106,6 +106,7 @@ void tvc_table_begin(struct tvc_table *t, const char *align,
                      const char *const *headers);
 void tvc_table_cell(struct tvc_table *t, const char *fmt, ...) TV_PRINTF(2, 3);
 /* Prints to stdout (or, where asked, to stderr as tvc_say) and frees. */
+void tvc_table_text(struct tvc_table *t, const char *text);
 TV_NODISCARD enum tv_err tvc_table_end(struct tvc_print *p, struct tvc_table *t,
                                        struct tv_error *err);
 void tvc_table_free(struct tvc_table *t); /* of one that is not printed */

@@ -80,7 +80,8 @@ struct check {
     unsigned char *used;   /* a bit per page of the file */
     unsigned char *levels; /* a page for every level of a tree */
     unsigned char *list;   /* a list of free pages, read piece by piece */
-    bool lists;            /* look into the lists of free pages */
+    bool writes; /* look into what only a writer believes: lists of free
+                  * pages, and the heads of long values */
     struct tree tables[TABLES_MAX];
     size_t n_tables;
     const struct tree *tree; /* being walked */
@@ -236,23 +237,37 @@ static int key_order(const struct check *c, struct key a, struct key b)
     return order != 0 ? order : (a.n > b.n) - (a.n < b.n);
 }
 
+/* How many pages a value of its own pages has. Its head says so to whoever
+ * frees them; a reader goes by the size of the value alone, and there may be
+ * very many to read. */
+static bool long_value(struct check *c, uint64_t page, uint64_t first,
+                       uint32_t bytes, uint64_t *n)
+{
+    unsigned char head[HEAD_BYTES];
+    const uint64_t least =
+        ((uint64_t)bytes + HEAD_BYTES + c->page_bytes - 1) / c->page_bytes;
+    if (first < 2 || first >= c->n_pages)
+        return bad(c, page, "it leads to a page that does not exist");
+    *n = least;
+    if (!c->writes)
+        return true;
+    if (!read_at(c, first * c->page_bytes, head, sizeof head))
+        return false;
+    *n = get32(head + 12);
+    if (get64(head) != first || get16(head + 10) != PAGE_OVERFLOW || *n < least)
+        return bad(c, first, "its head is not that of a long value");
+    return true;
+}
+
 /* A value: of pages of its own, a table, a list of free pages, or a record. */
 static bool check_value(struct check *c, uint64_t page, const unsigned char *at,
                         unsigned flags, uint64_t off, uint32_t bytes)
 {
     uint64_t from = off;
     if ((flags & ENTRY_BIG) != 0) {
-        unsigned char head[HEAD_BYTES];
         const uint64_t first = get64(at);
-        if (first < 2 || first >= c->n_pages)
-            return bad(c, page, "it leads to a page that does not exist");
-        if (!read_at(c, first * c->page_bytes, head, sizeof head))
-            return false;
-        const uint64_t n = get32(head + 12);
-        if (get64(head) != first || get16(head + 10) != PAGE_OVERFLOW ||
-            n * c->page_bytes < (uint64_t)bytes + HEAD_BYTES)
-            return bad(c, first, "its head is not that of a long value");
-        if (!take(c, page, first, n))
+        uint64_t n = 0;
+        if (!long_value(c, page, first, bytes, &n) || !take(c, page, first, n))
             return false;
         from = first * c->page_bytes + HEAD_BYTES;
     }
@@ -265,7 +280,7 @@ static bool check_value(struct check *c, uint64_t page, const unsigned char *at,
     } else if ((flags & ENTRY_TREE) != 0) {
         return bad(c, page, "it has a table where records are");
     }
-    return !c->is_free || !c->lists || free_list(c, page, from, bytes);
+    return !c->is_free || !c->writes || free_list(c, page, from, bytes);
 }
 
 struct entry {
@@ -499,7 +514,7 @@ out:
 enum tv_err store_tree_check(tv_store *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct check c = {.path = s->path, .lists = !s->read_only};
+    struct check c = {.path = s->path, .writes = !s->read_only};
     struct meta m = {.magic = 0};
     MDB_txn *txn = NULL;
     MDB_stat ms;

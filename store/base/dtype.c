@@ -145,23 +145,46 @@ enum tv_err tv_dtype_bytes(enum tv_dtype t, uint64_t n_elems, uint64_t *bytes,
     return TV_OK;
 }
 
+static size_t put_number(char *dst, uint64_t n)
+{
+    char digits[20];
+    size_t len = 0;
+    do {
+        digits[len++] = (char)('0' + n % 10);
+        n /= 10;
+    } while (n > 0);
+    for (size_t i = 0; i < len; i++)
+        dst[i] = digits[len - 1 - i];
+    return len;
+}
+
+/* Listings have very many shapes, and printf is slow where a library has
+ * registered conversions of its own (libquadmath does, behind OpenBLAS). */
 char *tv_shape_format(const uint64_t *shape, unsigned rank, char *dst,
                       size_t cap)
 {
     size_t used = 0;
     if (cap == 0)
         return dst;
-    dst[0] = '\0';
     for (unsigned i = 0; i <= rank; i++) {
-        int n = 0;
-        if (i == rank)
-            n = snprintf(dst + used, cap - used, rank == 0 ? "[]" : "]");
-        else
-            n = snprintf(dst + used, cap - used, "%s%" PRIu64,
-                         i == 0 ? "[" : ", ", shape[i]);
-        if (n < 0 || (size_t)n >= cap - used)
+        char piece[24];
+        size_t n = 0;
+        if (i == 0)
+            piece[n++] = '[';
+        if (i == rank) {
+            piece[n++] = ']';
+        } else {
+            if (i > 0) {
+                piece[n++] = ',';
+                piece[n++] = ' ';
+            }
+            n += put_number(piece + n, shape[i]);
+        }
+        if (n >= cap - used)
             break;
-        used += (size_t)n;
+        memcpy(dst + used, piece, n);
+        used += n;
     }
+    dst[used] = '\0';
     return dst;
 }

@@ -250,7 +250,8 @@ static void any_byte_of_any_page(void **state)
     }
     print_message("%u refused, %u opened, %u calls with an error\n", n_refused,
                   n_opened, n_errors);
-    assert_true(n_refused > 100 && n_opened > 100);
+    /* Readers do not look at the heads of long values, most of the pages. */
+    assert_true(n_refused > 50 && n_opened > 100);
     free_image(&im);
 }
 
