@@ -73,6 +73,26 @@ static void leaf_add(struct leaf_run *l, const unsigned char *p, size_t n)
     }
 }
 
+/* Leaves of a chunk that has been written, and its XXH3-64. The part of a leaf
+ * at either end goes with the rest of it in the chunk next to it. */
+static uint64_t chunk_hash(struct leaf_run *l, const unsigned char *p, size_t n)
+{
+    const size_t head =
+        l->in_leaf == 0 ? 0 : (size_t)(TV_LEAF_BYTES - l->in_leaf);
+    const size_t skip = head < n ? head : n;
+    leaf_add(l, p, skip);
+    const size_t whole = (n - skip) / TV_LEAF_BYTES;
+    size_t n_same = 0;
+    const uint64_t hash =
+        tv_hash64_leaves(p, n, skip, l->want + l->leaf, whole, &n_same);
+    if (n_same < whole)
+        l->same = false;
+    l->leaf += whole;
+    const size_t done = skip + whole * TV_LEAF_BYTES;
+    leaf_add(l, p + done, n - done);
+    return hash;
+}
+
 static enum tv_err renew_batch(tv_batch **b, struct tv_error *err)
 {
     tv_store *s = (*b)->t.s;
@@ -101,8 +121,7 @@ static enum tv_err write_chunks(tv_batch **b, const struct tv_payload *p,
             TV_TRY(renew_batch(b, err));
         TV_TRY(tv_chunk_reserve(*b, p, i, &to, &n, err));
         tv_view_copy(from, off, n, to);
-        leaf_add(&l, (const unsigned char *)to, n);
-        TV_TRY(tv_chunk_seal(*b, p, i, err));
+        TV_TRY(chunk_seal(*b, p, i, chunk_hash(&l, to, n), err));
         off += n;
     }
     if (l.in_leaf > 0)

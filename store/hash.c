@@ -122,6 +122,29 @@ uint64_t tv_leaf_count(uint64_t bytes)
     return bytes / TV_LEAF_BYTES + (bytes % TV_LEAF_BYTES != 0);
 }
 
+uint64_t tv_hash64_leaves(const void *data, size_t n, size_t skip,
+                          const struct tv_hash *want, size_t n_want,
+                          size_t *n_same)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    XXH3_state_t st;
+    size_t at = skip;
+    size_t same = 0;
+    memset(&st, 0, sizeof st);
+    XXH3_64bits_reset(&st);
+    XXH3_64bits_update(&st, p, skip);
+    for (size_t i = 0; i < n_want; i++) {
+        const size_t part = n - at < TV_LEAF_BYTES ? n - at : TV_LEAF_BYTES;
+        if (same == i && tv_hash_equal(tv_hash128(p + at, part), want[i]))
+            same++;
+        XXH3_64bits_update(&st, p + at, part);
+        at += part;
+    }
+    XXH3_64bits_update(&st, p + at, n - at);
+    *n_same = same;
+    return XXH3_64bits_digest(&st);
+}
+
 struct tv_hash tv_leaves_checksum(const struct tv_hash *leaves, size_t n)
 {
     XXH3_state_t st;

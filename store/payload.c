@@ -357,20 +357,34 @@ out:
     return batch_end(b, before, rc);
 }
 
+static bool is_pending(const tv_batch *b, const struct tv_payload *p,
+                       size_t chunk)
+{
+    return b->pending && b->pending_id == p->id && b->pending_chunk == chunk;
+}
+
 enum tv_err tv_chunk_seal(tv_batch *b, const struct tv_payload *p, size_t chunk,
                           struct tv_error *err)
 {
-    if (!b->pending || b->pending_id != p->id || b->pending_chunk != chunk)
+    uint64_t hash = 0;
+    if (is_pending(b, p, chunk))
+        hash = tv_hash64(b->pending_value + TV_CHUNK_HEADER,
+                         (size_t)b->pending_bytes);
+    return chunk_seal(b, p, chunk, hash, err);
+}
+
+enum tv_err chunk_seal(tv_batch *b, const struct tv_payload *p, size_t chunk,
+                       uint64_t hash, struct tv_error *err)
+{
+    if (!is_pending(b, p, chunk))
         return batch_result(
             b, no_payload(b, p->id, "has no such chunk reserved", err));
     const struct rec_payload r = geometry_of(p);
-    const struct rec_chunk c = {
-        .dtype = p->dtype,
-        .number = (uint32_t)chunk,
-        .bytes = b->pending_bytes,
-        .n_elems = elems_in(&r, b->pending_bytes),
-        .payload_hash = tv_hash64(b->pending_value + TV_CHUNK_HEADER,
-                                  (size_t)b->pending_bytes)};
+    const struct rec_chunk c = {.dtype = p->dtype,
+                                .number = (uint32_t)chunk,
+                                .bytes = b->pending_bytes,
+                                .n_elems = elems_in(&r, b->pending_bytes),
+                                .payload_hash = hash};
     rec_chunk_put(b->pending_value, &c);
     b->pending = false;
     b->pending_value = NULL;

@@ -324,6 +324,10 @@ TV_NODISCARD enum tv_err payload_ref(tv_batch *b, uint64_t id,
                                      struct tv_error *err);
 TV_NODISCARD enum tv_err payload_unref(tv_batch *b, uint64_t id,
                                        struct tv_error *err);
+/* tv_chunk_seal for who has hashed the chunk already. */
+TV_NODISCARD enum tv_err chunk_seal(tv_batch *b, const struct tv_payload *p,
+                                    size_t chunk, uint64_t hash,
+                                    struct tv_error *err);
 TV_NODISCARD enum tv_err payload_doom(tv_batch *b, uint64_t id,
                                       struct rec_payload *r,
                                       struct tv_error *err);

@@ -89,6 +89,38 @@ static void leaves(void **state)
 }
 
 /* The layout of design.md, written out by hand. */
+/* One pass gives what two give, wherever leaves begin and end. */
+static void chunk_and_leaves_at_once(void **state)
+{
+    enum { N = 3 * TV_LEAF_BYTES + 777 };
+    static const size_t skips[] = {0, 1, 1000, TV_LEAF_BYTES - 1};
+    struct tv_hash want[4];
+    size_t n_same = 9;
+    unsigned char *data = tv_alloc(N);
+    (void)state;
+    assert_non_null(data);
+    for (size_t i = 0; i < N; i++)
+        data[i] = (unsigned char)(i * 7 + (i >> 12));
+    const uint64_t hash = tv_hash64(data, N);
+    for (size_t s = 0; s < sizeof skips / sizeof *skips; s++) {
+        const size_t skip = skips[s];
+        size_t n = 0;
+        for (size_t at = skip; at < N; at += TV_LEAF_BYTES, n++)
+            want[n] = tv_hash128(
+                data + at, N - at < TV_LEAF_BYTES ? N - at : TV_LEAF_BYTES);
+        assert_true(tv_hash64_leaves(data, N, skip, want, n, &n_same) == hash);
+        assert_int_equal(n_same, n);
+        want[1].lo ^= 1;
+        assert_true(tv_hash64_leaves(data, N, skip, want, n, &n_same) == hash);
+        assert_int_equal(n_same, 1);
+        assert_true(tv_hash64_leaves(data, N, skip, want, 0, &n_same) == hash);
+        assert_int_equal(n_same, 0);
+    }
+    assert_true(tv_hash64_leaves(data, 0, 0, NULL, 0, &n_same) ==
+                tv_hash64("", 0));
+    tv_free(data);
+}
+
 static void model_digest(void **state)
 {
     (void)state;
@@ -118,6 +150,7 @@ int main(void)
         cmocka_unit_test(hex_round_trip),
         cmocka_unit_test(stream_equals_one_shot),
         cmocka_unit_test(leaves),
+        cmocka_unit_test(chunk_and_leaves_at_once),
         cmocka_unit_test(model_digest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -46,6 +46,12 @@ void tv_hasher_close(tv_hasher *h);
 
 /* Number of leaves of a payload; 0 bytes have none. */
 uint64_t tv_leaf_count(uint64_t bytes);
+/* tv_hash64 of data, and in the same pass over memory a look at leaves: piece i
+ * of TV_LEAF_BYTES from byte `skip` on (the last one may be shorter) should
+ * have the hash want[i]. *n_same: how many do before the first that has not. */
+uint64_t tv_hash64_leaves(const void *data, size_t n, size_t skip,
+                          const struct tv_hash *want, size_t n_want,
+                          size_t *n_same);
 /* Tensor checksum from leaves [n]; fine for n = 0. */
 struct tv_hash tv_leaves_checksum(const struct tv_hash *leaves, size_t n);
 
