@@ -346,6 +346,15 @@ void tvk_cuda_free(tvk_cuda *d, tvk_cuda_ptr at, size_t bytes)
     (void)pthread_mutex_unlock(&d->mutex);
 }
 
+/* Memory is pinned by the page, and two pinned ranges must not share one: so
+ * whole pages, with where the allocation begins right in front of them. */
+#define PAGE ((size_t)4096)
+
+static size_t pages(size_t bytes)
+{
+    return (bytes > 0 ? bytes + PAGE - 1 : PAGE) / PAGE * PAGE;
+}
+
 enum tv_err tvk_cuda_pin(tvk_cuda *d, size_t bytes, struct tv_error *err,
                          void **out)
 {
@@ -353,32 +362,40 @@ enum tv_err tvk_cuda_pin(tvk_cuda *d, size_t bytes, struct tv_error *err,
     const enum tv_err rc = tvk_cuda_enter(d, err);
     if (rc != TV_OK)
         return rc;
-    void *p = tv_alloc_aligned(bytes > 0 ? bytes : 1);
-    if (p == NULL)
+    unsigned char *raw = NULL;
+    if (bytes < SIZE_MAX - 3 * PAGE)
+        raw = tv_alloc(pages(bytes) + PAGE + sizeof raw);
+    if (raw == NULL)
         return tv_error_set(err, TV_E_NOMEM,
                             "out of memory (%zu bytes of staging)", bytes);
+    const uintptr_t first = (uintptr_t)raw + sizeof raw;
+    unsigned char *const p = raw + sizeof raw + (PAGE - first % PAGE) % PAGE;
     const tvk_cu_result code =
-        d->api->host_register(p, bytes > 0 ? bytes : 1, TVK_CU_HOST_PORTABLE);
+        d->api->host_register(p, pages(bytes), TVK_CU_HOST_PORTABLE);
     if (code != TVK_CU_OK) {
-        tv_free(p);
+        tv_free(raw);
         if (code == TVK_CU_NO_MEMORY)
             return tv_error_set(err, TV_E_NOMEM,
                                 "%zu bytes of memory cannot be pinned", bytes);
         return tvk_cuda_refused(d, code, "cuMemHostRegister", err);
     }
+    memcpy(p - sizeof raw, &raw, sizeof raw);
     *out = p;
     return TV_OK;
 }
 
 void tvk_cuda_unpin(tvk_cuda *d, void *p)
 {
+    unsigned char *raw = NULL;
+
     if (p == NULL)
         return;
+    memcpy(&raw, (unsigned char *)p - sizeof raw, sizeof raw);
     /* Also of a broken device: memory that stays registered must not come back
      * as something else. */
     (void)d->api->context_use(d->context);
     (void)d->api->host_unregister(p);
-    tv_free(p);
+    tv_free(raw);
 }
 
 /* ---- streams ------------------------------------------------------------- */

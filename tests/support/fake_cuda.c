@@ -427,6 +427,10 @@ tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
     (void)pthread_mutex_lock(&mutex);
     if (is_lost)
         return locked(LOST);
+    /* A device pins pages, and no page twice: whole ones are on the safe side.
+     */
+    if ((uintptr_t)p % 4096 != 0 || bytes == 0 || bytes % 4096 != 0)
+        return locked(INVALID);
     if (!range_add(&pinned, p, bytes))
         return locked(TVK_CU_NO_MEMORY);
     n_pinned++;

@@ -95,8 +95,8 @@ TV_NODISCARD enum tv_err tvk_cuda_alloc(tvk_cuda *d, size_t bytes,
                                         tvk_cuda_ptr *out);
 void tvk_cuda_free(tvk_cuda *d, tvk_cuda_ptr at, size_t bytes); /* 0 allowed */
 
-/* Host memory that copies overlap with (page-locked), from tv_alloc_aligned.
- * Owned, given back by tvk_cuda_unpin. NOMEM, or as above. */
+/* Host memory that copies overlap with (page-locked), whole pages of
+ * tv_alloc's. Owned, given back by tvk_cuda_unpin. NOMEM, or as above. */
 TV_NODISCARD enum tv_err tvk_cuda_pin(tvk_cuda *d, size_t bytes,
                                       struct tv_error *err, void **out);
 void tvk_cuda_unpin(tvk_cuda *d, void *p); /* NULL allowed */
