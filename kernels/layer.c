@@ -1,16 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * layer.c - see tv/layer.h; the only file of kernels/ that calls BLAS, LAPACK.
+ * layer.c - see tv/layer.h; what kernels/ has BLAS do is here and in
+ * gram_factor.c.
  *
  *            i1   i2        g2
  *      +-----+----+---------+-----------+   a block i1..i2 is pruned and its
  *   T  |done |blk |group    |rest       |   errors reach the group at once, the
  *      +-----+----+---------+-----------+   rest once per group: products with
  *                                           an inner size of 512, not 128.
- *
- * U without inverting H: flat reversal of a row-major symmetric matrix is its
- * index reversal J H J = L L^T, so H = R R^T with R = J L J upper, and U =
- * R^-1 = J L^-1 J: one potrf and one trtri in one buffer.
  */
 #include "tv/layer.h"
 
@@ -22,11 +19,6 @@
 
 #include <cblas.h>
 
-void spotrf_(const char *uplo, const blasint *n, float *a, const blasint *lda,
-             blasint *info);
-void strtri_(const char *uplo, const char *diag, const blasint *n, float *a,
-             const blasint *lda, blasint *info);
-
 /* Columns of a block whose errors are spread one by one. */
 #define STRIP     32u
 /* Buckets of the upper and of the lower half of a score's bits. */
@@ -35,74 +27,6 @@ void strtri_(const char *uplo, const char *diag, const blasint *n, float *a,
 int tvk_layer_built(void)
 {
     return 1;
-}
-
-/* The diagonal lies at d, `step` apart. */
-static double damp(float *d, size_t step, size_t cols, double damping)
-{
-    double sum = 0;
-    size_t n_live = 0;
-
-    for (size_t j = 0; j < cols; j++)
-        if (d[j * step] > 0) {
-            sum += (double)d[j * step];
-            n_live++;
-        }
-    const double mean = n_live > 0 ? sum / (double)n_live : 1.0;
-    const double amount = damping * mean;
-    for (size_t j = 0; j < cols; j++) {
-        const double live = d[j * step] <= 0 ? mean : (double)d[j * step];
-
-        d[j * step] = (float)(live + amount);
-    }
-    return amount;
-}
-
-double tvk_gram_damp(float *h, size_t cols, double damping)
-{
-    return damp(h, cols + 1, cols, damping);
-}
-
-double tvk_diagonal_damp(float *diagonal, size_t cols, double damping)
-{
-    return damp(diagonal, 1, cols, damping);
-}
-
-static void reverse(float *a, size_t n)
-{
-    for (size_t i = 0, j = n; i + 1 < j; i++) {
-        const float x = a[i];
-
-        a[i] = a[--j];
-        a[j] = x;
-    }
-}
-
-int tvk_gram_factor(float *h, size_t cols)
-{
-    const blasint n = (blasint)cols;
-    blasint info = 0;
-
-    assert(cols <= TVK_LAYER_COLS);
-    if (cols == 0)
-        return 0;
-    openblas_set_num_threads(1);
-    reverse(h, cols * cols);
-    /* LAPACK's upper triangle by columns is ours, lower, by rows. */
-    spotrf_("U", &n, h, &n, &info);
-    if (info != 0)
-        return -1;
-    strtri_("U", "N", &n, h, &n, &info);
-    if (info != 0)
-        return -1;
-    reverse(h, cols * cols);
-    for (size_t i = 0; i < cols; i++) {
-        memset(h + i * cols, 0, i * sizeof *h);
-        /* potrf lets a NaN through; it always reaches the diagonal. */
-        if (!isfinite(h[i * cols + i]) || h[i * cols + i] <= 0)
-            return -1;
-    }
-    return 0;
 }
 
 /* ---- the loop ---- */

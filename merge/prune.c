@@ -9,7 +9,7 @@
  *
  * SparseGPT (Frantar and Alistarh, arXiv 2301.00774) on T in place of the
  * weights, and conjugate gradients on the kept values, are in kernels/layer.c.
- * A Gram matrix that is not positive definite in fp32 gets ten times the
+ * A Gram matrix that is not positive definite gets ten times the
  * damping, up to four times; then the layer is masked by the diagonal alone.
  */
 #include "prune.h"
@@ -62,8 +62,10 @@ static uint64_t work_floats(const struct tvm_trim_rule *r, size_t rows,
     const bool obs = corrects_by_obs(r) || masks_by_obs(r);
     /* Rows of T and marks of what is kept beside those of CG. */
     const uint64_t cg = 2 * TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols);
-    const uint64_t most = obs ? tvk_obs_work(rows, cols) : 0;
+    uint64_t most = tvk_gram_work(cols);
 
+    if (obs && tvk_obs_work(rows, cols) > most)
+        most = tvk_obs_work(rows, cols);
     if (r->correct < TVM_CORRECT_CG && !r->rescale && !masks_by_obs(r))
         return most;
     return most > cg ? most : cg;
@@ -76,7 +78,7 @@ uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
         cols * sizeof(double) + (uint64_t)HI_BUCKETS * sizeof(uint32_t);
 
     if (tvm_rule_needs_gram(r) && tvk_layer_built())
-        bytes += ((uint64_t)cols * cols + work_floats(r, rows, cols)) *
+        bytes += (tvk_gram_floats(cols) + work_floats(r, rows, cols)) *
                  sizeof(float);
     return bytes;
 }
@@ -256,7 +258,7 @@ static double factor(const struct prune *p)
     for (unsigned i = 0; i <= LADDER_MAX; i++, damping *= 10.0) {
         tvm_gram_unpack(p->h, p->stats->gram, p->cols);
         (void)tvk_gram_damp(p->h, p->cols, damping);
-        if (tvk_gram_factor(p->h, p->cols) == 0)
+        if (tvk_gram_factor(p->h, p->cols, p->work) == 0)
             return damping;
     }
     return 0;
@@ -379,7 +381,7 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
     if (!p.weight || !p.buckets)
         goto no_memory;
     if (gram) {
-        p.h = tv_alloc_aligned(cols * cols * sizeof *p.h);
+        p.h = tv_alloc_aligned(tvk_gram_floats(cols) * sizeof *p.h);
         p.work = tv_alloc_aligned(
             (size_t)work_floats(r, rows, cols) * sizeof *p.work + 64);
         if (!p.h || !p.work)

@@ -11,8 +11,8 @@ of C, a mask by U of C and, as a check of this script alone, a mask by
 magnitude; the last two masks are made by numpy. bf16 differences have many
 equal magnitudes: of ties the first go, as in the stored results (the other
 choice moves a magnitude error by up to 1%). Exit 1 when an error is off by more
-than 1% or T_hat by more than 1e-4 (relative Frobenius), or when CG raises the
-damped loss. CG has no stored result: its loss after 0, 1, 3 and 10 steps is
+than 1% or T_hat by more than 1e-4 (relative Frobenius), when U^T U is off
+H^-1 by more than 1e-5 (spectral norms), or when CG raises the damped loss. CG has no stored result: its loss after 0, 1, 3 and 10 steps is
 shown over that of an exact solve per row in numpy.
 Needs Debian's python3-numpy only.
 """
@@ -43,12 +43,16 @@ def compiled(folder):
     subprocess.run(["cc", "-O2", "-std=c17", "-ffp-contract=off", "-shared",
                     "-fPIC", "-DTVK_HAVE_OPENBLAS=1",
                     f"-I{ROOT}/kernels/include", f"{ROOT}/kernels/layer.c",
+                    f"{ROOT}/kernels/gram_factor.c",
                     "-o", path, *flags.stdout.split(), "-lm"], check=True)
     lib = ctypes.CDLL(str(path))
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double
     lib.tvk_gram_damp.argtypes = [pointer, size, number]
     lib.tvk_gram_damp.restype = number
-    lib.tvk_gram_factor.argtypes = [pointer, size]
+    lib.tvk_gram_factor.argtypes = [pointer, size, pointer]
+    for room in (lib.tvk_gram_floats, lib.tvk_gram_work):
+        room.argtypes = [size]
+        room.restype = size
     lib.tvk_obs_work.argtypes = [size, size]
     lib.tvk_obs_work.restype = size
     lib.tvk_obs_prune.argtypes = [pointer, pointer, size, size, pointer,
@@ -81,10 +85,21 @@ def factor(lib, gram, damping):
     """Damped H and U in fp32, from C."""
     h = np.ascontiguousarray(gram, np.float32).copy()
     lib.tvk_gram_damp(h.ctypes.data, len(h), damping)
-    u = h.copy()
-    if lib.tvk_gram_factor(u.ctypes.data, len(h)) != 0:
+    n = len(h)
+    room = np.empty(lib.tvk_gram_floats(n), np.float32)
+    u = room[:n * n].reshape(n, n)
+    u[:] = h
+    work = np.empty(lib.tvk_gram_work(n), np.float32)
+    if lib.tvk_gram_factor(u.ctypes.data, n, work.ctypes.data) != 0:
         sys.exit("H is not positive definite")
     return h, u
+
+
+def inverse_error(h, u):
+    """|U^T U - H^-1| / |H^-1|, spectral norms."""
+    inv = np.linalg.inv(h.astype(np.float64))
+    u = u.astype(np.float64)
+    return np.linalg.norm(u.T @ u - inv, 2) / np.linalg.norm(inv, 2)
 
 
 def obs(lib, t, u, density):
@@ -149,7 +164,10 @@ def main():
             h, u = factor(lib, gram * (2 / stored["n"]), 0.01)
             whole = loss(t, 0 * t, gram)
             off = np.abs(u.astype(np.float64).T @ u @ h - np.eye(len(h))).max()
-            print(f"{name} {t.shape}: |U^T U H - 1| {off:.1e}")
+            inverse = inverse_error(h, u)
+            bad += inverse > 1e-5
+            print(f"{name} {t.shape}: |U^T U - H^-1| / |H^-1| {inverse:.1e}, "
+                  f"|U^T U H - 1| {off:.1e}")
             for density, kinds in layer["density"].items():
                 kept = int(kinds["magnitude"]["nnz"])
                 p, n = obs(lib, t, u, float(density))

@@ -256,12 +256,13 @@ static void case_open(struct layer_case *c, size_t rows, size_t cols,
     *c = (struct layer_case){.rows = rows, .cols = cols};
     c->t = normal(rows * cols, rows);
     c->h = zeroed(n * n, sizeof *c->h);
-    c->u = zeroed(n * n, sizeof *c->u);
+    c->u = zeroed(tvk_gram_floats(n), sizeof *c->u);
     c->p = zeroed(rows * n, sizeof *c->p);
     c->packed = zeroed(n * (n + 1) / 2, sizeof *c->packed);
     c->diagonal = zeroed(n, sizeof *c->diagonal);
     c->work =
-        zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(cols), sizeof *c->work);
+        zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(cols) + tvk_gram_work(n),
+               sizeof *c->work);
     for (size_t k = 0; k < 2 * n && !identity; k++)
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < n; j++)
@@ -279,7 +280,7 @@ static void case_open(struct layer_case *c, size_t rows, size_t cols,
         assert_true(tvk_diagonal_damp(c->diagonal, n, 0.01) == amount);
     }
     memcpy(c->u, c->h, n * n * sizeof *c->u);
-    assert_int_equal(tvk_gram_factor(c->u, n), 0);
+    assert_int_equal(tvk_gram_factor(c->u, n, c->work), 0);
     free(x);
 }
 

@@ -45,8 +45,9 @@ static void case_open(struct layer_case *c, size_t rows, size_t cols,
     c->p = zeroed(rows * cols, sizeof *c->p);
     c->keep = zeroed(rows * cols, sizeof *c->keep);
     c->h = zeroed(cols * cols, sizeof *c->h);
-    c->u = zeroed(cols * cols, sizeof *c->u);
-    c->work = zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(longest),
+    c->u = zeroed(tvk_gram_floats(cols), sizeof *c->u);
+    c->work = zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(longest) +
+                         tvk_gram_work(cols),
                      sizeof *c->work);
     for (size_t i = 0; i < rows * cols; i++)
         c->t[i] = rng_normal(&r);
@@ -62,7 +63,7 @@ static void case_open(struct layer_case *c, size_t rows, size_t cols,
     }
     (void)tvk_gram_damp(c->h, cols, 0.01);
     memcpy(c->u, c->h, cols * cols * sizeof *c->u);
-    assert_int_equal(tvk_gram_factor(c->u, cols), 0);
+    assert_int_equal(tvk_gram_factor(c->u, cols, c->work), 0);
     memcpy(c->p, c->t, rows * cols * sizeof *c->p);
     free(x);
 }
@@ -139,16 +140,167 @@ static void test_factor(void **state)
 static void test_factor_refuses(void **state)
 {
     (void)state;
-    float indefinite[4] = {1, 2, 2, 1};
-    float zero[4] = {0, 0, 0, 0};
-    float nan[4] = {1, NAN, NAN, 1};
-    float inf[4] = {INFINITY, 0, 0, 1};
+    static const float bad[][4] = {
+        {1, 2, 2, 1}, {0, 0, 0, 0}, {1, NAN, NAN, 1}, {INFINITY, 0, 0, 1}};
+    float *const work = zeroed(tvk_gram_work(2), sizeof *work);
+    float *const h = zeroed(tvk_gram_floats(2), sizeof *h);
 
-    assert_int_equal(tvk_gram_factor(indefinite, 2), -1);
-    assert_int_equal(tvk_gram_factor(zero, 2), -1);
-    assert_int_equal(tvk_gram_factor(nan, 2), -1);
-    assert_int_equal(tvk_gram_factor(inf, 2), -1);
-    assert_int_equal(tvk_gram_factor(zero, 0), 0);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        memcpy(h, bad[i], sizeof bad[i]);
+        assert_int_equal(tvk_gram_factor(h, 2, work), -1);
+    }
+    assert_int_equal(tvk_gram_factor(h, 0, work), 0);
+    free(h);
+    free(work);
+}
+
+/* Inputs that have nearly all in common: a few features, and `own` of each. */
+static void common_gram(float *h, size_t n, float own, uint64_t stream)
+{
+    enum { FEATURES = 4 };
+    struct rng r;
+    float *const f = zeroed(n * FEATURES, sizeof *f);
+
+    rng_open(&r, stream);
+    for (size_t i = 0; i < n * FEATURES; i++)
+        f[i] = rng_normal(&r);
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j <= i; j++) {
+            float sum = i == j ? own * (1.5f + f[i] / (1 + fabsf(f[i]))) : 0;
+
+            for (size_t k = 0; k < FEATURES; k++)
+                sum += f[i * FEATURES + k] * f[j * FEATURES + k];
+            h[i * n + j] = h[j * n + i] = sum;
+        }
+    free(f);
+}
+
+/* inv = h^-1 by elimination without pivots. */
+static void invert(const float *h, size_t n, double *inv)
+{
+    double *const a = zeroed(n * n, sizeof *a);
+
+    for (size_t i = 0; i < n * n; i++) {
+        a[i] = (double)h[i];
+        inv[i] = i % (n + 1) == 0;
+    }
+    for (size_t k = 0; k < n; k++) {
+        const double pivot = a[k * n + k];
+
+        for (size_t j = 0; j < n; j++) {
+            a[k * n + j] /= pivot;
+            inv[k * n + j] /= pivot;
+        }
+        for (size_t i = 0; i < n; i++) {
+            const double x = a[i * n + k];
+
+            for (size_t j = 0; i != k && j < n; j++) {
+                a[i * n + j] -= x * a[k * n + j];
+                inv[i * n + j] -= x * inv[k * n + j];
+            }
+        }
+    }
+    free(a);
+}
+
+/* U^T U = H^-1 to 1e-5 where fp32 by itself gives 1e-3. */
+static void test_factor_of_bad_conditions(void **state)
+{
+    (void)state;
+    static const size_t sizes[] = {2, 3, 6, 7, 64, 131};
+
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        const size_t n = sizes[s];
+        float *const h = zeroed(n * n, sizeof *h);
+        float *const u = zeroed(tvk_gram_floats(n), sizeof *u);
+        float *const work = zeroed(tvk_gram_work(n), sizeof *work);
+        double *const inv = zeroed(n * n, sizeof *inv);
+        double off = 0, all = 0;
+
+        common_gram(h, n, 1e-4f, s);
+        memcpy(u, h, n * n * sizeof *h);
+        invert(h, n, inv);
+        assert_int_equal(tvk_gram_factor(u, n, work), 0);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < n; j++) {
+                double sum = 0;
+
+                for (size_t k = 0; k <= i && k <= j; k++)
+                    sum += (double)u[k * n + i] * (double)u[k * n + j];
+                off += (sum - inv[i * n + j]) * (sum - inv[i * n + j]);
+                all += inv[i * n + j] * inv[i * n + j];
+                assert_true(j >= i || u[i * n + j] == 0);
+            }
+        if (!(sqrt(off / all) <= 1e-6))
+            fail_msg("n %zu: U^T U is %g off H^-1", n, sqrt(off / all));
+        free(inv);
+        free(work);
+        free(u);
+        free(h);
+    }
+}
+
+/* y = U^T U x */
+static void by_factor(const float *u, size_t n, const double *x, double *y)
+{
+    memset(y, 0, n * sizeof *y);
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+
+        for (size_t j = i; j < n; j++)
+            sum += (double)u[i * n + j] * x[j];
+        for (size_t j = i; j < n; j++)
+            y[j] += (double)u[i * n + j] * sum;
+    }
+}
+
+/* Large ones, of both kinds of inverse. With M = U^T U, M x is off by M (x - H
+ * M x). */
+static void test_factor_of_large(void **state)
+{
+    (void)state;
+    static const struct {
+        size_t n;
+        float own;
+    } cases[] = {{512, 1.0f}, {777, 1.0f}, {512, 1e-3f}, {777, 1e-3f}};
+
+    for (size_t s = 0; s < sizeof cases / sizeof *cases; s++) {
+        const size_t n = cases[s].n;
+        float *const h = zeroed(n * n, sizeof *h);
+        float *const u = zeroed(tvk_gram_floats(n), sizeof *u);
+        float *const work = zeroed(tvk_gram_work(n), sizeof *work);
+        double *const v = zeroed(4 * n, sizeof *v);
+        double *const x = v, *const y = v + n, *const r = y + n;
+        double off = 0, all = 0;
+        struct rng rng;
+
+        common_gram(h, n, cases[s].own, s);
+        memcpy(u, h, n * n * sizeof *h);
+        assert_int_equal(tvk_gram_factor(u, n, work), 0);
+        rng_open(&rng, s);
+        for (size_t i = 0; i < n; i++)
+            x[i] = (double)rng_normal(&rng);
+        by_factor(u, n, x, y);
+        for (size_t i = 0; i < n; i++) {
+            r[i] = x[i];
+            for (size_t j = 0; j < n; j++)
+                r[i] -= (double)h[i * n + j] * y[j];
+        }
+        by_factor(u, n, r, r + n);
+        for (size_t i = 0; i < n; i++) {
+            off += r[n + i] * r[n + i];
+            all += y[i] * y[i];
+        }
+        if (!(sqrt(off / all) <= 1e-5))
+            fail_msg("n %zu: U^T U x is %g off", n, sqrt(off / all));
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < i; j++)
+                assert_true(u[i * n + j] == 0);
+        free(v);
+        free(work);
+        free(u);
+        free(h);
+    }
 }
 
 /* A dead column counts neither in the mean nor as free of charge. */
@@ -474,6 +626,8 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_factor),
         cmocka_unit_test(test_factor_refuses),
+        cmocka_unit_test(test_factor_of_bad_conditions),
+        cmocka_unit_test(test_factor_of_large),
         cmocka_unit_test(test_damp),
         cmocka_unit_test(test_loop),
         cmocka_unit_test(test_groups_of_blocks),

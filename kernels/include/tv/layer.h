@@ -10,7 +10,7 @@
  * Frantar and Alistarh, "SparseGPT", arXiv:2301.00774, algorithm 1, with T in
  * place of the weights. Differences: exactly floor(elements * (1 - density))
  * entries of a block are pruned; U comes from one Cholesky factorisation of the
- * index-reversed H and one triangular inverse.
+ * index-reversed H in fp64 and one triangular inverse.
  *
  * Pure functions: no allocation, no globals but OpenBLAS's thread count, which
  * is set to 1. Shapes of BLAS calls depend on the arguments only, so equal
@@ -52,10 +52,15 @@ double tvk_gram_damp(float *h, size_t cols, double damping);
 /* The same for its diagonal [cols] alone. */
 double tvk_diagonal_damp(float *diagonal, size_t cols, double damping);
 
+/* Floats that h needs for tvk_gram_factor (a little more than cols^2), and
+ * those of its `work`, aligned to 8 bytes both. */
+size_t tvk_gram_floats(size_t cols);
+size_t tvk_gram_work(size_t cols);
 /* h [cols, cols] -> U in place: upper, U^T U = H^-1, below the diagonal 0.
- * Returns 0, or -1 when H is not positive definite in fp32 or not finite (h is
+ * |U^T U - H^-1| <= 1e-5 |H^-1|, spectral norms, H being h as it came.
+ * Returns 0, or -1 when H is not positive definite in fp64 or not finite (h is
  * destroyed: read it again with more damping). */
-int tvk_gram_factor(float *h, size_t cols);
+int tvk_gram_factor(float *h, size_t cols, float *work);
 
 /* Floats of `work` for tvk_obs_prune, whatever the density. */
 size_t tvk_obs_work(size_t rows, size_t cols);
