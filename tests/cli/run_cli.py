@@ -86,7 +86,7 @@ def main():
         for step in steps(case):
             r = subprocess.run(["sh", "-c", step["sh"]], cwd=work, env=env,
                                stdin=subprocess.DEVNULL, capture_output=True,
-                               timeout=60)
+                               timeout=240)
             out = r.stdout.decode("utf-8", "backslashreplace")
             err = r.stderr.decode("utf-8", "backslashreplace")
             bad = r.returncode != step["exit"]
