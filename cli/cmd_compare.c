@@ -68,8 +68,12 @@ static enum tv_err read_texts(struct tvc_compare *p)
     if (!p->text || !p->text_bytes || !p->text_hash)
         return tvc_compare_oom(p->c);
     for (size_t i = 0; i < o->n_texts; i++) {
-        TV_TRY(tv_file_read(o->texts[i], UINT64_C(1) << 34, &p->c->err,
-                            &p->text[i], &p->text_bytes[i]));
+        rc = tv_file_read(o->texts[i], UINT64_C(1) << 34, &p->c->err,
+                          &p->text[i], &p->text_bytes[i]);
+        if (rc != TV_OK) {
+            tv_error_context(&p->c->err, "--text");
+            goto out;
+        }
         p->text_hash[i] = tv_hash128(p->text[i], p->text_bytes[i]);
     }
 out:

@@ -177,6 +177,17 @@ static bool method_named(const char *name, struct wanted *out)
     return false;
 }
 
+static const char *suggest(const char *name)
+{
+    static const char *const names[] = {
+        "ties_magnitude",    "ties_random",     "ties_importance",
+        "ties_sparsegpt",    "linear_random",   "linear_magnitude",
+        "linear_importance", "linear_sparsegpt"};
+    const char *const like = tvm_method_suggest(name);
+
+    return like ? like : tv_suggest(name, names, sizeof names / sizeof *names);
+}
+
 enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
 {
     struct compare_opts *o = c->opt;
@@ -193,7 +204,7 @@ enum tv_err tvc_compare_methods(struct tvc *c, const char *list)
             *comma = '\0';
         struct wanted w;
         if (!method_named(at, &w)) {
-            const char *like = tvm_method_suggest(at);
+            const char *like = suggest(at);
             (void)tv_error_set(&c->err, TV_E_USAGE,
                                "--methods: unknown method '%s'", at);
             if (like)

@@ -218,6 +218,9 @@ def refused(tmp):
     run(*base, "-o", "out", cwd=d, code=2)
     r = run(*base, "-o", "out", *text, "--methods", "ties,tsw", cwd=d, code=2)
     check("tsv" in r.stderr, f"no suggestion: {r.stderr}")
+    r = run(*base, "-o", "out", *text, "--methods", "ties_importence", cwd=d,
+            code=2)
+    check("ties_importance" in r.stderr, f"no suggestion: {r.stderr}")
     run(*base, "r.yml", "-o", "out", *text, "--methods", "ties", cwd=d, code=2)
     run(*base, "-o", "out", *text, "--keep", "some", cwd=d, code=2)
     run(*base, "-o", "out", "--text", "none.txt", cwd=d, code=4)
