@@ -281,7 +281,9 @@ static void check_present(struct build *b)
 {
     const struct tvm_tensor *const t = b->t;
     const struct tvm_method *const m = t->method;
-    if (b->slice->broken || t->n_sources == b->slice->n)
+    /* Buffers (rotary caches of old checkpoints) are copied in any case. */
+    if (b->slice->broken || t->n_sources == b->slice->n ||
+        b->like->role == TV_ROLE_BUFFER)
         return;
     if (m->missing == TVM_MISSING_COPY_ONLY && t->n_sources == 1)
         return;

@@ -26,6 +26,23 @@ static size_t find_role(const struct tv_arch *a, enum tv_role role)
     return SIZE_MAX;
 }
 
+/* Could a model of this class have a head? */
+static bool is_generator(const char *architecture)
+{
+    return strstr(architecture, "CausalLM") != NULL ||
+           strstr(architecture, "LMHeadModel") != NULL;
+}
+
+/* A language model whose config says untied, but that stores no head: saved
+ * with a wrong flag. Loaders would begin with a random head; a class that no
+ * table knows may have one by another name. */
+static bool lost_head(const struct tv_arch *a, const struct plan_ref *ref)
+{
+    return !a->tied && a->has_config && !a->inferred &&
+           ref->embed != SIZE_MAX && ref->head == SIZE_MAX &&
+           is_generator(a->architecture);
+}
+
 static enum tv_err look_at(struct planner *pl, size_t input)
 {
     struct plan_ref *const ref = &pl->refs[input];
@@ -38,6 +55,14 @@ static enum tv_err look_at(struct planner *pl, size_t input)
     ref->embed = find_role(in->arch, TV_ROLE_EMBED);
     ref->head = find_role(in->arch, TV_ROLE_LM_HEAD);
     ref->tied = in->arch->tied && ref->embed != SIZE_MAX;
+    if (lost_head(in->arch, ref)) {
+        plan_report(pl, "untied, but without a head", 5, false, TV_OK, in->ref,
+                    "config.json of '%s' says that its head is not tied to its "
+                    "embedding, but it stores none: its embedding is its head",
+                    in->ref);
+        ref->tied = true;
+        return TV_OK;
+    }
     if (!ref->tied || ref->head == SIZE_MAX)
         return TV_OK;
     memset(s, 0, sizeof(s));
@@ -75,13 +100,6 @@ static bool same_inputs(const struct plan_slice *a, const struct plan_slice *b)
             return false;
     }
     return true;
-}
-
-/* Could a model of this class have a head? */
-static bool is_generator(const char *architecture)
-{
-    return strstr(architecture, "CausalLM") != NULL ||
-           strstr(architecture, "LMHeadModel") != NULL;
 }
 
 /* The first or last slice of the module that has the embedding. */

@@ -97,6 +97,29 @@ def biases():
           "- {model: biased, parameters: {weight: 1}}\n", code=4)
 
 
+def buffers():
+    """Rotary caches, which old checkpoints store, in any of the models."""
+    c = config("LlamaForCausalLM", "llama", 2)
+    cache = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (2,)
+             for i in range(2)}
+    save("without", llama(2), c)
+    save("with", dict(llama(2), **cache), c, 2)
+    for base, other in (("without", "with"), ("with", "without")):
+        for method, p in (("ties", "{weight: 1, density: 0.5}"),
+                          ("linear", "{weight: 1}"), ("slerp", "{t: 0.5}"),
+                          ("model_stock", "{}")):
+            more = (f"- model: {base}\n- model: copy\n"
+                    if method == "model_stock" else
+                    f"- {{model: {base}, parameters: {p}}}\n")
+            save("copy", llama(2), c, 3)
+            merge(f"merge_method: {method}\nbase_model: {base}\nmodels:\n"
+                  f"{more}- {{model: {other}, parameters: {p}}}\n"
+                  "parameters: {t: 0.5}\n")
+            for k in cache:
+                check(np.array_equal(values("out", k), values("with", k)),
+                      f"{method}: {k} when {base} is the base")
+
+
 def neox(n, head, mask):
     t = {"gpt_neox.embed_in.weight": (V, H),
          "gpt_neox.final_layer_norm.weight": (H,),
@@ -220,6 +243,31 @@ def heads():
                                values("hu", head + ".weight")) / 2, atol=1e-6)
                   and config_of()["tie_word_embeddings"] is False,
                   f"{kind}: tied and untied {a} {b}")
+
+
+def wrong_flags():
+    """A head that the config does not announce, and the other way round."""
+    c = config("LlamaForCausalLM", "llama", 2)
+    t = llama(2)
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    save("right", t, c)
+    save("stores", t, dict(c, tie_word_embeddings=True), 2)
+    save("lacks", {k: s for k, s in t.items() if k != head}, c, 3)
+    alone = "merge_method: passthrough\nmodels: [{model: A}]\n"
+    for model, source, tied, says in (("stores", head, False, "other values"),
+                                      ("lacks", embed, True, "stores none")):
+        r = merge(alone.replace("A", model))
+        check(says in r.stderr and
+              config_of()["tie_word_embeddings"] is tied and
+              (head in read_safetensors("out")) is not tied,
+              f"{model} alone: {r.stderr}")
+        for a, b in (("right", model), (model, "right")):
+            r = merge(pair(LINEAR, a, b))
+            check(says in r.stderr and np.allclose(
+                values("out", head), (values("right", head) +
+                                      values(model, source)) / 2, atol=1e-6)
+                and config_of()["tie_word_embeddings"] is False,
+                f"{a}, {b}: {r.stderr}")
 
 
 def spellings():
@@ -414,9 +462,11 @@ def numbers():
 def main():
     os.chdir(temp())
     biases()
+    buffers()
     gpt_neox()
     modalities()
     heads()
+    wrong_flags()
     spellings()
     two_stacks()
     numbers()
