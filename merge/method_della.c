@@ -689,7 +689,8 @@ static void find_odds(const struct tvm_job *job, const struct compat_donor *d,
 {
     const struct tvk_table *k = job->k;
     const enum tv_dtype c = thin_dtype(job);
-    const float least = (float)(d->density - d->epsilon);
+    /* torch rounds a number that is added, not one that is a factor. */
+    const float least = tvm_compat_round1(k, c, d->density - d->epsilon);
     const float eps = (float)d->epsilon;
     /* Both twice: torch has the rank and 1 added to it. */
     const float top = tvm_compat_round1(

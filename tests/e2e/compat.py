@@ -303,7 +303,7 @@ def della(d, c, density, eps, stream):
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(rows.shape[1])[None, :], axis=1)
     r = c(c(c(rank.astype(F)) + F(1)) - F(1))
-    p = c(F(density - eps) + c(c(r / r.max()) * F(2) * F(eps)))
+    p = c(c(F(density - eps)) + c(c(r / r.max()) * F(2) * F(eps)))
     return stream.mask(p.shape, p).reshape(d.shape)
 
 
