@@ -67,7 +67,7 @@ METHODS = {
 }
 ADAPTERS = 8
 SMOKE = {"shape": "tiny", "methods": "linear,task_arithmetic,dare_ties,ties"}
-ALL = {"share": 40, "methods": "linear,task_arithmetic,nearswap,dare_linear,"
+ALL = {"share": 36, "methods": "linear,task_arithmetic,nearswap,dare_linear,"
        "dare_ties,ties,breadcrumbs,della,slerp,model_stock,karcher,sce"}
 
 
