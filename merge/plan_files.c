@@ -246,6 +246,27 @@ out:
     return rc;
 }
 
+/* Loaders compare vocab_size with the embedding, and padding counts (but not
+ * in all models of several modalities: Llama 3.2 Vision has 8 rows more). */
+static void check_rows(struct planner *pl, size_t from)
+{
+    const struct tvm_plan_input *const in = &pl->plan->inputs[from];
+    const size_t embed = pl->refs[from].embed;
+    const struct tv_input_tensor *t = NULL;
+
+    if (is_aligned(pl) || in->arch->vocab == 0 || embed == SIZE_MAX ||
+        in->arch->inferred || in->arch->n_modules != 1)
+        return;
+    t = tv_input_tensor(in->input, embed);
+    if (t->rank == 2 && t->shape[0] > (uint64_t)in->arch->vocab)
+        plan_report(pl, "rows beyond vocab_size", 1, false, TV_OK,
+                    "config.json",
+                    "vocab_size of '%s' is %lld, but its embedding has %llu "
+                    "rows: it does not load, and the output will not either",
+                    in->ref, (long long)in->arch->vocab,
+                    (unsigned long long)t->shape[0]);
+}
+
 static enum tv_err add_config(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -276,6 +297,7 @@ static enum tv_err add_config(struct planner *pl)
                     "not load as a model directory");
         goto out;
     }
+    check_rows(pl, from);
     const enum tv_dtype dtype = output_dtype(plan);
     if (dtype != TV_DTYPE_NONE && tv_dtype_from_torch(a->dtype) != dtype) {
         const char *const names[] = {"dtype", "torch_dtype"};

@@ -270,6 +270,16 @@ def wrong_flags():
                 f"{a}, {b}: {r.stderr}")
 
 
+def rows():
+    """More rows than vocab_size: no loader takes the model."""
+    save("many", llama(2), config("LlamaForCausalLM", "llama", 2,
+                                  vocab_size=V - 2))
+    save("even", llama(2), config("LlamaForCausalLM", "llama", 2), 2)
+    for a, b, says in (("many", "even", True), ("even", "many", False)):
+        r = merge(pair(LINEAR, a, b))
+        check(("does not load" in r.stderr) is says, f"{a}, {b}: {r.stderr}")
+
+
 def spellings():
     """One model as transformers 4 and 5 name it, and without a prefix."""
     vlm(3, 4, 1, "va")
@@ -467,6 +477,7 @@ def main():
     modalities()
     heads()
     wrong_flags()
+    rows()
     spellings()
     two_stacks()
     numbers()
