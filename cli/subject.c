@@ -10,6 +10,7 @@
 #include "store_open.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
+#include "tv/cuda_math.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 #include "tveval.h"
@@ -139,13 +140,19 @@ static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
                               unsigned n_threads, tve_model **out)
 {
     const char *tmp = getenv("TMPDIR");
-    const struct tve_model_options opt = {
+    struct tve_model_options opt = {
         .n_threads = n_threads,
         .memory_bytes = c->memory_bytes,
         .kernels = c->kernels,
         .scratch_dir = tmp && *tmp ? tmp : NULL,
         .quota_of = s->kept_in,
     };
+    const enum tv_err rc = tvc_device_open(c, &opt.cuda);
+    if (rc != TV_OK)
+        return rc;
+    /* Nobody asked for a device: one without libraries is none. */
+    if (c->device == TVC_DEVICE_AUTO && tvk_cuda_math_find(NULL) != TV_OK)
+        opt.cuda = NULL;
     return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,
                           out);
 }

@@ -75,6 +75,12 @@ static enum tv_err make_key(tve_calibration *c, struct tv_error *err)
     }
     add_hash(&b, c->samples->digest);
     tv_buf_str(&b, openblas_get_corename());
+    if (c->m->device) {
+        char core[128];
+        tv_buf_str(&b, tvk_cuda_math_core(
+                           tvk_cuda_math_device(tve_device_math(c->m->device)),
+                           core, sizeof core));
+    }
     TV_TRY(tv_buf_ok(&b, err));
     c->key = tv_hash128(b.data, b.n_bytes);
 out:

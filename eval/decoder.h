@@ -7,6 +7,7 @@
  *   rope.c       rotary frequencies
  *   model.c      tensors -> slots, shapes checked
  *   linear_layer.c     tiles of weights, adapters, sgemm
+ *   linear_cuda.c      the same tiles on a CUDA device
  *   attention.c  scores, softmax
  *   blocks.c     norms, activations, exp
  *   forward.c    the order of it all, over a batch of windows
@@ -21,6 +22,7 @@
 #include <jansson.h>
 
 #include "tv/adapt.h"
+#include "tv/cuda_math.h"
 #include "tv/error.h"
 #include "tv/eval.h"
 #include "tv/format.h"
@@ -150,6 +152,8 @@ struct tve_replaced { /* tve_model_replace; data[0] NULL: the model's own */
     enum tv_dtype dtype;
 };
 
+struct tve_device; /* linear_cuda.c */
+
 struct tve_model {
     tv_input *in;
     struct tve_replaced *replaced; /* per tensor of in; NULL: none ever was */
@@ -162,6 +166,7 @@ struct tve_model {
     const struct tvk_table *kernels;
     const struct tve_row_ops *rows;
     tv_pool *pool;
+    struct tve_device *device; /* where products are; NULL: here */
     uint64_t memory_bytes;
     char *scratch_dir;
     tv_store *quota_of; /* scratch files count against its quota */
@@ -237,6 +242,15 @@ TV_NODISCARD enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
                                       const struct tve_group *groups,
                                       size_t n_groups, tve_head_fn fn,
                                       void *arg, struct tv_error *err);
+
+/* ---- on a CUDA device ---------------------------------------------------- */
+
+TV_NODISCARD enum tv_err tve_device_open(tvk_cuda *cuda, struct tv_error *err,
+                                         struct tve_device **out);
+void tve_device_close(struct tve_device *d); /* NULL allowed */
+/* Gives back what it keeps between calls. */
+void tve_device_shrink(struct tve_device *d);
+tvk_cuda_math *tve_device_math(const struct tve_device *d);
 
 /* ---- looking at inputs --------------------------------------------------- */
 

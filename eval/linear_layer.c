@@ -12,6 +12,8 @@
  * Workers take tiles. The shape of every sgemm call depends on the weight and
  * on the group alone, so neither threads nor memory change a bit. Conv1D
  * weights (stored [in, out]) are cut along their columns instead.
+ *
+ * With a CUDA device the same tiles go there (linear_cuda.c).
  */
 #include <string.h>
 
@@ -22,7 +24,7 @@
 #include "tv/hash.h"
 #include "tv/text.h"
 
-#include "decoder.h"
+#include "linear_parts.h"
 
 #define TILE_ELEMS (2u << 20)
 #define TILE_MAX   1024u
@@ -246,16 +248,8 @@ size_t tve_tile_rows(size_t in, size_t out)
     return rows;
 }
 
-struct job { /* one weight, ready to be cut into tiles */
-    const struct tve_linear *item;
-    struct tve_rows rows;
-    float *bias;
-    size_t in, out, tile_rows, n_tiles, first_tile;
-    bool columns; /* stored [in, out] */
-};
-
 static enum tv_err job_open(tve_model *m, const struct tve_param *p,
-                            struct job *j, struct tv_error *err)
+                            struct tve_job *j, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
@@ -270,14 +264,14 @@ out:
     return rc;
 }
 
-static void job_close(struct job *j)
+static void job_close(struct tve_job *j)
 {
     tve_rows_close(&j->rows);
     tv_free(j->bias);
 }
 
 /* dst: [n_out, in], or [in, n_out] when stored that way. */
-static void job_tile(const struct job *j, unsigned worker, size_t out0,
+static void job_tile(const struct tve_job *j, unsigned worker, size_t out0,
                      size_t n_out, float *dst)
 {
     if (!j->columns) {
@@ -290,7 +284,7 @@ static void job_tile(const struct job *j, unsigned worker, size_t out0,
                       dst + row * n_out);
 }
 
-static void job_gemm(const struct job *j, size_t n_out, const float *tile,
+static void job_gemm(const struct tve_job *j, size_t n_out, const float *tile,
                      const float *x, size_t ldx, size_t rows, float *y,
                      size_t ldy)
 {
@@ -300,30 +294,18 @@ static void job_gemm(const struct job *j, size_t n_out, const float *tile,
                 (blasint)(j->columns ? n_out : j->in), 0.0f, y, (blasint)ldy);
 }
 
-static void add_bias(float *y, size_t ldy, size_t rows, const float *bias,
-                     size_t n)
+void tve_add_bias(float *y, size_t ldy, size_t rows, const float *bias,
+                  size_t n)
 {
     for (size_t r = 0; bias && r < rows; r++)
         for (size_t i = 0; i < n; i++)
             y[r * ldy + i] += bias[i];
 }
 
-struct run {
-    const tve_model *m;
-    struct job *jobs;
-    size_t n_jobs;
-    const struct tve_group *groups;
-    size_t n_groups;
-    float **tiles; /* per worker */
-    float **logits;
-    tve_head_fn head;
-    void *arg;
-};
-
 static void run_tile(void *arg, size_t item, unsigned worker)
 {
-    const struct run *const r = arg;
-    const struct job *j = r->jobs;
+    const struct tve_run *const r = arg;
+    const struct tve_job *j = r->jobs;
     float *const tile = r->tiles[worker];
 
     while (item >= j->first_tile + j->n_tiles)
@@ -342,13 +324,14 @@ static void run_tile(void *arg, size_t item, unsigned worker)
         if (!r->head) {
             float *const y = l->y + group->start * l->ldy + out0;
             job_gemm(j, n_out, tile, x, l->ldx, group->n, y, l->ldy);
-            add_bias(y, l->ldy, group->n, j->bias ? j->bias + out0 : NULL,
-                     n_out);
+            tve_add_bias(y, l->ldy, group->n, j->bias ? j->bias + out0 : NULL,
+                         n_out);
             continue;
         }
         float *const y = r->logits[worker];
         job_gemm(j, n_out, tile, x, l->ldx, group->n, y, n_out);
-        add_bias(y, n_out, group->n, j->bias ? j->bias + out0 : NULL, n_out);
+        tve_add_bias(y, n_out, group->n, j->bias ? j->bias + out0 : NULL,
+                     n_out);
         if (r->m->spec.logit_cap > 0)
             r->m->rows->cap_row(y, n_out * group->n, r->m->spec.logit_cap);
         const struct tve_head_tile t = {y,     index,        out0,
@@ -358,7 +341,8 @@ static void run_tile(void *arg, size_t item, unsigned worker)
 }
 
 static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
-                            size_t n_items, struct run *r, struct tv_error *err)
+                            size_t n_items, struct tve_run *r,
+                            struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const unsigned n_workers = tv_pool_threads(m->pool);
@@ -374,7 +358,7 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
     for (size_t g = 0; g < r->n_groups; g++)
         rows = r->groups[g].n > rows ? r->groups[g].n : rows;
     for (size_t i = 0; i < n_items; i++) {
-        struct job *const j = &r->jobs[i];
+        struct tve_job *const j = &r->jobs[i];
 
         j->item = &items[i];
         r->n_jobs++;
@@ -385,6 +369,10 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
             tile_floats = j->tile_rows * j->in;
         if (r->head && j->tile_rows * rows > logit_floats)
             logit_floats = j->tile_rows * rows;
+    }
+    if (m->device) {
+        rc = tve_device_run(m->device, r, err);
+        goto out;
     }
     for (unsigned i = 0; i < n_workers; i++) {
         r->tiles[i] = tv_alloc_aligned(tile_floats * sizeof(float));
@@ -412,7 +400,7 @@ enum tv_err tve_linear_run(tve_model *m, const struct tve_linear *items,
                            size_t n_items, const struct tve_group *groups,
                            size_t n_groups, struct tv_error *err)
 {
-    struct run r = {.m = m, .groups = groups, .n_groups = n_groups};
+    struct tve_run r = {.m = m, .groups = groups, .n_groups = n_groups};
 
     return run_jobs(m, items, n_items, &r, err);
 }
@@ -423,7 +411,7 @@ enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
                          tve_head_fn fn, void *arg, struct tv_error *err)
 {
     const struct tve_linear item = {.p = p, .x = x, .ldx = ldx};
-    struct run r = {
+    struct tve_run r = {
         .m = m, .groups = groups, .n_groups = n_groups, .head = fn, .arg = arg};
 
     return run_jobs(m, &item, 1, &r, err);

@@ -437,6 +437,9 @@ enum tv_err tve_model_open(tv_input *in,
         opt = &none;
     m->in = in;
     m->kernels = opt->kernels ? opt->kernels : tvk_table_best();
+    /* What is converted here is used here. */
+    if (opt->cuda)
+        m->kernels = tvk_table_for(m->kernels->isa);
     m->rows = rows_for(m->kernels->isa);
     m->memory_bytes = opt->memory_bytes ? opt->memory_bytes : MEMORY_DEFAULT;
     m->skip_verify = opt->skip_verify;
@@ -471,6 +474,8 @@ enum tv_err tve_model_open(tv_input *in,
         m->globals[TVE_HEAD].w = m->globals[TVE_EMBED].w;
     TV_TRY(tv_pool_open(opt->n_threads ? opt->n_threads : tv_cpu_count(), err,
                         &m->pool));
+    if (opt->cuda)
+        TV_TRY(tve_device_open(opt->cuda, err, &m->device));
     /* Our workers call BLAS side by side; more threads inside would only change
      * how sums are split. */
     openblas_set_num_threads(1);
@@ -488,6 +493,7 @@ void tve_model_close(tve_model *m)
     /* Else the end of the process says so. */
     if (m->charged_bytes > 0)
         (void)!tv_store_scratch_set(m->quota_of, 0, NULL);
+    tve_device_close(m->device);
     for (size_t i = 0; m->layers && i < m->spec.n_layers * TVE_SLOTS; i++) {
         tv_free(m->layers[i].w.changes);
         tv_free(m->layers[i].b.changes);

@@ -14,6 +14,9 @@
  * depend on shapes alone: neither threads nor memory change a bit. Sums of one
  * block's inputs are in memory at a time; a finished Gram matrix is rounded to
  * fp32 in its place.
+ *
+ * With a CUDA device X^T X is summed up there; the sums of a layer stay there
+ * until it is done, if there is room, else they come and go (same bits).
  */
 #include <stdatomic.h>
 #include <string.h>
@@ -88,6 +91,8 @@ struct sums {
     /* wanted sites of the layer at hand, and where their sums are */
     const struct tve_site *sites[SITES_MAX];
     double *at[SITES_MAX];
+    tvk_cuda_ptr there[SITES_MAX]; /* on the device; 0: not yet, or no room */
+    bool no_room[SITES_MAX];
     size_t n_sites;
     /* the input at hand */
     double *sums;
@@ -157,6 +162,82 @@ static void gram_item(void *arg, size_t item, unsigned worker)
     }
 }
 
+static size_t gram_bytes(size_t n)
+{
+    return tve_stat_size(TVE_STAT_GRAM, n) * sizeof(double);
+}
+
+/* Room for the sums of site i on the device, if there is any. */
+static enum tv_err take_there(struct sums *s, size_t i, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tvk_cuda_math *const m = tve_device_math(s->m->device);
+    tvk_cuda *const d = tvk_cuda_math_device(m);
+    const size_t bytes = gram_bytes(s->sites[i]->n);
+
+    if (s->there[i] || s->no_room[i])
+        return TV_OK;
+    /* Half is left to products and to what comes after. */
+    s->no_room[i] = bytes > tvk_cuda_left(d) / 2;
+    if (s->no_room[i])
+        return TV_OK;
+    rc = tvk_cuda_alloc(d, bytes, "sums of inputs", err, &s->there[i]);
+    if (rc == TV_E_BUDGET) {
+        tv_error_clear(err);
+        s->no_room[i] = true;
+        return TV_OK;
+    }
+    if (rc == TV_OK)
+        rc = tvk_cuda_fill(tvk_cuda_math_stream(m), s->there[i], 0, bytes, err);
+    return rc;
+}
+
+static enum tv_err gram_there(struct sums *s, size_t i, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(take_there(s, i, err));
+    for (size_t g = 0; g < s->n_groups; g++)
+        TV_TRY(tvk_cuda_gram_add(tve_device_math(s->m->device), s->sums,
+                                 s->there[i],
+                                 s->x + s->groups[g].start * s->ldx, s->ldx,
+                                 s->groups[g].n, s->n, err));
+out:
+    return rc;
+}
+
+static void free_there(struct sums *s)
+{
+    if (!s->m->device)
+        return;
+    for (size_t i = 0; i < s->n_sites; i++) {
+        tvk_cuda_free(tvk_cuda_math_device(tve_device_math(s->m->device)),
+                      s->there[i], gram_bytes(s->sites[i]->n));
+        s->there[i] = 0;
+        s->no_room[i] = false;
+    }
+    tve_device_shrink(s->m->device);
+}
+
+/* All sums of the layer are on the host, and the device is free for others. */
+static enum tv_err come_back(struct sums *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    if (!s->m->device)
+        return TV_OK;
+    tvk_cuda_stream *const stream =
+        tvk_cuda_math_stream(tve_device_math(s->m->device));
+    for (size_t i = 0; i < s->n_sites; i++)
+        if (s->there[i])
+            TV_TRY(tvk_cuda_download(stream, s->at[i], s->there[i],
+                                     gram_bytes(s->sites[i]->n), err));
+    TV_TRY(tvk_cuda_sync(stream, err));
+out:
+    free_there(s);
+    return rc;
+}
+
 static enum tv_err see(void *arg, const struct tve_linear *items,
                        size_t n_items, const struct tve_group *groups,
                        size_t n_groups, struct tv_error *err)
@@ -165,7 +246,6 @@ static enum tv_err see(void *arg, const struct tve_linear *items,
     size_t i = 0;
 
     (void)n_items;
-    (void)err;
     while (i < s->n_sites && s->sites[i]->params[0] != items[0].p)
         i++;
     if (i == s->n_sites)
@@ -177,6 +257,8 @@ static enum tv_err see(void *arg, const struct tve_linear *items,
     s->n_tiles = (s->n + TILE - 1) / TILE;
     s->groups = groups;
     s->n_groups = n_groups;
+    if (s->kind == TVE_STAT_GRAM && s->m->device)
+        return gram_there(s, i, err);
     if (s->kind == TVE_STAT_GRAM)
         tv_pool_run(s->m->pool, s->n_tiles * (s->n_tiles + 1) / 2, gram_item,
                     s);
@@ -299,6 +381,7 @@ static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
     TV_TRY(
         look ? tve_walk_look(walk, &tap, err)
              : tve_walk_layer(walk, s->n_sites ? &tap : NULL, &progress, err));
+    TV_TRY(come_back(s, err));
     for (size_t i = 0; i < s->n_sites; i++) {
         const struct tve_site *const site = s->sites[i];
         const bool gram = s->kind == TVE_STAT_GRAM;
@@ -316,6 +399,7 @@ static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
         TV_TRY(t->fn(t->arg, numbers[i], &in, err));
     }
 out:
+    free_there(s);
     return rc;
 }
 

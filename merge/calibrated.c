@@ -34,6 +34,7 @@
 #include "tv/alloc.h"
 #include "tv/calibrate.h"
 #include "tv/checked.h"
+#include "tv/cuda_math.h"
 #include "tv/eval.h"
 #include "tv/linalg.h"
 #include "tv/sys.h"
@@ -156,6 +157,10 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
         tv_buf_str(to, "merged");
         tv_buf_le64(to, p->weights_hash.lo);
         tv_buf_le64(to, p->weights_hash.hi);
+    }
+    if (p->options.cuda) {
+        char core[128];
+        tv_buf_str(to, tvk_cuda_math_core(p->options.cuda, core, sizeof core));
     }
     return TV_OK;
 }
@@ -652,6 +657,7 @@ enum tv_err tvm_layer_model(const struct tvm_plan *p, size_t input,
         .n_threads = p->options.threads,
         .memory_bytes = memory,
         .kernels = p->options.kernels,
+        .cuda = p->options.cuda,
         .scratch_dir = tmp && *tmp ? tmp : NULL,
         .skip_verify = !p->options.verify_reads,
     };
@@ -695,8 +701,10 @@ static enum tv_err on_input(void *arg, const struct tve_stat_input *in,
                             struct tv_error *err)
 {
     struct work *const w = arg;
-    const struct tvm_stats stats = {
-        .n = in->n, .diag = in->sums, .gram = in->gram};
+    const struct tvm_stats stats = {.n = in->n,
+                                    .diag = in->sums,
+                                    .gram = in->gram,
+                                    .cuda = w->p->options.cuda};
 
     w->n_rows = in->n_rows;
     return see(w, &stats, in->tensors, in->n_tensors, err);

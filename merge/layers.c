@@ -21,6 +21,7 @@
 #include "prune.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
+#include "tv/cuda_math.h"
 #include "tv/hash.h"
 #include "tv/layer.h"
 #include "tv/sys.h"
@@ -131,27 +132,44 @@ struct measured {
     struct tvm_layer *l;
     float *t, *p, *d, *work; /* T, P [rows, cols]; rows of D */
     const float *gram, *other;
-    float *h;
+    float *h;    /* NULL with a device */
+    size_t tile; /* rows of d */
 };
 
 /* tr(D H D^T), D = T - P, or T for p NULL. */
-static double error_under(const struct measured *m, const float *gram,
-                          const float *p)
+static enum tv_err error_under(const struct measured *m, const float *gram,
+                               const float *p, double *out,
+                               struct tv_error *err)
 {
+    enum tv_err rc = TV_OK;
+    tvk_cuda *const cuda = m->l->p->options.cuda;
     const size_t cols = m->l->cols;
-    double dd = 0, unused = 0;
+    tvk_cuda_layer *device = NULL;
+    double unused = 0;
 
-    tvm_gram_unpack(m->h, gram, cols);
-    for (size_t row = 0; row < m->l->rows; row += TVK_CG_ROWS) {
-        const size_t left = m->l->rows - row;
-        const size_t n = left < TVK_CG_ROWS ? left : TVK_CG_ROWS;
+    *out = 0;
+    if (cuda) {
+        TV_TRY(tvk_cuda_layer_open(cuda, 0, cols, err, &device));
+        TV_TRY(tvk_cuda_layer_gram(device, gram, NULL, err));
+    } else {
+        tvm_gram_unpack(m->h, gram, cols);
+    }
+    for (size_t row = 0, n = 0; row < m->l->rows; row += n) {
         const float *t = m->t + row * cols;
+        n = m->l->rows - row;
+        n = n < m->tile ? n : m->tile;
         for (size_t i = 0; i < n * cols; i++)
             m->d[i] = p ? t[i] - p[row * cols + i] : t[i];
-        tvk_gram_product(m->d, m->d, m->h, n, cols, &dd, &unused, &unused,
-                         m->work);
+        if (device)
+            TV_TRY(tvk_cuda_layer_product(device, m->d, m->d, n, out, &unused,
+                                          &unused, err));
+        else
+            tvk_gram_product(m->d, m->d, m->h, n, cols, out, &unused, &unused,
+                             m->work);
     }
-    return dd;
+out:
+    tvk_cuda_layer_close(device);
+    return rc;
 }
 
 /* The mask that DARE draws, without its factor. */
@@ -193,7 +211,8 @@ static enum tv_err measure_way(const struct scan *s, const struct measured *m,
     enum tv_err rc = TV_OK;
     const struct tvm_tensor *t = m->l->t;
     const size_t n = m->l->rows * m->l->cols;
-    const struct tvm_stats stats = {.n = m->l->cols, .gram = m->gram};
+    const struct tvm_stats stats = {
+        .n = m->l->cols, .gram = m->gram, .cuda = s->p->options.cuda};
     const struct tvm_prune_again again = {tvm_layer_rows, m->l};
     struct tvm_trim_rule rule = way->rule;
     struct tvm_pruned got = {.n_kept = 0};
@@ -219,17 +238,17 @@ static enum tv_err measure_way(const struct scan *s, const struct measured *m,
     }
     e.kept = got.n_kept;
     e.damping = got.damping > rule.damping ? got.damping : 0;
-    e.error = error_under(m, m->gram, m->p);
+    TV_TRY(error_under(m, m->gram, m->p, &e.error, err));
     e.relative = whole > 0 ? e.error / whole : 0;
     e.has_other = m->other != NULL;
     if (m->other)
-        e.error_other = error_under(m, m->other, m->p);
+        TV_TRY(error_under(m, m->other, m->p, &e.error_other, err));
     s->fn(s->arg, &e);
 out:
     return rc;
 }
 
-static uint64_t layer_bytes(const struct tvm_tensor *t)
+static uint64_t layer_bytes(const struct tvm_tensor *t, bool here)
 {
     size_t rows = 0;
     size_t cols = 0;
@@ -240,6 +259,9 @@ static uint64_t layer_bytes(const struct tvm_tensor *t)
         const uint64_t b = tvm_prune_bytes(&ways[i].rule, rows, cols);
         most = b > most ? b : most;
     }
+    if (!here)
+        return most + (2 * t->n_elems + TVK_CUDA_CG_ROWS * (uint64_t)cols) *
+                          sizeof(float);
     return most + (2 * t->n_elems + (uint64_t)cols * cols +
                    TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols)) *
                       sizeof(float);
@@ -253,7 +275,10 @@ static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
     struct tvm_layer l;
     struct measured m = {.l = &l, .gram = in->gram};
     const size_t at = tve_calibration_find(s->c, in->tensors[0]);
+    const bool here = s->p->options.cuda == NULL;
+    double whole = 0;
 
+    m.tile = here ? TVK_CG_ROWS : TVK_CUDA_CG_ROWS;
     TV_TRY(tvm_layer_open(&l, s->p, t, source, err));
     if (in->n != l.cols) {
         rc = tv_error_set(err, TV_E_INTERNAL, "%s: %zu inputs for %zu columns",
@@ -262,17 +287,19 @@ static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
     }
     m.t = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
     m.p = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
-    m.h = tv_alloc_aligned(l.cols * l.cols * sizeof(float));
-    m.d = tv_alloc_aligned(TVK_CG_ROWS * l.cols * sizeof(float));
-    m.work = tv_alloc_aligned(tvk_cg_work(l.cols) * sizeof(float));
-    if (!m.t || !m.p || !m.h || !m.d || !m.work) {
+    m.d = tv_alloc_aligned(m.tile * l.cols * sizeof(float));
+    if (here) {
+        m.h = tv_alloc_aligned(l.cols * l.cols * sizeof(float));
+        m.work = tv_alloc_aligned(tvk_cg_work(l.cols) * sizeof(float));
+    }
+    if (!m.t || !m.p || !m.d || (here && (!m.h || !m.work))) {
         rc = tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
         goto out;
     }
     if (s->map && s->at[at] != UINT64_MAX)
         m.other = (const float *)(const void *)(s->map + s->at[at]);
     tvm_layer_rows(&l, 0, l.rows, m.t);
-    const double whole = error_under(&m, m.gram, NULL);
+    TV_TRY(error_under(&m, m.gram, NULL, &whole, err));
     for (size_t d = 0; d < s->o->n_densities; d++)
         for (size_t w = 0; w < N_WAYS; w++)
             TV_TRY(measure_way(s, &m, source, &ways[w], s->o->densities[d],
@@ -487,7 +514,7 @@ static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
 
     s->ref = s->p->inputs[s->model].ref;
     for (; next(s, &i, &k); k++) {
-        const uint64_t b = layer_bytes(&s->p->tensors[i]);
+        const uint64_t b = layer_bytes(&s->p->tensors[i], !s->p->options.cuda);
         most = b > most ? b : most;
     }
     if (most + MODEL_LEAST > s->p->options.memory_bytes) {

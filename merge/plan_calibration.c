@@ -13,6 +13,7 @@
 
 #include "calibrated.h"
 #include "tv/alloc.h"
+#include "tv/cuda_math.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 
@@ -263,6 +264,32 @@ static enum tv_err check_model(struct planner *pl, size_t model, size_t owner,
     return has_text ? check_window(pl, model, owner) : TV_OK;
 }
 
+/* What a device must have for this tensor's statistics. */
+static void check_device(struct planner *pl, const struct tvm_tensor *t,
+                         const struct tvm_trim_rule *r)
+{
+    tvk_cuda *const cuda = pl->plan->options.cuda;
+    struct tv_error e;
+
+    if (!cuda || !tvm_rule_needs_gram(r) || r->gram_only)
+        return;
+    tv_error_clear(&e);
+    if (tvk_cuda_math_find(&e) != TV_OK) {
+        plan_report(pl, e.msg, 1, true, e.code, "", "%s", e.msg);
+        return;
+    }
+    const uint64_t needed =
+        tvk_cuda_layer_bytes((size_t)t->shape[t->in_first ? 1 : 0],
+                             (size_t)t->shape[t->in_first ? 0 : 1]);
+    const uint64_t left = tvk_cuda_left(cuda);
+    if (needed > left)
+        plan_report(pl, "layers beyond the device", 5, true, TV_E_BUDGET,
+                    t->name,
+                    "the layer needs %llu bytes of device memory, %llu are "
+                    "there (--device-memory)",
+                    (unsigned long long)needed, (unsigned long long)left);
+}
+
 enum tv_err plan_calibration_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -283,6 +310,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
             size_t model = 0;
             if (!tvm_calibrated_rule(t, s, &rule))
                 continue;
+            check_device(pl, t, &rule);
             const size_t owner =
                 tvm_calibration_owner(plan, t, s, &rule, &model);
             const char *const ref = plan->inputs[t->sources[s].input].ref;

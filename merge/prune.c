@@ -11,6 +11,9 @@
  * weights, and conjugate gradients on the kept values, are in kernels/layer.c.
  * A Gram matrix that is not positive definite gets ten times the
  * damping, up to four times; then the layer is masked by the diagonal alone.
+ *
+ * With a CUDA device H and U live there, and only masks by weights are made
+ * here; the ladder, the order of steps and what is read again are the same.
  */
 #include "prune.h"
 
@@ -20,6 +23,7 @@
 
 #include "select.h"
 #include "tv/alloc.h"
+#include "tv/cuda_math.h"
 #include "tv/layer.h"
 
 #define LADDER_MAX 4u /* times that damping is raised */
@@ -36,6 +40,8 @@ struct prune {
     uint32_t *buckets; /* [HI_BUCKETS] */
     float *h;          /* [cols, cols]: H or U */
     float *work;
+    tvk_cuda_layer *device; /* has H or U instead of h; NULL: none */
+    float *diagonal;        /* [cols] with a device: of H damped, then of U */
 };
 
 struct rect { /* entries that compete */
@@ -71,6 +77,16 @@ static uint64_t work_floats(const struct tvm_trim_rule *r, size_t rows,
     return most > cg ? most : cg;
 }
 
+/* On the CPU, or beside a device: rows of T and a diagonal. */
+static uint64_t most_floats(const struct tvm_trim_rule *r, size_t rows,
+                            size_t cols)
+{
+    const uint64_t here = tvk_gram_floats(cols) + work_floats(r, rows, cols);
+    const uint64_t beside = (TVK_CUDA_CG_ROWS + 1) * (uint64_t)cols;
+
+    return here > beside ? here : beside;
+}
+
 uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
                          size_t cols)
 {
@@ -78,8 +94,7 @@ uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
         cols * sizeof(double) + (uint64_t)HI_BUCKETS * sizeof(uint32_t);
 
     if (tvm_rule_needs_gram(r) && tvk_layer_built())
-        bytes += (tvk_gram_floats(cols) + work_floats(r, rows, cols)) *
-                 sizeof(float);
+        bytes += most_floats(r, rows, cols) * sizeof(float);
     return bytes;
 }
 
@@ -250,18 +265,52 @@ static void weigh_by_diagonal(const struct prune *p)
             p->weight[j] = n_live > 0 ? sum / (double)n_live : 1.0;
 }
 
-/* p->h becomes U. Returns the damping that it took, 0 when none did. */
-static double factor(const struct prune *p)
+/* H on the device, its diagonal damped. */
+static enum tv_err gram_to_device(const struct prune *p, double damping,
+                                  struct tv_error *err)
 {
+    for (size_t j = 0; j < p->cols; j++)
+        p->diagonal[j] = (float)diagonal(p->stats, j);
+    (void)tvk_diagonal_damp(p->diagonal, p->cols, damping);
+    return tvk_cuda_layer_gram(p->device, p->stats->gram, p->diagonal, err);
+}
+
+static void gram_here(const struct prune *p, double damping)
+{
+    tvm_gram_unpack(p->h, p->stats->gram, p->cols);
+    (void)tvk_gram_damp(p->h, p->cols, damping);
+}
+
+/* H becomes U. *took: the damping that it took, 0 when none did. */
+static enum tv_err factor(const struct prune *p, double *took,
+                          struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
     double damping = p->rule->damping;
 
-    for (unsigned i = 0; i <= LADDER_MAX; i++, damping *= 10.0) {
-        tvm_gram_unpack(p->h, p->stats->gram, p->cols);
-        (void)tvk_gram_damp(p->h, p->cols, damping);
-        if (tvk_gram_factor(p->h, p->cols, p->work) == 0)
-            return damping;
+    *took = 0;
+    for (unsigned i = 0; i <= LADDER_MAX && *took == 0; i++, damping *= 10.0) {
+        bool definite = false;
+
+        if (p->device) {
+            TV_TRY(gram_to_device(p, damping, err));
+            TV_TRY(
+                tvk_cuda_layer_factor(p->device, &definite, p->diagonal, err));
+        } else {
+            gram_here(p, damping);
+            definite = tvk_gram_factor(p->h, p->cols, p->work) == 0;
+        }
+        if (definite)
+            *took = damping;
     }
-    return 0;
+out:
+    return rc;
+}
+
+/* U_jj, behind factor(). */
+static double factor_at(const struct prune *p, size_t j)
+{
+    return (double)(p->device ? p->diagonal[j] : p->h[j * p->cols + j]);
 }
 
 /* ---- correction ---------------------------------------------------------- */
@@ -281,58 +330,83 @@ static void restore(const struct prune *p)
     }
 }
 
-/* Rows [row, row + n) of T to work, marks of what is kept behind them. */
-static void refine(const struct prune *p)
+/* Rows that are corrected at a time. */
+static size_t tile_rows(const struct prune *p, size_t row)
 {
-    float *const t = p->work;
-    uint8_t *const keep = (uint8_t *)(t + TVK_CG_ROWS * p->cols);
-    float *const work = t + 2 * TVK_CG_ROWS * p->cols;
+    const size_t most = p->device ? TVK_CUDA_CG_ROWS : TVK_CG_ROWS;
 
-    for (size_t row = 0; row < p->rows; row += TVK_CG_ROWS) {
-        const size_t n =
-            p->rows - row < TVK_CG_ROWS ? p->rows - row : TVK_CG_ROWS;
+    return p->rows - row < most ? p->rows - row : most;
+}
+
+/* Rows [row, row + n) of T to work, marks of what is kept behind them. */
+static enum tv_err refine(const struct prune *p, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    float *const t = p->work;
+
+    for (size_t row = 0; row < p->rows; row += tile_rows(p, row)) {
+        const size_t n = tile_rows(p, row);
         float *const kept = p->t + row * p->cols;
+
         p->again->rows(p->again->arg, row, n, t);
+        if (p->device) {
+            TV_TRY(tvk_cuda_layer_refine(p->device, kept, t, n,
+                                         p->rule->cg_steps, err));
+            continue;
+        }
+        uint8_t *const keep = (uint8_t *)(t + TVK_CG_ROWS * p->cols);
         for (size_t i = 0; i < n * p->cols; i++)
             keep[i] = kept[i] != 0.0f;
-        tvk_cg_rows(kept, t, keep, p->h, n, p->cols, p->rule->cg_steps, work);
+        tvk_cg_rows(kept, t, keep, p->h, n, p->cols, p->rule->cg_steps,
+                    t + 2 * TVK_CG_ROWS * p->cols);
     }
+out:
+    return rc;
 }
 
 /* The factor for which what is kept comes nearest to T. */
-static void rescale(const struct prune *p)
+static enum tv_err rescale(const struct prune *p, struct tv_error *err)
 {
+    enum tv_err rc = TV_OK;
     float *const t = p->work;
-    float *const work = t + 2 * TVK_CG_ROWS * p->cols;
     double tt = 0, tp = 0, pp = 0;
 
-    for (size_t row = 0; row < p->rows; row += TVK_CG_ROWS) {
-        const size_t n =
-            p->rows - row < TVK_CG_ROWS ? p->rows - row : TVK_CG_ROWS;
+    for (size_t row = 0; row < p->rows; row += tile_rows(p, row)) {
+        const size_t n = tile_rows(p, row);
+        const float *const kept = p->t + row * p->cols;
+
         p->again->rows(p->again->arg, row, n, t);
-        tvk_gram_product(t, p->t + row * p->cols, p->h, n, p->cols, &tt, &tp,
-                         &pp, work);
+        if (p->device)
+            TV_TRY(tvk_cuda_layer_product(p->device, t, kept, n, &tt, &tp, &pp,
+                                          err));
+        else
+            tvk_gram_product(t, kept, p->h, n, p->cols, &tt, &tp, &pp,
+                             t + 2 * TVK_CG_ROWS * p->cols);
     }
     if (!(pp > 0.0) || !(tp > 0.0))
-        return;
+        goto out;
     const double g = tp / pp;
     for (size_t i = 0; i < p->rows * p->cols; i++)
         p->t[i] = (float)((double)p->t[i] * g);
+out:
+    return rc;
 }
 
-static void prune_with_gram(const struct prune *p, struct tvm_pruned *out)
+static enum tv_err prune_with_gram(const struct prune *p,
+                                   struct tvm_pruned *out, struct tv_error *err)
 {
+    enum tv_err rc = TV_OK;
     const struct tvm_trim_rule *const r = p->rule;
     const bool obs = corrects_by_obs(r) || masks_by_obs(r);
 
     out->damping = r->damping;
     if (obs || r->score == TVM_SCORE_CHOLESKY)
-        out->damping = factor(p);
+        TV_TRY(factor(p, &out->damping, err));
     if (out->damping == 0) {
         out->uncorrected = true;
         weigh_by_diagonal(p);
         mask(p);
-        return;
+        goto out;
     }
     if (obs) {
         const struct tvk_obs how = {
@@ -340,24 +414,31 @@ static void prune_with_gram(const struct prune *p, struct tvm_pruned *out)
             .n_pruned = r->group > 0 ? r->group - r->n_kept : 0,
             .group = r->group,
         };
-        (void)tvk_obs_prune(p->t, p->h, p->rows, p->cols, &how, p->work);
+        if (p->device)
+            TV_TRY(tvk_cuda_layer_obs(p->device, p->t, &how, err));
+        else
+            (void)tvk_obs_prune(p->t, p->h, p->rows, p->cols, &how, p->work);
         if (masks_by_obs(r))
             restore(p);
     } else {
         for (size_t j = 0; j < p->cols && r->score == TVM_SCORE_CHOLESKY; j++) {
-            const double u = (double)p->h[j * p->cols + j];
+            const double u = factor_at(p, j);
             p->weight[j] = 1.0 / (u * u);
         }
         mask(p);
     }
     if (r->correct < TVM_CORRECT_CG && !r->rescale)
-        return;
-    tvm_gram_unpack(p->h, p->stats->gram, p->cols);
-    (void)tvk_gram_damp(p->h, p->cols, out->damping);
+        goto out;
+    if (p->device)
+        TV_TRY(gram_to_device(p, out->damping, err));
+    else
+        gram_here(p, out->damping);
     if (r->correct >= TVM_CORRECT_CG)
-        refine(p);
+        TV_TRY(refine(p, err));
     if (r->rescale)
-        rescale(p);
+        TV_TRY(rescale(p, err));
+out:
+    return rc;
 }
 
 enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
@@ -380,7 +461,14 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
     p.buckets = tv_calloc(HI_BUCKETS, sizeof *p.buckets);
     if (!p.weight || !p.buckets)
         goto no_memory;
-    if (gram) {
+    if (gram && stats->cuda) {
+        TV_TRY(tvk_cuda_layer_open(stats->cuda, rows, cols, err, &p.device));
+        p.work =
+            tv_alloc_aligned(TVK_CUDA_CG_ROWS * cols * sizeof *p.work + 64);
+        p.diagonal = tv_alloc((cols + 1) * sizeof *p.diagonal);
+        if (!p.work || !p.diagonal)
+            goto no_memory;
+    } else if (gram) {
         p.h = tv_alloc_aligned(tvk_gram_floats(cols) * sizeof *p.h);
         p.work = tv_alloc_aligned(
             (size_t)work_floats(r, rows, cols) * sizeof *p.work + 64);
@@ -392,7 +480,7 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
     if (r->score == TVM_SCORE_DIAGONAL)
         weigh_by_diagonal(&p);
     if (gram)
-        prune_with_gram(&p, out);
+        TV_TRY(prune_with_gram(&p, out, err));
     else
         mask(&p);
     for (size_t i = 0; i < rows * cols; i++)
@@ -402,6 +490,8 @@ no_memory:
     rc = tv_error_set(err, TV_E_NOMEM, "out of memory for a layer [%zu, %zu]",
                       rows, cols);
 out:
+    tvk_cuda_layer_close(p.device);
+    tv_free(p.diagonal);
     tv_free(p.work);
     tv_free(p.h);
     tv_free(p.buckets);

@@ -12,12 +12,14 @@
 #define TVM_PRUNE_H
 
 #include "method.h"
+#include "tv/cuda.h"
 #include "tv/error.h"
 
 struct tvm_stats { /* of one input; any positive factor is the same to all */
     size_t n;
     const double *diag; /* [n], or NULL: */
     const float *gram;  /* [n (n + 1) / 2]: upper triangle, row by row */
+    tvk_cuda *cuda;     /* computes what takes a Gram matrix; NULL: the CPU */
 };
 
 /* Rows [row, row + n) of T once more, into dst [n, cols]. */
@@ -35,7 +37,7 @@ struct tvm_pruned {
 /* Bytes of heap that tvm_prune takes, T not counted. */
 uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
                          size_t cols);
-/* t in: T; out: what is kept, else +0. NOMEM. */
+/* t in: T; out: what is kept, else +0. NOMEM; of a device: BUDGET, IO. */
 TV_NODISCARD enum tv_err
 tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows, size_t cols,
           const struct tvm_stats *stats, const struct tvm_prune_again *again,

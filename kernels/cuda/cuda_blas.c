@@ -19,13 +19,16 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cuda/cu_ops.h"
 #include "tv/alloc.h"
 
 static const char *const blas_names[] = {"libcublas.so.13", "libcublas.so.12"};
 static const char *const solver_names[] = {"libcusolver.so.12",
                                            "libcusolver.so.11"};
 
+/* Of cuBLAS; behind it a counter for conversions. */
 #define WORKSPACE ((size_t)4 << 20)
+#define COUNTER   256u
 
 /* Written once under the guard, read-only afterwards. */
 static struct tvk_cublas_api blas;
@@ -145,8 +148,8 @@ enum tv_err tvk_cuda_math_of(tvk_cuda *d, struct tv_error *err,
     void *const raw = tvk_cuda_stream_raw(m->stream);
     TV_TRY(tvk_cuda_blas_done(m, (int)blas.set_stream(m->blas_handle, raw),
                               "cublasSetStream", err));
-    TV_TRY(tvk_cuda_alloc(d, WORKSPACE, "the workspace of cuBLAS", err,
-                          &m->workspace));
+    TV_TRY(tvk_cuda_alloc(d, WORKSPACE + COUNTER, "the workspace of cuBLAS",
+                          err, &m->workspace));
     TV_TRY(tvk_cuda_blas_done(
         m,
         (int)blas.set_workspace(m->blas_handle, tvk_cuda_address(m->workspace),
@@ -178,7 +181,7 @@ void tvk_cuda_math_close(tvk_cuda_math *m)
     if (m->blas_handle != NULL)
         (void)m->blas->destroy(m->blas_handle);
     tvk_cuda_stream_close(m->stream);
-    tvk_cuda_free(m->device, m->workspace, WORKSPACE);
+    tvk_cuda_free(m->device, m->workspace, WORKSPACE + COUNTER);
     tv_free(m);
 }
 
@@ -192,10 +195,40 @@ tvk_cuda_stream *tvk_cuda_math_stream(const tvk_cuda_math *m)
     return m->stream;
 }
 
+tvk_cuda_stream *tvk_cuda_math_copies(const tvk_cuda_math *m)
+{
+    return m->copies;
+}
+
+void tvk_cuda_math_settle(tvk_cuda_math *m)
+{
+    tvk_cuda_settle(m->copies);
+    tvk_cuda_settle(m->stream);
+}
+
 const char *tvk_cuda_math_core(const tvk_cuda *d, char *dst, size_t cap)
 {
     (void)snprintf(dst, cap, "%s", d->info.name);
     return dst;
+}
+
+/* ---- conversion ---------------------------------------------------------- */
+
+enum tv_err tvk_cuda_widen(tvk_cuda_math *m, bool bf16, tvk_cuda_ptr dst,
+                           tvk_cuda_ptr src, size_t n, struct tv_error *err)
+{
+    const size_t blocks = (n + TVK_CU_BLOCK - 1) / TVK_CU_BLOCK;
+    struct tvk_cu_convert a = {.dst = tvk_cuda_address(dst),
+                               .src = tvk_cuda_address(src),
+                               .n_bad =
+                                   tvk_cuda_address(m->workspace + WORKSPACE),
+                               .n = n};
+
+    if (n == 0)
+        return TV_OK;
+    return tvk_cuda_launch(m->stream, bf16 ? "tv_bf16_to_f32" : "tv_f16_to_f32",
+                           blocks < 4096 ? (unsigned)blocks : 4096, 1,
+                           TVK_CU_BLOCK, 0, &a, err);
 }
 
 /* ---- products ------------------------------------------------------------ */

@@ -53,6 +53,22 @@ static void to_ids(const struct npy *a, int32_t *ids)
         ids[i] = (int32_t)((const int64_t *)a->data)[i];
 }
 
+/* With "cuda" in front: the same on a device, that of tests/support. */
+static tvk_cuda *cuda;
+
+static void cuda_open(void)
+{
+    struct tv_error err = {0};
+    struct tvk_cuda_options o;
+
+    tvk_cuda_options_init(&o);
+    o.image = "kernels of the emulated grid";
+    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
+        (void)fprintf(stderr, "%s\n", err.msg);
+        exit(1);
+    }
+}
+
 /* Logits of the model in dir for its own ids; owned. */
 static float *run(const char *dir, const struct npy *ids, size_t vocab,
                   const struct tve_model_options *opt)
@@ -62,13 +78,18 @@ static float *run(const char *dir, const struct npy *ids, size_t vocab,
     tve_model *m = NULL;
     int32_t flat[128];
     struct collect c = {.vocab = vocab};
+    struct tve_model_options with = {.n_threads = 0};
+
+    if (opt)
+        with = *opt;
+    with.cuda = cuda;
 
     assert_true(ids->shape[0] * ids->shape[1] <= 128);
     to_ids(ids, flat);
     c.cap = ids->shape[0] * ids->shape[1] * vocab;
     c.logits = tv_calloc(c.cap, sizeof(float));
     assert_ok(tv_input_open_path(dir, &err, &in), &err);
-    assert_ok(tve_model_open(in, NULL, 0, opt, &err, &m), &err);
+    assert_ok(tve_model_open(in, NULL, 0, &with, &err, &m), &err);
     assert_int_equal(tve_model_vocab(m), vocab);
     assert_ok(tve_logits(m, flat, ids->shape[0], ids->shape[1], NULL, collect,
                          &c, &err),
@@ -369,7 +390,7 @@ static void test_allocations(void **state)
     tv_free(dir);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_families),
@@ -379,5 +400,9 @@ int main(void)
         cmocka_unit_test(test_refused_models),
         cmocka_unit_test(test_allocations),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    if (argc > 1 && strcmp(argv[1], "cuda") == 0)
+        cuda_open();
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    tvk_cuda_close(cuda);
+    return failed;
 }

@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "test.h"
@@ -32,6 +33,22 @@ struct opened {
     size_t n_windows;
 };
 
+/* With "cuda" in front: the same on a device, that of tests/support. */
+static tvk_cuda *cuda;
+
+static void cuda_open(void)
+{
+    struct tv_error err = {0};
+    struct tvk_cuda_options o;
+
+    tvk_cuda_options_init(&o);
+    o.image = "kernels of the emulated grid";
+    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
+        (void)fprintf(stderr, "%s\n", err.msg);
+        exit(1);
+    }
+}
+
 static void open_model(struct opened *o, const char *name,
                        const struct tve_model_options *opt)
 {
@@ -39,6 +56,11 @@ static void open_model(struct opened *o, const char *name,
     char *const dir = test_data(name);
     char relative[128];
     size_t seq = 256;
+    struct tve_model_options with = {.n_threads = 0};
+
+    if (opt)
+        with = *opt;
+    with.cuda = cuda;
 
     memset(o, 0, sizeof(*o));
     o->n_windows = 5;
@@ -61,7 +83,7 @@ static void open_model(struct opened *o, const char *name,
     for (size_t i = 0; i < o->n_windows; i++)
         o->windows[i] = (struct tve_window){o->ids + i * seq, seq, 1};
     assert_ok(tv_input_open_path(dir, &err, &o->in), &err);
-    assert_ok(tve_model_open(o->in, NULL, 0, opt, &err, &o->m), &err);
+    assert_ok(tve_model_open(o->in, NULL, 0, &with, &err, &o->m), &err);
     tv_free(dir);
 }
 
@@ -369,7 +391,7 @@ static void test_allocations(void **state)
     close_model(&o);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_against_transformers),
@@ -380,5 +402,9 @@ int main(void)
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_allocations),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    if (argc > 1 && strcmp(argv[1], "cuda") == 0)
+        cuda_open();
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    tvk_cuda_close(cuda);
+    return failed;
 }

@@ -6,6 +6,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,6 +18,22 @@
 #define ROWS 24u
 #define COLS 200u
 #define N    (ROWS * COLS)
+
+/* With "cuda" in front: the same on a device, that of tests/support. */
+static tvk_cuda *cuda;
+
+static void cuda_open(void)
+{
+    struct tv_error err = {0};
+    struct tvk_cuda_options o;
+
+    tvk_cuda_options_init(&o);
+    o.image = "kernels of the emulated grid";
+    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
+        (void)fprintf(stderr, "%s\n", err.msg);
+        exit(1);
+    }
+}
 
 struct layer {
     float t[N], p[N];
@@ -62,7 +79,8 @@ static struct tvm_pruned prune(struct layer *l, const struct tvm_trim_rule *r)
     const struct tvm_stats stats = {.n = COLS,
                                     .diag =
                                         tvm_rule_needs_gram(r) ? NULL : l->diag,
-                                    .gram = l->gram};
+                                    .gram = l->gram,
+                                    .cuda = cuda};
     const struct tvm_prune_again again = {again_rows, l};
     struct tvm_pruned out;
     struct tv_error err;
@@ -291,12 +309,16 @@ static void test_dead(void **state)
     tv_free(l);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_masks),      cmocka_unit_test(test_patterns),
         cmocka_unit_test(test_correction), cmocka_unit_test(test_diagonal),
         cmocka_unit_test(test_ladder),     cmocka_unit_test(test_dead),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    if (argc > 1 && strcmp(argv[1], "cuda") == 0)
+        cuda_open();
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    tvk_cuda_close(cuda);
+    return failed;
 }

@@ -24,6 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tv/cuda.h"
 #include "tv/error.h"
 #include "tv/format.h"
 #include "tv/kernels.h"
@@ -85,6 +86,8 @@ struct tve_model_options {
     tv_store *quota_of; /* that file counts against its quota; borrowed, NULL:
                          * none */
     bool skip_verify;   /* do not check stored payloads' checksums */
+    tvk_cuda *cuda;     /* linear layers and X^T X are computed there, within
+                         * rounding of the CPU's; borrowed. NULL: none */
 };
 
 struct tve_model_adapter { /* all borrowed while the model is open */

@@ -35,8 +35,11 @@ TV_NODISCARD enum tv_err tvk_cuda_math_find(struct tv_error *err);
 TV_NODISCARD enum tv_err tvk_cuda_math_of(tvk_cuda *d, struct tv_error *err,
                                           tvk_cuda_math **out);
 tvk_cuda *tvk_cuda_math_device(const tvk_cuda_math *m);
-/* Borrowed. */
+/* Borrowed: of products and kernels; of uploads beside them. */
 tvk_cuda_stream *tvk_cuda_math_stream(const tvk_cuda_math *m);
+tvk_cuda_stream *tvk_cuda_math_copies(const tvk_cuda_math *m);
+/* Waits for both, whatever their state: before memory that they use goes. */
+void tvk_cuda_math_settle(tvk_cuda_math *m);
 /* What results depend on: the GPU's name. Filled, returns dst. */
 const char *tvk_cuda_math_core(const tvk_cuda *d, char *dst, size_t cap);
 
@@ -51,6 +54,11 @@ struct tvk_cuda_gemm {
 TV_NODISCARD enum tv_err tvk_cuda_gemm(tvk_cuda_math *m,
                                        const struct tvk_cuda_gemm *g,
                                        struct tv_error *err);
+
+/* dst [n] fp32 = src [n] of 16 bits each: bf16, else fp16. Exact. */
+TV_NODISCARD enum tv_err tvk_cuda_widen(tvk_cuda_math *m, bool bf16,
+                                        tvk_cuda_ptr dst, tvk_cuda_ptr src,
+                                        size_t n, struct tv_error *err);
 
 /* ---- the Gram matrix ----------------------------------------------------- */
 
