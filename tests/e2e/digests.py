@@ -232,12 +232,14 @@ def main():
               and again["n_resumed"] == again["n_tensors"],
               f"{name}: second run {again}")
         check(tree(out) == before, f"{name}: second run rewrote files")
+        # Methods of matrix scope hold a layer.
+        least = "96MiB" if name in ("tsv", "iso_c", "wudi") else "16MiB"
         variants = [
             (["--threads", "1"], {}), (["--threads", "2"], {}),
             (["--threads", "5"], {}), ([], {"TV_CPU": "ref"}),
             ([], {"TV_CPU": "avx2"}), ([], {"TV_CPU": "avx512"}),
-            (["--memory", "16MiB"], {}),
-            (["--memory", "16MiB", "--threads", "2"], {"TV_CPU": "ref"}),
+            (["--memory", least], {}),
+            (["--memory", least, "--threads", "2"], {"TV_CPU": "ref"}),
             (["--out-shard-size", "3MB"], {}), (["--no-sync"], {})]
         for args, env in variants:
             o = fresh()
