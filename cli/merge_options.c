@@ -30,6 +30,7 @@ enum {
     KEY_STRICT,
     KEY_NO_VERIFY_READS,
     KEY_VERIFY_INPUTS,
+    KEY_ACCEPT_NUMERICS,
     KEY_LOCK_TIMEOUT,
     KEY_CUDA,
     KEY_TRUST,
@@ -76,6 +77,10 @@ const struct argp_option tvc_merge_options[] = {
      "Do not check checksums of stored tensors", 0},
     {"verify-inputs", KEY_VERIFY_INPUTS, NULL, 0,
      "Read all inputs first; identify them by content", 0},
+    {"accept-numerics", KEY_ACCEPT_NUMERICS, NULL, 0,
+     "Go on with a merge that another BLAS core type or device began (matrix "
+     "methods, statistics): bytes may differ in their last bits",
+     0},
     {"no-cache", KEY_NO_CACHE, NULL, 0,
      "Neither use nor keep masks and task vectors in the store", 0},
     {"text", KEY_TEXT, "NAME=FILE", 0,
@@ -239,6 +244,9 @@ static error_t option_flag(struct tvc_merge_opts *o, int key)
         return 0;
     case KEY_VERIFY_INPUTS:
         m->verify_inputs = true;
+        return 0;
+    case KEY_ACCEPT_NUMERICS:
+        m->accept_numerics = true;
         return 0;
     case KEY_KEEP_STATISTICS:
         m->keep_statistics = true;

@@ -304,20 +304,24 @@ static enum tv_err meet_record(struct dir_sink *s, const struct tvm_record *r,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_plan *p = s->base.plan;
+    struct tvm_plan *p = s->base.plan;
     char why[512];
+    bool numerics = false;
 
     if (p->options.force) {
         /* From here on OUT counts as unfinished. */
         rc = rename_file(s->out, RECORD_FILE, s->dir, PREVIOUS, err);
         goto out;
     }
-    if (!tv_hash_equal(r->plan_hash, p->hash)) {
+    if (!tv_hash_equal(r->plan_hash, p->hash) &&
+        !tvm_identity_accept(p, r->plan_hash, r->identity, &numerics)) {
         rc = tv_error_set(
             err, TV_E_CHANGED, "%s holds the result of another merge: %s",
             s->out,
             tvm_identity_difference(r->identity, p->identity, why, sizeof why));
-        tv_error_hint(err, "--force replaces it");
+        tv_error_hint(err, numerics ? "--force replaces it, --accept-numerics "
+                                      "takes it as it is"
+                                    : "--force replaces it");
         goto out;
     }
     bool no_config = false;
@@ -432,8 +436,9 @@ static enum tv_err open_journal(struct dir_sink *s, struct tv_error *err)
 static enum tv_err read_journal(struct dir_sink *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_plan *p = s->base.plan;
+    struct tvm_plan *p = s->base.plan;
     struct tvm_state state = {.n_tensors = 0};
+    bool numerics = false;
     tv_read *r = NULL;
     char *text = NULL;
     size_t n = 0;
@@ -448,14 +453,16 @@ static enum tv_err read_journal(struct dir_sink *s, struct tv_error *err)
         goto out;
     }
     TV_TRY(tvm_state_parse(text, n, &state, err));
-    if (!tv_hash_equal(state.plan_hash, p->hash)) {
+    if (!tv_hash_equal(state.plan_hash, p->hash) &&
+        !tvm_identity_accept(p, state.plan_hash, state.identity, &numerics)) {
         rc = tv_error_set(err, TV_E_CHANGED,
                           "%s holds an unfinished merge of another plan: %s",
                           s->out,
                           tvm_identity_difference(state.identity, p->identity,
                                                   why, sizeof why));
-        tv_error_hint(err, "repeat the earlier command to finish it, or "
-                           "--force to start anew");
+        tv_error_hint(err, numerics ? TVM_NUMERICS_HINT
+                                    : "repeat the earlier command to finish "
+                                      "it, or --force to start anew");
         goto out;
     }
     s->publishing = state.publishing;

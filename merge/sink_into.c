@@ -288,10 +288,11 @@ static enum tv_err meet_object(struct into_sink *s, tv_read *r,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_plan *p = s->base.plan;
+    struct tvm_plan *p = s->base.plan;
     struct tv_object *o = NULL;
     struct tvm_record record = {.n_files = 0};
     bool found = false;
+    bool numerics = false;
     char why[512];
 
     rc = tv_object_find(r, s->name, false, err, &o);
@@ -310,7 +311,9 @@ static enum tv_err meet_object(struct into_sink *s, tv_read *r,
         rc = tv_error_set(err, TV_E_EXISTS,
                           "store %s has an object '%s', which is no merge",
                           tv_store_path(s->store), s->name);
-    } else if (!tv_hash_equal(o->source_fingerprint, p->hash)) {
+    } else if (!tv_hash_equal(o->source_fingerprint, p->hash) &&
+               !(found && tvm_identity_accept(p, o->source_fingerprint,
+                                              record.identity, &numerics))) {
         rc =
             tv_error_set(err, TV_E_CHANGED,
                          "store %s has an object '%s', the result of another "
@@ -338,8 +341,9 @@ static enum tv_err meet_run(struct into_sink *s, tv_read *r, bool *resume,
                             bool *stale, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tvm_plan *p = s->base.plan;
+    struct tvm_plan *p = s->base.plan;
     struct tvm_state state = {.n_tensors = 0};
+    bool numerics = false;
     char *text = NULL;
     size_t n = 0;
     bool found = false;
@@ -350,7 +354,9 @@ static enum tv_err meet_run(struct into_sink *s, tv_read *r, bool *resume,
     if (!found)
         goto out;
     rc = tvm_state_parse(text, n, &state, err);
-    if (rc == TV_OK && tv_hash_equal(state.plan_hash, p->hash)) {
+    if (rc == TV_OK &&
+        (tv_hash_equal(state.plan_hash, p->hash) ||
+         tvm_identity_accept(p, state.plan_hash, state.identity, &numerics))) {
         *resume = true;
         s->replace = s->replace || state.replace;
         goto out;
@@ -368,8 +374,9 @@ static enum tv_err meet_run(struct into_sink *s, tv_read *r, bool *resume,
         "plan: %s",
         tv_store_path(s->store), s->name,
         tvm_identity_difference(state.identity, p->identity, why, sizeof why));
-    tv_error_hint(err, "repeat the earlier command to finish it, or --force "
-                       "to start anew");
+    tv_error_hint(err, numerics ? TVM_NUMERICS_HINT
+                                : "repeat the earlier command to finish it, or "
+                                  "--force to start anew");
 out:
     tvm_state_free(&state);
     tv_free(text);

@@ -486,3 +486,27 @@ char *tvm_identity_difference(const char *before, const char *after, char *dst,
     json_decref(b);
     return dst;
 }
+
+bool tvm_identity_accept(struct tvm_plan *p, struct tv_hash hash,
+                         const char *identity, bool *differs)
+{
+    json_t *a = identity_load(identity);
+    json_t *b = identity_load(p->identity);
+    char *taken = NULL;
+
+    *differs =
+        a && b &&
+        !json_equal(json_object_get(a, "blas"), json_object_get(b, "blas")) &&
+        json_object_del(a, "blas") == 0 && json_object_del(b, "blas") == 0 &&
+        json_equal(a, b);
+    json_decref(a);
+    json_decref(b);
+    if (*differs && p->options.accept_numerics)
+        taken = tv_strdup(identity);
+    if (!taken)
+        return false;
+    tv_free(p->identity);
+    p->identity = taken;
+    p->hash = hash;
+    return true;
+}

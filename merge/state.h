@@ -50,6 +50,15 @@ TV_NODISCARD enum tv_err tvm_record_parse(const char *text, size_t n,
                                           struct tv_error *err);
 void tvm_record_free(struct tvm_record *r);
 
+/* Is what was begun the same merge, but on another BLAS core type or device?
+ * *differs says so. Where the plan accepts that, it becomes the earlier one and
+ * the result is true. */
+bool tvm_identity_accept(struct tvm_plan *p, struct tv_hash hash,
+                         const char *identity, bool *differs);
+/* For the hint of a refusal. */
+#define TVM_NUMERICS_HINT                                                      \
+    "run it where the earlier one ran, or with --accept-numerics: bytes may "  \
+    "then differ in their last bits"
 /* What differs between two identities, as a phrase for an error message:
  * "seed was 0, is 1; input 'X' has changed". Returns dst. */
 char *tvm_identity_difference(const char *before, const char *after, char *dst,

@@ -9,6 +9,7 @@ one chain are not taken for those of another; refusals.
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,62 @@ def refusals(where):
     check(not os.path.exists(f"{where}/bad"), "something was written")
 
 
+def begin(r, out, env):
+    """Kills a run of r that has begun and is not finished."""
+    for _ in range(10):
+        shutil.rmtree(out, True)
+        p = subprocess.Popen([TVMERGE, "run", r, out, "-q"], cwd=QUICK,
+                             env={**os.environ, **env})
+        while not os.path.exists(f"{out}/.tvmerge/journal") and \
+                p.poll() is None:
+            time.sleep(0.002)
+        time.sleep(0.05)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        if os.path.exists(f"{out}/.tvmerge/journal") and \
+                not os.path.exists(f"{out}/config.json"):
+            return True
+    return False
+
+
+def numerics(where):
+    """Another BLAS core type: refused, unless that is accepted."""
+    other = {"OPENBLAS_CORETYPE": "Nehalem"}
+    r = recipe(f"{where}/n.yml", "regmean++", "non_diagonal: 0.9",
+               density=None)
+    merge(r, f"{where}/n1")
+    merge(r, f"{where}/n2", env=other)
+    cores = [json.load(open(f"{where}/{n}/tvmerge.json"))["identity"]["blas"]
+             for n in ("n1", "n2")]
+    if cores[0] == cores[1]:
+        print(f"one BLAS core type here ({cores[0]}): not checked further")
+        return
+    e = run(TVMERGE, "run", r, f"{where}/n1", cwd=QUICK, env=other, code=4)
+    check("blas" in e.stderr and "--accept-numerics" in e.stderr, e.stderr)
+    done = merge(r, f"{where}/n1", "--accept-numerics", env=other)
+    check(done["n_resumed"] == done["n_tensors"], "a finished one is taken")
+    out = f"{where}/n3"
+    if not check(begin(r, out, {}), "no unfinished merge"):
+        return
+    e = run(TVMERGE, "run", r, out, cwd=QUICK, env=other, code=4)
+    check("blas" in e.stderr and cores[0] in e.stderr and
+          "--accept-numerics" in e.stderr, e.stderr)
+    merge(r, out, "--accept-numerics", env=other)
+    check(json.load(open(f"{out}/tvmerge.json"))["identity"]["blas"] ==
+          cores[0], "it is still the merge that was begun")
+    a, b = load(out), load(f"{where}/n1")
+    off = max(np.abs(a[n] - x).max() for n, x in b.items())
+    check(off < 1e-4, f"accepted numerics are {off:.1e} off")
+    # What does not use BLAS is the same merge everywhere.
+    r = f"{where}/plain.yml"
+    with open(r, "w") as f:
+        f.write("merge_method: linear\nmodels:\n- {model: ft-code, "
+                "parameters: {weight: 1}}\n- {model: ft-prose, "
+                "parameters: {weight: 2}}\n")
+    merge(r, f"{where}/n4")
+    merge(r, f"{where}/n4", env=other)
+
+
 def main():
     where = temp()
     base, *donors = (load(os.path.join(QUICK, m)) for m in ("base", *DONORS))
@@ -299,6 +356,7 @@ def main():
     same_bytes(where)
     into_a_store(where)
     killed(where)
+    numerics(where)
     finish("sequential")
 
 

@@ -149,6 +149,8 @@ struct tvm_options {
     bool force, strict;
     bool verify_reads; /* default true: of inputs, and of what is resumed */
     bool verify_inputs;
+    bool accept_numerics; /* go on with what another BLAS core type or device
+                           * began, whose last bits are other ones */
     bool truncate_embeddings; /* --unsafe-truncate-embeddings */
     unsigned lock_timeout_ms; /* default 10000 */
     uint64_t group_bytes;     /* most bytes worth one commit; 0: default */
