@@ -197,7 +197,7 @@ def documented():
         rows = [[c.strip() for c in line.split("|")[1:-1]]
                 for line in f if line.startswith("| `")]
     said = {name: r[1] for r in rows if len(r) == 4
-            for name in re.findall(r"`(\w+)`", r[0])}
+            for name in re.findall(r"`([\w+]+)`", r[0])}
     for m in run_json(TVMERGE, "methods", "--json")["methods"]:
         check(said.get(m["name"], "").startswith(m["base"]),
               f"README says '{said.get(m['name'])}' of the base of "
