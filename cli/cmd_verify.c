@@ -16,7 +16,6 @@
 #include <unistd.h>
 
 #include "progress.h"
-#include "store_open.h"
 #include "tv/format.h"
 #include "tv/text.h"
 #include "tvstore.h"
@@ -63,10 +62,13 @@ static void child_main(struct tvc *c, int fd)
     w.pipe = fdopen(fd, "w");
     if (!w.pipe)
         _exit(1);
-    rc = tvc_store_open(c, c->pos[0], true, &c->err, &store);
+    /* What no writer could open is damaged, though it can be read. */
+    const struct tv_store_options opt = {.read_only = true, .check_all = true};
+    rc = tv_store_open(c->pos[0], &opt, &c->err, &store);
     if (rc == TV_OK) {
         w.bar = tvc_progress_begin(&c->out, "verify", NULL);
-        rc = tv_store_verify(store, on_problem, on_bytes, &w, &c->err);
+        rc = tv_store_verify(store, tvc_threads(c), on_problem, on_bytes, &w,
+                             &c->err);
         tvc_progress_end(w.bar);
     }
     send_line(&w,

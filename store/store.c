@@ -203,6 +203,7 @@ static enum tv_err store_new(const char *path,
     s->dirty_max = DIRTY_DEFAULT;
     if (opt != NULL) {
         s->read_only = opt->read_only;
+        s->check_all = opt->check_all;
         if (opt->map_bytes != 0)
             s->map_max = opt->map_bytes;
         if (opt->dirty_bytes_max != 0)

@@ -72,6 +72,7 @@ struct tv_store {
     MDB_dbi dbi[DB_COUNT];
     bool has[DB_COUNT]; /* false: older store opened read-only */
     bool read_only;
+    bool check_all; /* tv_store_options */
     size_t page_bytes;
     uint64_t map_bytes, map_max, dirty_max;
     uint64_t map_quota;        /* the quota that the map was sized for */

@@ -514,7 +514,7 @@ out:
 enum tv_err store_tree_check(tv_store *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct check c = {.path = s->path, .writes = !s->read_only};
+    struct check c = {.path = s->path, .writes = !s->read_only || s->check_all};
     struct meta m = {.magic = 0};
     MDB_txn *txn = NULL;
     MDB_stat ms;

@@ -963,9 +963,9 @@ out:
     return rc;
 }
 
-enum tv_err tv_store_verify(tv_store *s, tv_verify_fn on_problem,
-                            tv_bytes_fn progress, void *arg,
-                            struct tv_error *err)
+enum tv_err tv_store_verify(tv_store *s, unsigned n_threads,
+                            tv_verify_fn on_problem, tv_bytes_fn progress,
+                            void *arg, struct tv_error *err)
 {
     static const struct {
         enum db db;
@@ -997,7 +997,8 @@ enum tv_err tv_store_verify(tv_store *s, tv_verify_fn on_problem,
         rc = tv_error_set(&own, TV_E_NOMEM, "no memory for a list");
         goto out;
     }
-    if (tv_pool_open(tv_cpu_count(), NULL, &v.pool) != TV_OK)
+    if (tv_pool_open(n_threads > 0 ? n_threads : tv_cpu_count(), NULL,
+                     &v.pool) != TV_OK)
         v.pool = NULL; /* it takes longer */
     TV_TRY(tv_read_begin(s, &own, &v.read));
     v.t = v.read->t;

@@ -257,7 +257,7 @@ static void test_same_whatever_the_store_has(void **state)
         assert_ok(run(&f, kind, TVE_KEEP_NOT, NULL, &g, &use), &f.err);
         assert_int_equal(use.n_computed, N_INPUTS);
         assert_true(tv_hash_equal(g.hash, fresh.hash));
-        assert_ok(tv_store_verify(f.s, NULL, NULL, NULL, &f.err), &f.err);
+        assert_ok(tv_store_verify(f.s, 0, NULL, NULL, NULL, &f.err), &f.err);
         fx_close(&f);
     }
 }
@@ -391,7 +391,7 @@ static void test_killed(void **state)
         assert_true(use.n_found > done);
         done = use.n_found;
         assert_true(tv_hash_equal(g.hash, fresh.hash));
-        assert_ok(tv_store_verify(f.s, NULL, NULL, NULL, &f.err), &f.err);
+        assert_ok(tv_store_verify(f.s, 0, NULL, NULL, NULL, &f.err), &f.err);
     }
     fx_close(&f);
 }

@@ -141,7 +141,7 @@ static void verify_store(void)
 {
     struct tv_error err;
 
-    assert_ok(tv_store_verify(store, NULL, NULL, NULL, &err), &err);
+    assert_ok(tv_store_verify(store, 0, NULL, NULL, NULL, &err), &err);
 }
 
 struct watch {

@@ -165,7 +165,7 @@ static void read_all(tv_store *s)
     size_t n = 0;
 
     tv_error_clear(&err);
-    check(tv_store_verify(s, NULL, NULL, NULL, &err), &err);
+    check(tv_store_verify(s, 0, NULL, NULL, NULL, &err), &err);
     if (tv_read_begin(s, &err, &r) != TV_OK)
         return;
     if (tv_object_list(r, true, &err, &objects, &n) == TV_OK) {

@@ -156,7 +156,7 @@ static void cold_warm_and_evicted(double density, double rescale, bool vectors)
     r = run(&b, 2);
     same(&r, &other);
     check_use(&r, 0, N_MASKS, 0, 0);
-    assert_ok(tv_store_verify(b.s, NULL, NULL, NULL, &b.err), &b.err);
+    assert_ok(tv_store_verify(b.s, 0, NULL, NULL, NULL, &b.err), &b.err);
     both_close(&b);
 }
 

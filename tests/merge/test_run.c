@@ -548,7 +548,7 @@ static void assert_stored(struct state *s, tv_store *store)
     char **runs = NULL;
     size_t n = 0;
 
-    assert_ok(tv_store_verify(store, NULL, NULL, NULL, &err), &err);
+    assert_ok(tv_store_verify(store, 0, NULL, NULL, NULL, &err), &err);
     assert_ok(tv_read_begin(store, &err, &r), &err);
     assert_ok(tv_object_find(r, "merged", false, &err, &o), &err);
     assert_int_equal(o->kind, TV_KIND_MERGE);

@@ -230,6 +230,6 @@ static void show_problem(void *arg, const char *object, const char *tensor,
 
 void fx_verify(struct fx *f)
 {
-    assert_ok(tv_store_verify(f->s, show_problem, NULL, NULL, &f->err),
+    assert_ok(tv_store_verify(f->s, 0, show_problem, NULL, NULL, &f->err),
               &f->err);
 }

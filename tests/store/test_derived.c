@@ -706,7 +706,7 @@ static void damage_is_named(void **state)
     assert_null(m);
     tv_read_end(r);
     n_found = 0;
-    assert_code(tv_store_verify(f->s, on_problem, NULL, NULL, &f->err),
+    assert_code(tv_store_verify(f->s, 0, on_problem, NULL, NULL, &f->err),
                 TV_E_CORRUPT, &f->err);
     assert_int_equal(n_found, 1);
     assert_ok(tv_derived_evict_all(f->s, &n, &f->err), &f->err);
@@ -735,7 +735,7 @@ static void damaged_statistics_are_named(void **state)
     assert_message(&f->err, "layers.1.w");
     tv_read_end(r);
     n_found = 0;
-    assert_code(tv_store_verify(f->s, on_problem, NULL, NULL, &f->err),
+    assert_code(tv_store_verify(f->s, 0, on_problem, NULL, NULL, &f->err),
                 TV_E_CORRUPT, &f->err);
     assert_int_equal(n_found, 1);
     assert_ok(tv_derived_evict_all(f->s, &n, &f->err), &f->err);

@@ -218,7 +218,7 @@ static void expect_changed(struct link *l, const char *part)
         assert_message(&f->err, part);
         assert_non_null(strstr(f->err.hint, "--force"));
         tv_read_end(r);
-        assert_code(tv_store_verify(f->s, NULL, NULL, NULL, &f->err),
+        assert_code(tv_store_verify(f->s, 0, NULL, NULL, NULL, &f->err),
                     TV_E_CORRUPT, &f->err);
         reopen(l);
     }
@@ -340,8 +340,8 @@ static void verify_reads_linked_bytes(void **state)
     assert_int_equal(close(fd), 0);
     const struct timespec t[2] = {st.st_atim, st.st_mtim};
     assert_int_equal(utimensat(AT_FDCWD, l->file, t, 0), 0);
-    assert_code(tv_store_verify(f->s, NULL, NULL, NULL, &f->err), TV_E_CORRUPT,
-                &f->err);
+    assert_code(tv_store_verify(f->s, 0, NULL, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
 }
 
 static void bad_links_are_refused(void **state)

@@ -188,7 +188,7 @@ static enum tv_err work_read(void *arg, struct tv_error *err)
     TV_TRY(tv_run_list(r, err, &runs, &n_runs));
     TV_TRY(tv_done_list(r, "run", err, &dl));
     TV_TRY(tv_store_stat(s, &st, err));
-    TV_TRY(tv_store_verify(s, NULL, NULL, NULL, err));
+    TV_TRY(tv_store_verify(s, 0, NULL, NULL, NULL, err));
 out:
     for (size_t i = 0; i < n; i++)
         tv_object_free(list[i]);

@@ -8,6 +8,7 @@
  */
 #include "store_fixture.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
@@ -167,7 +168,7 @@ static int examine(const char *path, int out)
     (void)dup2(null, 2);
     if (tv_store_open(path, NULL, &err, &s) != TV_OK)
         return REPORTED;
-    if (tv_store_verify(s, to_stderr, NULL, &out, &err) != TV_OK)
+    if (tv_store_verify(s, 0, to_stderr, NULL, &out, &err) != TV_OK)
         return REPORTED;
     if (fx_object_compare(s, "one", 1, &err) != TV_OK ||
         read_all(s, &err) != TV_OK)
@@ -388,10 +389,44 @@ static void progress_reaches_the_end(void **state)
     uint64_t last = 0;
     struct tv_store_stat st;
     fx_open(f, NULL);
-    assert_ok(tv_store_verify(f->s, NULL, count_bytes, &last, &f->err),
+    assert_ok(tv_store_verify(f->s, 0, NULL, count_bytes, &last, &f->err),
               &f->err);
     assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
     assert_int_equal(last, st.weights + st.outputs);
+}
+
+static unsigned n_tasks(void)
+{
+    unsigned n = 0;
+    DIR *d = opendir("/proc/self/task");
+    assert_non_null(d);
+    while (readdir(d) != NULL)
+        n++;
+    assert_int_equal(closedir(d), 0);
+    return n;
+}
+
+static void count_threads(void *arg, uint64_t done, uint64_t total)
+{
+    unsigned *most = (unsigned *)arg;
+    const unsigned n = n_tasks();
+    (void)done;
+    (void)total;
+    *most = n > *most ? n : *most;
+}
+
+static void threads_as_asked_for(void **state)
+{
+    struct damaged *d = (struct damaged *)*state;
+    struct fx *f = d->f;
+    fx_open(f, NULL);
+    for (unsigned n = 1; n <= 5; n += 2) {
+        const unsigned before = n_tasks();
+        unsigned most = 0;
+        assert_ok(tv_store_verify(f->s, n, NULL, count_threads, &most, &f->err),
+                  &f->err);
+        assert_int_equal(most, before + n - 1);
+    }
 }
 
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -403,6 +438,7 @@ int main(void)
         T(flips_in_page_heads),     T(payload_flip_names_the_tensor),
         T(side_file_flip),          T(reader_sees_damage),
         T(problems_do_not_stop_it), T(progress_reaches_the_end),
+        T(threads_as_asked_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

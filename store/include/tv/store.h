@@ -62,7 +62,9 @@ const char *tv_kind_name(enum tv_kind kind); /* "model", "adapter", "merge" */
  */
 
 struct tv_store_options {
-    bool read_only;           /* never writes; works on read-only media */
+    bool read_only; /* never writes; works on read-only media */
+    bool check_all; /* of LMDB's pages, also what only writers look at: takes
+                     * longer where there are many long values */
     uint64_t map_bytes;       /* 0: 1 TiB, less under an address-space limit */
     uint64_t dirty_bytes_max; /* dirty bytes per batch; 0: 64 MiB */
 };
@@ -144,11 +146,12 @@ TV_NODISCARD enum tv_err tv_store_stat(tv_store *s, struct tv_store_stat *out,
  * damaged thing (object and tensor may be ""); returns CORRUPT when any. A
  * disk that fails under the walk raises SIGBUS: call it in a child process that
  * opens the store, and take such a death for damage. on_problem and progress
- * may be NULL. */
+ * may be NULL; n_threads 0: all CPUs. */
 typedef void (*tv_verify_fn)(void *arg, const char *object, const char *tensor,
                              const char *what);
 typedef void (*tv_bytes_fn)(void *arg, uint64_t done, uint64_t total);
-TV_NODISCARD enum tv_err tv_store_verify(tv_store *s, tv_verify_fn on_problem,
+TV_NODISCARD enum tv_err tv_store_verify(tv_store *s, unsigned n_threads,
+                                         tv_verify_fn on_problem,
                                          tv_bytes_fn progress, void *arg,
                                          struct tv_error *err);
 /* Only whether LMDB's trees hold together, for who is about to walk them all
