@@ -10,7 +10,6 @@
 #include "store_open.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
-#include "tv/cuda_math.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 #include "tveval.h"
@@ -147,12 +146,12 @@ static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
         .scratch_dir = tmp && *tmp ? tmp : NULL,
         .quota_of = s->kept_in,
     };
-    const enum tv_err rc = tvc_device_open(c, &opt.cuda);
+    /* Only for who asks: this path has not run on a GPU yet, and 'auto' must
+     * not try it out on numbers that somebody relies on. */
+    const enum tv_err rc =
+        c->device == TVC_DEVICE_CUDA ? tvc_device_open(c, &opt.cuda) : TV_OK;
     if (rc != TV_OK)
         return rc;
-    /* Nobody asked for a device: one without libraries is none. */
-    if (c->device == TVC_DEVICE_AUTO && tvk_cuda_math_find(NULL) != TV_OK)
-        opt.cuda = NULL;
     return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,
                           out);
 }

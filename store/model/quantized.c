@@ -71,11 +71,14 @@ static const char *method_of(const json_t *config)
                 continue;
             if (method)
                 return method;
-            /* bitsandbytes wrote no method at first. */
-            return json_object_get(q, "load_in_4bit") ||
-                           json_object_get(q, "load_in_8bit")
-                       ? "bitsandbytes"
-                       : "an unnamed method";
+            /* bitsandbytes wrote no method at first, and says what it does
+             * not do as well. */
+            const json_t *const four = json_object_get(q, "load_in_4bit");
+            const json_t *const eight = json_object_get(q, "load_in_8bit");
+            if (json_is_true(four) || json_is_true(eight))
+                return "bitsandbytes";
+            if (!four && !eight)
+                return "an unnamed method";
         }
     }
     return NULL;

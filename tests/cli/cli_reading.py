@@ -37,7 +37,7 @@ def worked(p):
             ticks = int(f.read().rsplit(")", 1)[1].split()[11])
         with open(os.path.join(store, "writer.lock")) as f:
             locked = f.read() != ""
-        return ticks >= 0.2 * os.sysconf("SC_CLK_TCK") and not locked
+        return ticks >= 0.1 * os.sysconf("SC_CLK_TCK") and not locked
     return ready
 
 

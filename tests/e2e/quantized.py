@@ -208,8 +208,17 @@ def others():
         check("is quantised (fp8" in r.stderr, r.stderr)
 
 
+def plain():
+    """bitsandbytes' settings that say no are not a quantised model."""
+    said = {"load_in_4bit": False, "load_in_8bit": False}
+    save("a", 1, {}, said)
+    save("b", 2, {}, said)
+    merge(pair(RECIPES["linear"], "a", "b"), 0)
+
+
 def main():
     os.chdir(temp())
+    plain()
     refused()
     equal_codes()
     mixed()

@@ -8,7 +8,7 @@
  * order, so results differ from the CPU's within rounding. They depend on the
  * shapes, the GPU and the libraries, never on how much device memory there is.
  * So far all of this has run on emulations only (tests/support/fake_cuda.c,
- * fake_blas.c), not on a GPU.
+ * fake_cublas.c), not on a GPU.
  *
  * Matrices are row-major fp32 as in tv/layer.h. A device has one handle, which
  * belongs to one thread at a time; everything happens in the order of its
