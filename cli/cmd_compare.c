@@ -22,6 +22,7 @@
 #include "signals.h"
 #include "store_open.h"
 #include "tv/alloc.h"
+#include "tv/cuda_math.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 #include "tveval.h"
@@ -52,6 +53,23 @@ static enum tv_err take_lock(struct tvc_compare *p)
     if (flock(p->lock, LOCK_EX | LOCK_NB) != 0)
         return tv_error_set(&c->err, TV_E_LOCKED,
                             "another comparison works on %s", p->opts->out);
+    return TV_OK;
+}
+
+/* Merges are made and scored where --device says, as tvmerge run and tveval do
+ * it. */
+static enum tv_err choose_device(struct tvc_compare *p)
+{
+    struct tvc *c = p->c;
+    struct tvm_options *m = &p->opts->options;
+    const enum tv_err rc = tvc_device_kernels(c, &m->kernels);
+
+    if (rc != TV_OK)
+        return rc;
+    m->cuda = c->cuda;
+    tvc_device_name(c, m->device, sizeof m->device);
+    if (c->cuda)
+        (void)tvk_cuda_math_core(c->cuda, p->device, sizeof p->device);
     return TV_OK;
 }
 
@@ -161,7 +179,7 @@ static enum tv_err begin(struct tvc_compare *p)
         return tvc_compare_oom(c);
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
-    TV_TRY(tvc_device_kernels(c, &m->kernels));
+    TV_TRY(choose_device(p));
     m->texts = o->tasks;
     m->n_texts = o->n_tasks;
     TV_TRY(read_texts(p));

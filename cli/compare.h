@@ -66,6 +66,7 @@ struct tvc_compare {
     char *base;  /* ref of the base model, NULL when there is none */
     int lock;
     bool has_plain, oom;
+    char device[128]; /* the GPU that scores, "" for none */
     struct entry *entries;
     size_t n_entries, n_donors;
     char **text;         /* [n_texts] */

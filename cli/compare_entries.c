@@ -169,6 +169,8 @@ static void hash_settings(const struct tvc_compare *p, struct tv_buf *b)
                tve_protocol_name(o->eval.ppl.protocol), o->eval.ppl.context,
                o->eval.ppl.stride, (long)o->eval.ppl.bos);
     tv_buf_fmt(b, "%s", o->eval.tokenizer ? o->eval.tokenizer : "");
+    if (p->device[0])
+        tv_buf_fmt(b, " device %s ", p->device);
     for (size_t i = 0; i < o->n_texts; i++)
         tv_buf_add(b, &p->text_hash[i], sizeof p->text_hash[i]);
 }

@@ -59,7 +59,8 @@ enum tv_err tvc_record_load(struct tvc_compare *p, struct entry *e)
     if (!p->opts->options.force) {
         rc = tv_error_set(&c->err, TV_E_CHANGED,
                           "%s: what %s holds of '%s' was taken of other "
-                          "inputs, recipes, texts or settings",
+                          "inputs, recipes, texts or settings, or on another "
+                          "device",
                           p->opts->out, TVC_COMPARE_STATE, e->name);
         tv_error_hint(&c->err, "give another OUT, or --force to begin again");
     }

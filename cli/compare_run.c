@@ -289,6 +289,10 @@ static enum tv_err merge(struct tvc_compare *p, struct entry *e)
         .progress = on_progress, .arg = bar, .cancel = tvc_cancel_flag()};
     rc = tvm_run(m.plan, &hooks, &r, &c->err);
     tvc_progress_end(bar);
+    /* What helps tvmerge run may be an option that is not there here. */
+    if (rc == TV_E_CHANGED && strstr(c->err.hint, "--accept-numerics"))
+        tv_error_hint(&c->err, "run it where it was begun, give another OUT, "
+                               "or --force to begin again");
     TV_TRY(rc);
     if (tvc_record_has(e, "digest"))
         goto out; /* made again to be kept: its figures are there */

@@ -346,13 +346,16 @@ static enum tv_err group_bytes(struct tvc *c, uint64_t *out)
 
 /* With --device auto a run goes on with the device it began with. Where that is
  * gone, what depends on it is refused by the plan. */
-static void keep_device(struct tvc *c, const char *out_dir)
+static void keep_device(struct tvc *c, const struct tvm_options *m)
 {
     struct tvm_status status;
     uint64_t index = 0;
 
-    if (c->device != TVC_DEVICE_AUTO || !out_dir ||
-        tvm_status(out_dir, &status, NULL) != TV_OK)
+    if (c->device != TVC_DEVICE_AUTO)
+        return;
+    if (m->into)
+        tvm_into_device(m->store, m->into, status.device);
+    else if (!m->out_dir || tvm_status(m->out_dir, &status, NULL) != TV_OK)
         return;
     if (strcmp(status.device, "cpu") == 0)
         c->device = TVC_DEVICE_CPU;
@@ -362,6 +365,25 @@ static void keep_device(struct tvc *c, const char *out_dir)
         c->device = TVC_DEVICE_CUDA;
         c->device_index = (int)index;
     }
+}
+
+/* Writable also where only inputs lie in it: they are pinned. A store from the
+ * environment that is not there is no fault of a command line that does not
+ * name it. */
+static enum tv_err open_store(struct tvc *c, bool planning)
+{
+    struct tvc_merge_opts *o = c->opt;
+    struct tvm_options *m = &o->options;
+
+    if (!o->store_path)
+        return TV_OK;
+    const enum tv_err rc =
+        tvc_store_open(c, o->store_path, planning, &c->err, &m->store);
+    if (rc != TV_E_NOTFOUND || o->store_given || m->into)
+        return rc;
+    tvc_warn(&c->out, "TV_STORE: %s", c->err.msg);
+    tv_error_clear(&c->err);
+    return TV_OK;
 }
 
 enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
@@ -391,7 +413,10 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     m->n_texts = o->n_texts;
     m->memory_bytes = c->memory_bytes;
     m->threads = tvc_threads(c);
-    keep_device(c, m->out_dir);
+    rc = open_store(c, planning);
+    if (rc != TV_OK)
+        return rc;
+    keep_device(c, m);
     if (o->cuda_wanted && c->device == TVC_DEVICE_AUTO &&
         tvk_cuda_find(c->device_index, NULL) == TV_OK)
         c->device = TVC_DEVICE_CUDA;
@@ -401,20 +426,8 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     m->cuda = c->cuda;
     tvc_device_name(c, m->device, sizeof m->device);
     rc = group_bytes(c, &m->group_bytes);
-    if (rc != TV_OK)
-        return rc;
-    notes(c, o);
-    if (!o->store_path)
-        return TV_OK;
-    /* Writable also where only inputs lie in it: they are pinned. A store from
-     * the environment that is not there is no fault of a command line that
-     * does not name it. */
-    rc = tvc_store_open(c, o->store_path, planning, &c->err, &m->store);
-    if (rc == TV_E_NOTFOUND && !o->store_given && !m->into) {
-        tvc_warn(&c->out, "TV_STORE: %s", c->err.msg);
-        tv_error_clear(&c->err);
-        return TV_OK;
-    }
+    if (rc == TV_OK)
+        notes(c, o);
     return rc;
 }
 

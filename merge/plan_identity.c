@@ -20,6 +20,7 @@
 #include <jansson.h>
 
 #include "tv/alloc.h"
+#include "tv/cuda_math.h"
 #include "tv/linalg.h"
 #include "tv/text.h"
 
@@ -426,13 +427,29 @@ static bool uses_blas(const struct tvm_plan *plan)
     return false;
 }
 
+/* Results of BLAS depend on which of its kernels do the work, and on which GPU
+ * where there is one. Element-wise work has the same bits everywhere. */
+static bool put_numerics(json_t *to, const struct tvm_plan *plan)
+{
+    char core[128];
+
+    if (!uses_blas(plan))
+        return true;
+    if (json_object_set_new(to, "blas", json_string(tva_linalg_core())) != 0)
+        return false;
+    if (plan->options.cuda == NULL)
+        return true;
+    (void)tvk_cuda_math_core(plan->options.cuda, core, sizeof(core));
+    return json_object_set_new(to, "device", json_string(core)) == 0;
+}
+
 /* Hash of what the weights depend on, wherever and in whatever shards they are
  * put. */
 static enum tv_err hash_weights(struct planner *pl, const json_t *root)
 {
-    static const char *const keys[] = {"format", "seed",         "compat",
-                                       "inputs", "tensors",      "calibration",
-                                       "blas",   "verify_inputs"};
+    static const char *const keys[] = {"format", "seed",    "compat",
+                                       "inputs", "tensors", "calibration",
+                                       "blas",   "device",  "verify_inputs"};
     json_t *const part = json_object();
     char *text = NULL;
     size_t n = 0;
@@ -486,10 +503,7 @@ enum tv_err plan_identity_make(struct planner *pl)
         rc = plan_oom(pl);
         goto out;
     }
-    /* Results of BLAS depend on which of its kernels do the work. */
-    if (uses_blas(plan) &&
-        json_object_set_new(root, "blas", json_string(tva_linalg_core())) !=
-            0) {
+    if (!put_numerics(root, plan)) {
         rc = plan_oom(pl);
         goto out;
     }

@@ -323,7 +323,10 @@ static enum tv_err meet_object(struct into_sink *s, tv_read *r,
                                                  p->identity, why, sizeof why));
     }
     if (rc != TV_OK) {
-        tv_error_hint(err, "choose another name, or replace it with --force");
+        tv_error_hint(err, numerics ? "--force replaces it, --accept-numerics "
+                                      "takes it as it is"
+                                    : "choose another name, or replace it "
+                                      "with --force");
         goto out;
     }
     if (found)
@@ -335,6 +338,39 @@ out:
     tvm_record_free(&record);
     tv_object_free(o);
     return rc;
+}
+
+void tvm_into_device(tv_store *store, const char *name,
+                     char dst[TVM_DEVICE_MAX])
+{
+    enum tv_err rc = TV_OK;
+    tv_read *r = NULL;
+    struct tv_object *o = NULL;
+    struct tvm_state state = {.n_tensors = 0};
+    struct tvm_record record = {.n_files = 0};
+    char *text = NULL;
+    size_t n = 0;
+    bool found = false;
+
+    dst[0] = '\0';
+    TV_TRY(tv_read_begin(store, NULL, &r));
+    TV_TRY(tv_run_get(r, name, &found, &text, &n, NULL));
+    if (found) {
+        TV_TRY(tvm_state_parse(text, n, &state, NULL));
+        memcpy(dst, state.device, sizeof state.device);
+        goto out;
+    }
+    TV_TRY(tv_object_find(r, name, false, NULL, &o));
+    TV_TRY(read_record(r, o, &found, &record, NULL));
+    if (found)
+        memcpy(dst, record.device, sizeof record.device);
+out:
+    (void)rc; /* who comes to merge says what is wrong there */
+    tvm_record_free(&record);
+    tvm_state_free(&state);
+    tv_object_free(o);
+    tv_free(text);
+    tv_read_end(r);
 }
 
 static enum tv_err meet_run(struct into_sink *s, tv_read *r, bool *resume,

@@ -494,11 +494,15 @@ bool tvm_identity_accept(struct tvm_plan *p, struct tv_hash hash,
     json_t *b = identity_load(p->identity);
     char *taken = NULL;
 
-    *differs =
-        a && b &&
-        !json_equal(json_object_get(a, "blas"), json_object_get(b, "blas")) &&
-        json_object_del(a, "blas") == 0 && json_object_del(b, "blas") == 0 &&
-        json_equal(a, b);
+    *differs = false;
+    if (a && b && !json_equal(a, b)) {
+        static const char *const keys[] = {"blas", "device"};
+        for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+            (void)json_object_del(a, keys[i]);
+            (void)json_object_del(b, keys[i]);
+        }
+        *differs = json_equal(a, b);
+    }
     json_decref(a);
     json_decref(b);
     if (*differs && p->options.accept_numerics)

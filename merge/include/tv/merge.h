@@ -408,6 +408,10 @@ struct tvm_status {
 };
 TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
                                     struct tv_error *err);
+/* The device that the merge of that name in a store, finished or not, began
+ * with; "": there is none. */
+void tvm_into_device(tv_store *store, const char *name,
+                     char dst[TVM_DEVICE_MAX]);
 /* Drops runs of the store, and with them their pins, that can never go on: the
  * unfinished object or output directory is gone, or is another plan's. To be
  * called before a removal that pins may refuse. */

@@ -54,3 +54,49 @@ $ FAKE_CUDA_MEMORY=700 sh gpu tvmerge ties.yml small -q --device cuda --device-m
 => 5
 $ tvmerge ties.yml small -q --device cpu && cmp small/model.safetensors cpu2/model.safetensors
 $ sh gpu tvmerge ties.yml small -q --device cuda --device-memory 100
+# Statistics are sums in another order there: the device is part of the plan of
+# what depends on them, and of nothing else.
+$ printf 'merge_method: sparsegpt_ties\nbase_model: %s/base\nparameters: {density: 0.3, weight: 1}\nmodels:\n- model: %s/ft-code\n  calibration: {text: %s/text/code.calib.txt, samples: 1, context: 16}\n' $DATA $DATA $DATA > cal.yml
+$ tvmerge cal.yml calc -q --device cpu && sh gpu tvmerge cal.yml calg -q --device cuda
+$ grep -h -o '"device": "[^"]*' calc/tvmerge.json calg/tvmerge.json
+"device": "cpu
+"device": "cuda:0
+"device": "Fake GPU 0
+$ sh gpu tvmerge cal.yml calc -q --device cuda
+2> tvmerge: error: calc holds the result of another merge: device was not set, is "Fake GPU 0"
+2>   hint: --force replaces it, --accept-numerics takes it as it is
+=> 4
+$ tvmerge cal.yml calg -q --device cpu
+2> tvmerge: error: calg holds the result of another merge: device was "Fake GPU 0", is not set
+2>   hint: --force replaces it, --accept-numerics takes it as it is
+=> 4
+$ sh gpu tvmerge cal.yml calg 2>&1 | grep already && sh gpu tvmerge cal.yml calc --device cuda --accept-numerics 2>&1 | grep already
+calg is complete already: nothing to do
+calc is complete already: nothing to do
+# An unfinished one too, and in a store; auto keeps the device.
+$ TV_GROUP_BYTES=1 FAKE_CUDA_LOSE=300 sh gpu tvmerge cal.yml half -q --device cuda -j 1
+2> tvmerge: error: calibration: CUDA device 0 <*>
+2> ...
+=> 1
+$ tvmerge cal.yml half -q
+2> tvmerge: error: half holds an unfinished merge of another plan: device was "Fake GPU 0", is not set
+2>   hint: run it where the earlier one ran, or with --accept-numerics: bytes may then differ in their last bits
+=> 4
+$ sh gpu tvmerge cal.yml half -q && cmp half/model.safetensors calg/model.safetensors
+$ tvstore init s.tv -q; sh gpu tvmerge cal.yml --into x --store s.tv -q --device cuda
+$ sh gpu tvmerge cal.yml --into x --store s.tv 2>&1 | grep -c already
+1
+$ sh gpu tvmerge cal.yml --into x --store s.tv -q --device cpu
+2> tvmerge: error: store s.tv has an object 'x', the result of another merge: device was "Fake GPU 0", is not set
+2>   hint: --force replaces it, --accept-numerics takes it as it is
+=> 4
+# Element-wise merges: the device is not in it.
+$ sh gpu tvmerge ties.yml cpu2 --device cuda 2>&1 | grep -c already
+1
+# A comparison makes them on the device too, and stays on it.
+$ head -c 700 $DATA/text/code.val.txt > few.txt; sh gpu tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --text few.txt --context 33 -q --device cuda > table && cmp cmp/ties_sparsegpt/model.safetensors calg/model.safetensors && grep -o '"device": "cuda' cmp/ties_sparsegpt/tvmerge.json
+"device": "cuda
+$ tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --text few.txt --context 33 -q
+2> tvmerge: error: cmp: what .tvcompare holds of 'base0' was taken of other inputs, recipes, texts or settings, or on another device
+2>   hint: give another OUT, or --force to begin again
+=> 4
