@@ -280,6 +280,13 @@ void tve_walk_close(struct tve_walk *k);
 TV_NODISCARD enum tv_err tve_walk_admit(tve_model *m,
                                         const struct tve_window *w, size_t n,
                                         uint64_t reserve, struct tv_error *err);
+struct tve_scratch; /* tv/calibrate.h */
+/* At most so many bytes of scratch files, for n windows of `context` ids, also
+ * where less is reserved: residual streams, and one batch beside them. `look`:
+ * there will be calls of tve_walk_look. */
+void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
+                      uint64_t reserve, uint64_t most, bool look,
+                      struct tve_scratch *out);
 /* The next layer; tap and progress may be NULL. After an error only close. */
 TV_NODISCARD enum tv_err
 tve_walk_layer(struct tve_walk *k, const struct tve_tap *tap,

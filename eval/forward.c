@@ -27,6 +27,7 @@
 #include <unistd.h>
 
 #include "tv/alloc.h"
+#include "tv/calibrate.h"
 #include "tv/checked.h"
 #include "tv/sys.h"
 
@@ -934,6 +935,35 @@ enum tv_err tve_walk_admit(tve_model *m, const struct tve_window *w, size_t n,
         i += windows;
     }
     return charge(m, most + h, err);
+}
+
+static uint64_t whole_pages(uint64_t bytes)
+{
+    return (bytes + 4095) & ~UINT64_C(4095);
+}
+
+void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
+                      uint64_t reserve, uint64_t most, bool look,
+                      struct tve_scratch *out)
+{
+    struct batch b = {.m = NULL};
+    const uint64_t all = activation_budget(m);
+    const uint64_t budget = all > reserve ? all - reserve : 0;
+    const size_t hidden = m->spec.hidden;
+    const uint64_t row =
+        (uint64_t)(row_floats(&m->spec, &b) - (look ? 0 : hidden)) * 4;
+    const uint64_t together = context < GROUP_ROWS ? GROUP_ROWS / context : 1;
+    const uint64_t group = (n < together ? n : together) * context * row;
+    uint64_t h = 0;
+
+    if (!tv_mul_u64((uint64_t)context * hidden * sizeof(float), n, &h))
+        h = UINT64_MAX / 4; /* more than there is of anything */
+    /* Half of the rest at most is for streams in memory, with more memory
+     * too; longer ones than `most` never are there. */
+    const uint64_t rest =
+        h > most ? budget : budget - (h < budget / 2 ? h : budget / 2);
+    out->streams = h > budget / 2 || h > most ? whole_pages(h) : 0;
+    out->batch = group > rest ? whole_pages(group) : 0;
 }
 
 enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,

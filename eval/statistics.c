@@ -488,6 +488,28 @@ out:
     return rc;
 }
 
+enum tv_err tve_calibration_scratch(tve_model *m, enum tve_stat kind, size_t n,
+                                    size_t context,
+                                    const struct tve_sequence_options *opt,
+                                    struct tv_error *err,
+                                    struct tve_scratch *out)
+{
+    enum tv_err rc = TV_OK;
+    struct statistics t = {.sums = {.m = m, .kind = kind}};
+
+    *out = (struct tve_scratch){0};
+    TV_TRY(tve_sites(m, &t.sites, &t.n_sites, err));
+    /* All sites together may be too large where those wanted are not. */
+    const bool fits = measure(&t, NULL) == TV_OK;
+    if (context > 0)
+        tve_walk_scratch(m, n, context, fits ? t.bytes : UINT64_MAX,
+                         opt ? opt->stream_bytes : UINT64_MAX, opt != NULL,
+                         out);
+out:
+    tv_free(t.sites);
+    return rc;
+}
+
 enum tv_err tve_site_statistics(tve_model *m, const struct tve_window *w,
                                 size_t n_windows, enum tve_stat kind,
                                 const bool *want,

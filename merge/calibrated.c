@@ -252,6 +252,87 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
     return any;
 }
 
+/* Models that run over a text: one after the other, or all of those that walk
+ * through merged blocks together. */
+struct pass {
+    size_t model, owner;
+    bool gram, merged;
+    uint64_t entry; /* bytes of the largest */
+};
+
+static void add_pass(struct pass *all, size_t *n, const struct pass *one)
+{
+    size_t i = 0;
+
+    while (i < *n && !(all[i].model == one->model && all[i].gram == one->gram &&
+                       all[i].merged == one->merged &&
+                       (one->merged || all[i].owner == one->owner)))
+        i++;
+    if (i == *n) {
+        all[(*n)++] = *one;
+        return;
+    }
+    if (one->entry > all[i].entry)
+        all[i].entry = one->entry;
+}
+
+enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
+                                   struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct pass *all = NULL;
+    struct tvm_sequential_text *texts = NULL;
+    size_t n = 0;
+    size_t n_texts = 0;
+    uint64_t reserve = 0;
+    uint64_t together = 0;
+    struct tvm_trim_rule r;
+
+    *bytes = 0;
+    for (size_t i = 0; i < p->n_tensors; i++)
+        n += p->tensors[i].n_sources;
+    all = tv_calloc(n + 1, sizeof *all);
+    texts = tv_calloc(n + 1, sizeof *texts);
+    if (!all || !texts) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    n = 0;
+    for (size_t i = 0; i < p->n_tensors; i++)
+        for (size_t s = 0; s < p->tensors[i].n_sources; s++) {
+            const struct tvm_tensor *t = &p->tensors[i];
+            if (!tvm_calibrated_rule(t, s, &r))
+                continue;
+            struct pass one = {.gram = tvm_rule_needs_gram(&r),
+                               .merged = r.inputs == TVM_INPUTS_MERGED,
+                               .entry = entry_bytes(t, &r)};
+            one.owner = tvm_calibration_owner(p, t, s, &r, &one.model);
+            if (one.owner < p->n_inputs)
+                add_pass(all, &n, &one);
+        }
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t memory = p->options.memory_bytes;
+        struct tve_scratch x;
+        if (all[i].merged) {
+            texts[n_texts++] =
+                (struct tvm_sequential_text){all[i].model, all[i].gram};
+            reserve = all[i].entry > reserve ? all[i].entry : reserve;
+            continue;
+        }
+        TV_TRY(tvm_layer_scratch(
+            p, all[i].model, p->inputs[all[i].owner].calibration, all[i].gram,
+            memory > all[i].entry ? memory - all[i].entry : 1, NULL, err, &x));
+        if (x.streams + x.batch > *bytes)
+            *bytes = x.streams + x.batch;
+    }
+    TV_TRY(tvm_sequential_scratch(p, texts, n_texts, reserve, &together, err));
+    *bytes = together > *bytes ? together : *bytes;
+out:
+    tv_free(texts);
+    tv_free(all);
+    return rc;
+}
+
 static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
                            const struct tvm_sink *sink, struct tvm_cache *cache,
                            struct tvm_calibration_use *use,

@@ -54,6 +54,15 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
     return false;
 }
 
+enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
+                                   struct tv_error *err)
+{
+    (void)p;
+    (void)err;
+    *bytes = 0;
+    return TV_OK;
+}
+
 size_t tvm_calibration_owner(const struct tvm_plan *p,
                              const struct tvm_tensor *t, size_t source,
                              const struct tvm_trim_rule *r, size_t *model)

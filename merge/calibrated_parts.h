@@ -49,4 +49,13 @@ TV_NODISCARD enum tv_err tvm_layer_samples(const struct tvm_plan *p,
                                            const struct tvm_calibration *cal,
                                            struct tve_samples *out,
                                            struct tv_error *err);
+/* Of the scratch files of a pass over that text, at most: bytes of residual
+ * streams and of a batch. opt NULL: no sequence. Reads no weights. */
+struct tve_scratch;
+struct tve_sequence_options;
+TV_NODISCARD enum tv_err
+tvm_layer_scratch(const struct tvm_plan *p, size_t model,
+                  const struct tvm_calibration *cal, bool gram, uint64_t memory,
+                  const struct tve_sequence_options *opt, struct tv_error *err,
+                  struct tve_scratch *out);
 #endif

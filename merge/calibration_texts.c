@@ -7,6 +7,7 @@
  * long and a plan is made often. The run then takes all of it.
  */
 #include <string.h>
+#include <sys/stat.h>
 
 #include "calibrated.h"
 #include "calibrated_parts.h"
@@ -95,6 +96,46 @@ out:
 }
 
 /* ---- planning ------------------------------------------------------------ */
+
+/* Windows that there can be: a token stands for a byte at least, and there may
+ * be one that marks the beginning. */
+static size_t windows_most(const struct tvm_calibration *cal, size_t context)
+{
+    const size_t most = cal->samples > 0 ? (size_t)cal->samples : TVE_SAMPLES;
+    const size_t piece = context > 2 ? context - 1 : 1;
+    uint64_t n = 0;
+
+    if (cal->random)
+        return most;
+    for (size_t i = 0; i < cal->n_texts; i++) {
+        struct stat st;
+        if (tv_sys()->stat(cal->texts[i], &st) != 0)
+            return most;
+        n += ((uint64_t)st.st_size + 2) / piece;
+    }
+    return n < most ? (size_t)n : most;
+}
+
+enum tv_err tvm_layer_scratch(const struct tvm_plan *p, size_t model,
+                              const struct tvm_calibration *cal, bool gram,
+                              uint64_t memory,
+                              const struct tve_sequence_options *opt,
+                              struct tv_error *err, struct tve_scratch *out)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_sampling how = {.context = (size_t)cal->context};
+    tve_model *m = NULL;
+
+    TV_TRY(tvm_layer_model(p, model, memory, err, &m));
+    how.positions = tve_model_positions(m);
+    const size_t context = tve_sampling_context(&how);
+    TV_TRY(tve_calibration_scratch(m, gram ? TVE_STAT_GRAM : TVE_STAT_DIAG,
+                                   windows_most(cal, context), context, opt,
+                                   err, out));
+out:
+    tve_model_close(m);
+    return rc;
+}
 
 /* Tokens of the first n bytes. */
 static enum tv_err count_tokens(tve_tokenizer *t, const char *text, size_t n,

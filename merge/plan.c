@@ -795,7 +795,13 @@ static enum tv_err check_room(struct planner *pl)
             pl->vocab->most_bytes + pl->vocab->kept_bytes;
     if (pl->problems->n_errors == 0 &&
         tvm_calibrated_wanted(plan, &calibration, &scratch)) {
-        plan->peak_disk_bytes = add_capped(plan->peak_disk_bytes, scratch);
+        uint64_t activations = 0;
+        const enum tv_err rc =
+            tvm_calibrated_scratch(plan, &activations, pl->err);
+        if (rc != TV_OK)
+            return rc;
+        plan->peak_disk_bytes =
+            add_capped(plan->peak_disk_bytes, add_capped(scratch, activations));
         if (calibration > needed)
             needed = calibration;
         fits = fits && calibration <= plan->options.memory_bytes;

@@ -381,6 +381,35 @@ out:
     return rc;
 }
 
+enum tv_err tvm_sequential_scratch(const struct tvm_plan *p,
+                                   const struct tvm_sequential_text *texts,
+                                   size_t n_texts, uint64_t reserve,
+                                   uint64_t *bytes, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_plan part;
+    const uint64_t streams = tvm_exec_part_plan(p, &part);
+    const uint64_t memory = p->options.memory_bytes;
+    const uint64_t held = streams + reserve;
+    uint64_t batch = 0;
+
+    *bytes = 0;
+    for (size_t k = 0; k < n_texts; k++) {
+        const size_t input = texts[k].input;
+        const struct tve_sequence_options opt = {.stream_bytes =
+                                                     streams / n_texts};
+        struct tve_scratch x;
+        TV_TRY(tvm_layer_scratch(
+            p, input, p->inputs[input].calibration, texts[k].gram,
+            memory > held ? memory - held : 1, &opt, err, &x));
+        *bytes += x.streams;
+        batch = x.batch > batch ? x.batch : batch;
+    }
+    *bytes += batch;
+out:
+    return rc;
+}
+
 uint64_t tvm_sequential_disk(const struct tvm_plan *p)
 {
     uint64_t most = 0;

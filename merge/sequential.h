@@ -57,6 +57,12 @@ TV_NODISCARD enum tv_err tvm_sequential_check(const struct tvm_plan *p,
                                               struct tv_error *err);
 TV_NODISCARD enum tv_err tvm_sequential_run(struct tvm_sequential *s,
                                             struct tv_error *err);
-/* Bytes of its scratch file, residual streams not counted. */
+/* Bytes of the scratch file of its merged blocks. */
 uint64_t tvm_sequential_disk(const struct tvm_plan *p);
+/* Of those with activations, at most: residual streams of all texts and a batch
+ * of one. Reads no weights. */
+TV_NODISCARD enum tv_err
+tvm_sequential_scratch(const struct tvm_plan *p,
+                       const struct tvm_sequential_text *texts, size_t n_texts,
+                       uint64_t reserve, uint64_t *bytes, struct tv_error *err);
 #endif

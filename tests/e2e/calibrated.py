@@ -174,7 +174,7 @@ def bounded(where):
             p = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL,
                                  env=dict(os.environ, TV_GROUP_BYTES="256kB"))
-            time.sleep(0.1 * i)
+            time.sleep(0.05 * i)
             p.send_signal(signal.SIGKILL)
             kills += p.wait() == -signal.SIGKILL
         d = run_json(*argv)
@@ -192,6 +192,7 @@ def bounded(where):
     check(sampler.n > 100 and peak > plan["peak_disk_bytes"] // 3 and
           evicted > 0 and made > 0,
           f"{sampler.n} samples, peak {peak}, {made} masks, {evicted} evicted")
+    check(kills > 0, "no run was killed in between")
     run(TVSTORE, "verify", store, "-q", code=0)
     print(f"quota: {sampler.n} samples, peak {peak} of {quota}, {kills} kills, "
           f"{made} masks made")

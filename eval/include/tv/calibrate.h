@@ -149,6 +149,17 @@ struct tve_sequence_options {
     const atomic_int *cancel; /* not 0: advancing is INTERRUPTED; may be NULL
                                */
 };
+/* What lies in scratch files, at most, also when the model has more memory. */
+struct tve_scratch {
+    uint64_t streams; /* bytes of residual streams, as long as the pass takes */
+    uint64_t batch;   /* bytes of activations, while a batch is computed */
+};
+/* For n windows of `context` ids: of a sequence with such streams, or (opt
+ * NULL) of a calibration of that kind. Reads no weights. */
+TV_NODISCARD enum tv_err
+tve_calibration_scratch(tve_model *m, enum tve_stat kind, size_t n,
+                        size_t context, const struct tve_sequence_options *opt,
+                        struct tv_error *err, struct tve_scratch *out);
 /* Embeds. Errors of tve_statistics. */
 TV_NODISCARD enum tv_err
 tve_sequence_open(tve_model *m, const struct tve_samples *samples,
