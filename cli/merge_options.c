@@ -325,9 +325,8 @@ static void notes(struct tvc *c, const struct tvc_merge_opts *o)
                  "applied on the fly",
                  list);
     if (o->cuda_wanted && c->device != TVC_DEVICE_CUDA)
-        tvc_note(&c->out,
-                 "--cuda: no GPU is used (see --device); the CPU gives "
-                 "the same bytes");
+        tvc_note(&c->out, "--cuda: no GPU is used (see --device); the CPU does "
+                          "the work");
 }
 
 /* Groups of finished tensors that are small: how crash tests get many commits

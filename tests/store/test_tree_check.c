@@ -282,12 +282,21 @@ static void any_byte_of_any_page(void **state)
             tv_store *s = NULL;
             *at ^= masks[(i + page) % sizeof masks];
             write_image(&im);
+            /* As verify opens it; readers, who leave the heads of long values
+             * out, are put to use on what it refuses too. */
+            const struct tv_store_options all = {.read_only = true,
+                                                 .check_all = true};
+            if (!write) {
+                n_refused += tv_store_open(f->path, &all, &f->err, &s) != TV_OK;
+                tv_store_close(s);
+                s = NULL;
+            }
             const struct tv_store_options o = {.read_only = !write};
             if (tv_store_open(f->path, &o, &f->err, &s) == TV_OK) {
                 n_errors += use(s, write, &f->err);
                 n_opened++;
             } else {
-                n_refused++;
+                n_refused += write;
             }
             tv_store_close(s);
             *at = was;
@@ -295,8 +304,7 @@ static void any_byte_of_any_page(void **state)
     }
     print_message("%u refused, %u opened, %u calls with an error\n", n_refused,
                   n_opened, n_errors);
-    /* Readers do not look at the heads of long values, most of the pages. */
-    assert_true(n_refused > 50 && n_opened > 100);
+    assert_true(n_refused > 100 && n_opened > 100);
     free_image(&im);
 }
 

@@ -11,7 +11,7 @@ $ export FAKE_CUDA_DEVICES=0; sh gpu tvmerge r.yml none -q --device cuda
 => 4
 $ export FAKE_CUDA_DEVICES=0; test ! -e none && sh gpu tvmerge r.yml none -q --device auto && cmp none/model.safetensors cpu/model.safetensors
 $ FAKE_CUDA_DEVICES=0 sh gpu tvmerge r.yml none2 --cuda 2>&1 | grep cuda
-tvmerge: note: --cuda: no GPU is used (see --device); the CPU gives the same bytes
+tvmerge: note: --cuda: no GPU is used (see --device); the CPU does the work
 $ sh gpu tvmerge --version | tail -n 1
 CUDA: Fake GPU 0 (compute 7.5, 64 MiB, driver 12.4)
 $ FAKE_CUDA_DEVICES=0 sh gpu tvstore --version | tail -n 1
