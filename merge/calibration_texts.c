@@ -18,7 +18,7 @@
 
 #define BYTES_PER_TOKEN 16u /* of the part that is tried first */
 
-/* Of the model, else of any input: they were made from one base. */
+/* Of the model, else of any input that opened: they were made from one base. */
 static enum tv_err find_tokenizer(const struct tvm_plan *p, size_t model,
                                   int32_t *bos, tve_tokenizer **out,
                                   struct tv_error *err)
@@ -27,8 +27,9 @@ static enum tv_err find_tokenizer(const struct tvm_plan *p, size_t model,
         tve_tokenizer_of(p->inputs[model].input, NULL, bos, err, out);
 
     for (size_t i = 0; rc == TV_E_INPUT && i < p->n_inputs; i++)
-        if (i != model && tve_tokenizer_of(p->inputs[i].input, NULL, bos, NULL,
-                                           out) == TV_OK) {
+        if (i != model && p->inputs[i].input &&
+            tve_tokenizer_of(p->inputs[i].input, NULL, bos, NULL, out) ==
+                TV_OK) {
             tv_error_clear(err);
             rc = TV_OK;
         }

@@ -327,6 +327,8 @@ enum tv_err plan_calibration_make(struct planner *pl)
                 TV_TRY(hash_texts(pl, &plan->inputs[owner]));
                 bad[owner] = pl->problems->n_errors > before;
             }
+            if (!plan->inputs[model].input) /* reported where it was opened */
+                continue;
             bool *const done = &seen[2 * (model * n + owner) +
                                      (rule.inputs == TVM_INPUTS_MERGED)];
             if (!*done)

@@ -319,6 +319,26 @@ def errors(where):
     e = run(TVMERGE, "plan", r, *texts, "--memory", "16MiB", code=5)
     check("--memory" in e.stderr, e.stderr)
     e = run(TVMERGE, "plan", r, *texts, "--compat", "mergekit", code=2)
+    # A model that cannot be opened is nobody's tokenizer (ft-prose has none of
+    # its own and takes the first that an input has).
+    bad = f"{where}/bad"
+    for broken in ("ft-code", "base"):
+        shutil.rmtree(bad, True)
+        shutil.copytree(f"{MODELS}/{broken}", bad)
+        for f in os.listdir(bad):
+            if f.endswith(".safetensors"):
+                os.truncate(f"{bad}/{f}", os.path.getsize(f"{bad}/{f}") - 5000)
+        with open(r) as f:
+            lines = f.read().replace(f"{MODELS}/{broken}", bad)
+        with open(f"{where}/broken.yml", "w") as f:
+            f.write(lines)
+        named = [x.replace(f"{broken}=", "bad=") for x in texts]
+        for argv in (("plan", f"{where}/broken.yml"),
+                     ("run", f"{where}/broken.yml", f"{where}/broken"),
+                     ("layers", f"{where}/broken.yml")):
+            e = run(TVMERGE, *argv, *named, code=12)
+            check("bad" in e.stderr and "error" in e.stderr, e.stderr)
+        check(not os.path.exists(f"{where}/broken"), "nothing written")
     for bad, what in (("error_correction: obs", "sparsify: sparsegpt"),
                       ("sparsify: importanc", "did you mean 'importance'"),
                       ("damping: 0", "damping")):
