@@ -152,7 +152,9 @@ enum tv_err plan_ties_make(struct planner *pl)
             is_generator(pl->plan->inputs[last->input[i]].arch->architecture);
     }
     pl->tied = any_tied && all && same_inputs(end_slice(pl, false), last);
-    pl->lend_head = any_tied && !pl->tied && any_head;
+    /* A donor that did not open is an error already, and has no names. */
+    pl->lend_head =
+        any_tied && !pl->tied && any_head && pl->refs[pl->st->donor].usable;
     if (pl->lend_head && pl->head_name == NULL)
         pl->head_name = pl->plan->inputs[pl->st->donor].arch->head_name;
     if (pl->lend_head && all)
