@@ -62,13 +62,35 @@ out:
     return rc;
 }
 
-static enum tv_err read_record(const char *path, struct tvm_status *out,
-                               struct tv_error *err)
+/* config.json is what a merge adds last: killed just before it, the same
+ * command goes on, and nobody may take what is there for a model. */
+static enum tv_err lacks_config(const char *out_dir,
+                                const struct tvm_record *record, bool *lacks,
+                                struct tv_error *err)
+{
+    char *path = NULL;
+
+    *lacks = false;
+    for (size_t i = 0; i < record->n_files; i++)
+        *lacks = *lacks || strcmp(record->files[i].name, "config.json") == 0;
+    if (!*lacks)
+        return TV_OK;
+    path = tv_path_join(out_dir, "config.json");
+    if (!path)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    *lacks = !tv_path_exists(path);
+    tv_free(path);
+    return TV_OK;
+}
+
+static enum tv_err read_record(const char *out_dir, const char *path,
+                               struct tvm_status *out, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct tvm_record record = {.n_files = 0};
     char *text = NULL;
     size_t n = 0;
+    bool lacks = false;
 
     TV_TRY(tv_file_read(path, RECORD_MAX, err, &text, &n));
     rc = tvm_record_parse(text, n, &record, err);
@@ -76,7 +98,8 @@ static enum tv_err read_record(const char *path, struct tvm_status *out,
         tv_error_context(err, "%s", path);
         goto out;
     }
-    out->state = TVM_FINISHED;
+    TV_TRY(lacks_config(out_dir, &record, &lacks, err));
+    out->state = lacks ? TVM_UNFINISHED : TVM_FINISHED;
     out->plan_hash = record.plan_hash;
     out->digest = record.totals.digest;
     memcpy(out->device, record.device, sizeof out->device);
@@ -103,7 +126,7 @@ enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
     }
     out->running = is_locked(dir);
     if (tv_path_exists(record)) {
-        rc = read_record(record, out, err);
+        rc = read_record(out_dir, record, out, err);
         goto out;
     }
     if (!tv_path_exists(dir))

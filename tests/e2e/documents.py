@@ -143,6 +143,16 @@ def kept():
                  "--json")
     check(sizes("mid") == before and
           not any(d["made"] for d in r["documents"]), "stages are used again")
+    # Killed between a stage's tvmerge.json and its config.json, which is the
+    # last thing that a merge adds.
+    os.remove("mid/third/config.json")
+    s = run_json(TVMERGE, "status", "mid/third", "--json")
+    check(s["state"] == "unfinished", f"no config.json yet: {s}")
+    r = run_json(TVMERGE, "run", "all.yml", "out2", "--intermediate-dir", "mid",
+                 "--json")
+    check(os.path.exists("mid/third/config.json") and
+          os.path.exists("out2/config.json"), "the stage gets its config.json")
+    shutil.rmtree("out2")
     # A stage that is another one now is refused, not overwritten.
     write("all.yml", DOCS["first"].replace("0.5", "0.4", 1),
           *list(DOCS.values())[1:])
