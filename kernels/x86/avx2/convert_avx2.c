@@ -106,6 +106,7 @@ static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
     for (; i + 32 <= n; i += 32) {
         const __m256i h = load_halves(src, i);
         const __m256i g = load_halves(src, i + 16);
+        tvk_read_ahead((const unsigned char *)src + 2 * i);
         const __m256i any = _mm256_or_si256(nonfinite_half(h, 0x7f80),
                                             nonfinite_half(g, 0x7f80));
         if (!_mm256_testz_si256(any, any)) {
@@ -126,6 +127,7 @@ static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
     for (size_t i = 0; i < n; i += 8) {
         const size_t count = n - i < 8 ? n - i : 8;
         const __m128i h = load_half(count, src, i);
+        tvk_read_ahead((const unsigned char *)src + 2 * i);
         store8(dst + i, count, _mm256_cvtph_ps(h));
         bad += count_half(h, 0x7c00);
     }

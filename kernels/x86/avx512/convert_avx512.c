@@ -40,12 +40,11 @@ TVK_INLINE unsigned nonfinite_half(__m256i h, short inf)
         _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, exponent), exponent));
 }
 
-static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
-                            const void *TVK_RESTRICT src, size_t n)
+TVK_INLINE uint64_t widen_any(float *dst, const void *src, size_t i, size_t n)
 {
     uint64_t bad = 0;
 
-    for (size_t i = 0; i < n; i += 16) {
+    for (; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512i h = _mm512_cvtepu16_epi32(load_half(lanes, src, i));
         const __m512i u = quieten(_mm512_slli_epi32(h, 16));
@@ -55,6 +54,32 @@ static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
     return bad;
 }
 
+TVK_INLINE void widen_numbers(float *dst, __m256i h)
+{
+    _mm512_storeu_si512(dst, _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
+                            const void *TVK_RESTRICT src, size_t n)
+{
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    uint64_t bad = 0;
+    size_t i = 0;
+
+    for (; i + 32 <= n; i += 32) {
+        const unsigned char *const from = (const unsigned char *)src + 2 * i;
+        const __m512i h = _mm512_loadu_si512(from);
+        tvk_read_ahead(from);
+        if (_mm512_cmpeq_epi16_mask(_mm512_and_si512(h, exponent), exponent)) {
+            bad += widen_any(dst, src, i, i + 32);
+            continue;
+        }
+        widen_numbers(dst + i, _mm512_castsi512_si256(h));
+        widen_numbers(dst + i + 16, _mm512_extracti64x4_epi64(h, 1));
+    }
+    return bad + widen_any(dst, src, i, n);
+}
+
 static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
                            const void *TVK_RESTRICT src, size_t n)
 {
@@ -62,6 +87,7 @@ static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
 
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
+        tvk_read_ahead((const unsigned char *)src + 2 * i);
         const __m512 v = _mm512_cvtph_ps(load_half(lanes, src, i));
         _mm512_mask_storeu_ps(dst + i, lanes, v);
         bad += nonfinite16(_mm512_castps_si512(v));
