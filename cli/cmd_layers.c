@@ -119,14 +119,15 @@ static void on_layer(void *arg, const struct tvm_layer_error *e)
         (void)json_array_append_new(
             s->list,
             json_pack(
-                "{s:o, s:o, s:o, s:s, s:o, s:o, s:o, s:o, s:o}", "name",
+                "{s:o, s:o, s:o, s:s, s:o, s:o, s:o, s:o, s:o, s:o}", "name",
                 tvc_json_string(e->name), "donor", tvc_json_string(e->donor),
                 "density", tvc_json_real(e->density), "method", e->method,
                 "error", tvc_json_real(e->error), "relative",
                 tvc_json_real(e->relative), "error_other_text",
                 e->has_other ? tvc_json_real(e->error_other) : json_null(),
                 "kept", tvc_json_u64(e->kept), "damping",
-                e->damping > 0 ? tvc_json_real(e->damping) : json_null()));
+                e->damping > 0 ? tvc_json_real(e->damping) : json_null(),
+                "unseen_inputs", tvc_json_u64(e->n_unseen)));
         return;
     }
     tvc_table_cell(&s->table, "%s", e->name);

@@ -97,26 +97,32 @@ static void on_calibrating(void *arg, const char *model, uint64_t done,
 static void calibration(struct tvc *c, const struct tvm_calibration_use *u)
 {
     char time[32];
-    if (u->n_made + u->n_found == 0)
+    char resumed[64] = "";
+    if (u->n_made + u->n_found + u->n_resumed == 0)
         return;
+    if (u->n_resumed > 0)
+        (void)snprintf(resumed, sizeof resumed,
+                       ", %zu from the interrupted run", u->n_resumed);
     if (u->n_models == 0)
         tvc_say(&c->out,
                 "calibration: none, %zu masks from the store, %zu made from "
-                "statistics in the store",
-                u->n_found, u->n_made);
+                "statistics in the store%s",
+                u->n_found, u->n_made, resumed);
     else
         tvc_say(&c->out,
                 "calibration: %llu tokens through %zu model%s in %s, %zu masks "
-                "made, %zu from the store",
+                "made, %zu from the store%s",
                 (unsigned long long)u->n_tokens, u->n_models,
                 u->n_models == 1 ? "" : "s",
                 tvc_duration(u->seconds, time, sizeof time), u->n_made,
-                u->n_found);
+                u->n_found, resumed);
     if (u->random)
         tvc_warn(&c->out, "calibrated with random tokens");
     if (u->n_damped > 0)
-        tvc_warn(&c->out, "%zu layers took more damping, up to %g", u->n_damped,
-                 u->most_damping);
+        tvc_warn(&c->out,
+                 "%zu layers took more damping, up to %g (tvmerge.json and "
+                 "status --json name them)",
+                 u->n_damped, u->most_damping);
     if (u->n_uncorrected > 0)
         tvc_warn(&c->out,
                  "%zu layers have no usable X^T X: masked by its diagonal, not "
@@ -205,17 +211,18 @@ static void document(struct tvc *c, const struct tvc_merge *m,
     const struct tvm_calibration_use *u = &r->calibration;
     (void)json_object_set_new(
         doc, "calibration",
-        json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:b, s:o}",
-                  "statistics_found", tvc_json_u64(u->n_statistics_found),
-                  "statistics_kept", tvc_json_u64(u->n_statistics_kept),
-                  "models", tvc_json_u64(u->n_models), "tokens",
-                  tvc_json_u64(u->n_tokens), "masks_made",
-                  tvc_json_u64(u->n_made), "masks_found",
-                  tvc_json_u64(u->n_found), "layers_damped",
-                  tvc_json_u64(u->n_damped), "most_damping",
-                  tvc_json_real(u->most_damping), "layers_uncorrected",
-                  tvc_json_u64(u->n_uncorrected), "random", u->random,
-                  "seconds", tvc_json_real(u->seconds)));
+        json_pack(
+            "{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:b, s:o}",
+            "statistics_found", tvc_json_u64(u->n_statistics_found),
+            "statistics_kept", tvc_json_u64(u->n_statistics_kept), "models",
+            tvc_json_u64(u->n_models), "tokens", tvc_json_u64(u->n_tokens),
+            "masks_made", tvc_json_u64(u->n_made), "masks_found",
+            tvc_json_u64(u->n_found), "masks_resumed",
+            tvc_json_u64(u->n_resumed), "layers_damped",
+            tvc_json_u64(u->n_damped), "most_damping",
+            tvc_json_real(u->most_damping), "layers_uncorrected",
+            tvc_json_u64(u->n_uncorrected), "random", u->random, "seconds",
+            tvc_json_real(u->seconds)));
     (void)json_object_set_new(doc, "problems",
                               tvc_problems_json(&m->problems, false));
     if (m->stages)

@@ -17,6 +17,7 @@
  */
 #include "cache.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,7 @@
 
 #include "calibrated.h"
 #include "gather.h"
+#include "prune.h"
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/text.h"
@@ -47,6 +49,9 @@ struct tvm_cache_entry { /* one source of one tensor that is trimmed */
     struct tvm_trim_rule rule;
     bool has_mask, has_delta; /* when the run began; calibrated ones: now */
     bool fresh;               /* calibrated: made by this run */
+    /* Calibrated, as the store has it: more damping than asked for (-1: none
+     * was enough, 0: no more), inputs that were never seen. */
+    double damping, n_unseen;
     _Atomic bool used_mask, used_delta;
 };
 
@@ -313,6 +318,10 @@ static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
         if (!e->has_mask)
             continue;
         pins[n_pins++] = mask;
+        if (e->rule.calibrated && !d.has_sums) {
+            e->damping = isfinite(d.sum_all) ? d.sum_all : 0;
+            e->n_unseen = d.sum_kept >= 0 && d.sum_kept < 1e15 ? d.sum_kept : 0;
+        }
         TV_TRY(tv_derived_find(r, &delta, &e->has_delta, &d, err));
         if (e->has_delta)
             pins[n_pins++] = delta;
@@ -759,9 +768,26 @@ bool tvm_cache_has(struct tvm_cache *c, size_t tensor, size_t source)
            (e->has_delta || !tvm_rule_makes_values(&e->rule));
 }
 
+bool tvm_cache_damped(struct tvm_cache *c, size_t tensor, size_t source,
+                      struct tvm_damped *out)
+{
+    const struct tvm_cache_entry *e = entry_of(c, tensor, source);
+
+    if (!e || !e->has_mask || e->damping == 0 || e->rule.damping <= 0)
+        return false;
+    *out = (struct tvm_damped){
+        .damping = e->damping > 0 ? e->damping : 0,
+        .n_raised = e->damping > 0
+                        ? (size_t)lround(log10(e->damping / e->rule.damping))
+                        : TVM_LADDER_MAX,
+        .n_unseen = (size_t)e->n_unseen};
+    return true;
+}
+
 bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
                    const uint64_t *words, const float *values,
-                   const uint64_t *before, uint64_t keep_free)
+                   const uint64_t *before, const struct tvm_damped *damped,
+                   uint64_t keep_free)
 {
     struct tvm_cache_entry *e = entry_of(c, tensor, source);
     const uint64_t n_elems = e ? c->plan->tensors[tensor].n_elems : 0;
@@ -777,7 +803,14 @@ bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
     keys[0] = key_of(c, e, TV_MASK);
     keys[1] = key_of(c, e, TV_DELTA);
     items[0] = (struct tv_derived_new){
-        .key = keys[0], .about = about, .n_elems = n_elems, .words = words};
+        .key = keys[0],
+        .about = about,
+        .n_elems = n_elems,
+        .words = words,
+        .sum_all = !damped               ? 0
+                   : damped->damping > 0 ? damped->damping
+                                         : -1,
+        .sum_kept = damped ? (double)damped->n_unseen : 0};
     items[1] = (struct tv_derived_new){.key = keys[1],
                                        .about = about,
                                        .n_elems = n_elems,

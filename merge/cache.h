@@ -89,11 +89,16 @@ void tvm_cached_keep_values(struct tvm_cached *t, size_t source,
 /* Calibrated masks, before the workers start. Does the store have the mask of
  * a source, with its values where it needs them? */
 bool tvm_cache_has(struct tvm_cache *c, size_t tensor, size_t source);
-/* Keeps one, with values [before[n_blocks]] or NULL, if keep_free bytes of the
- * quota stay free; true: it is there, and pinned for this run. */
+/* Keeps one, with values [before[n_blocks]] or NULL, and more damping that it
+ * took (NULL: none), if keep_free bytes of the quota stay free; true: it is
+ * there, and pinned for this run. */
 bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
                    const uint64_t *words, const float *values,
-                   const uint64_t *before, uint64_t keep_free);
+                   const uint64_t *before, const struct tvm_damped *damped,
+                   uint64_t keep_free);
+/* Did the mask that the store has take more damping? Numbers only. */
+bool tvm_cache_damped(struct tvm_cache *c, size_t tensor, size_t source,
+                      struct tvm_damped *out);
 
 /* Keeps the store's lock from call to call; false: not to be had. */
 bool tvm_cache_hold(struct tvm_cache *c, bool on);

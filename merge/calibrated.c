@@ -10,7 +10,10 @@
  *
  *         statistics + T -> prune -> mask words [+ values] -> store or scratch
  *
- * The scratch file has no name, is mapped read-only once all is written, and
+ * The scratch file is mapped read-only once all is written. Of a merge into a
+ * directory it is OUT/.tvmerge/calibrated, and the journal says what is where,
+ * with checksums (calibration_state.h): a run that goes on takes what it can
+ * verify, so nothing of it needs to be durable. Otherwise it has no name, and
  * ends with the run. Memory: one layer's task vector and statistics; the model
  * gets what the budget leaves.
  */
@@ -27,6 +30,7 @@
 #include <sys/mman.h>
 
 #include "calibrated_parts.h"
+#include "calibration_state.h"
 #include "prune.h"
 #include "room.h"
 #include "sequential.h"
@@ -41,6 +45,7 @@
 #include "tv/text.h"
 
 #define SCRATCH_ALIGN 4096u
+#define NOTE_SECONDS  1.0 /* of work that a killed run may lose */
 
 struct entry {
     size_t tensor, source;
@@ -50,8 +55,9 @@ struct entry {
     bool lacking;        /* of those that wait for merged blocks: it is for it
                           * that models run */
     bool in_scratch, has_values;
-    uint64_t words_at, before_at, values_at; /* in the scratch file */
-    uint64_t gram_at, n_rows;                /* there too, for gram_only */
+    /* In the scratch file: words, or X^T X for gram_only. */
+    struct tvm_kept_mask at;
+    struct tvm_damped damped; /* with tensor: it took more damping */
 };
 
 struct tvm_calibrated {
@@ -59,6 +65,7 @@ struct tvm_calibrated {
     size_t n;
     size_t *first; /* [n_tensors + 1] */
     int fd;
+    bool named; /* a later run may go on with it */
     uint64_t used;
     const unsigned char *map;
     uint64_t mapped; /* bytes */
@@ -68,9 +75,11 @@ struct work { /* of one group */
     struct tvm_calibrated *c;
     const struct tvm_plan *p;
     struct tvm_cache *cache;
-    const struct tvm_sink *sink;
+    struct tvm_sink *sink;
     const struct tvm_run_hooks *hooks;
     struct tvm_calibration_use *use;
+    bool news;      /* since the journal was told */
+    double t_noted; /* then */
     size_t model, owner;
     bool gram, merged; /* merged: behind merged blocks */
     uint64_t n_rows;   /* of the input at hand */
@@ -333,14 +342,21 @@ out:
     return rc;
 }
 
+static void name_damped(const struct tvm_plan *p, struct entry *e)
+{
+    const struct tvm_tensor *t = &p->tensors[e->tensor];
+
+    e->damped.tensor = t->name;
+    e->damped.donor = p->inputs[t->sources[e->source].input].ref;
+}
+
 static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
-                           const struct tvm_sink *sink, struct tvm_cache *cache,
+                           struct tvm_cache *cache,
                            struct tvm_calibration_use *use,
                            struct tv_error *err)
 {
     size_t n = 0;
     struct tvm_trim_rule r;
-    const bool walks = tvm_calibrated_walks(p);
 
     for (size_t i = 0; i < p->n_tensors; i++)
         for (size_t s = 0; s < p->tensors[i].n_sources; s++)
@@ -359,19 +375,32 @@ static enum tv_err collect(struct tvm_calibrated *c, const struct tvm_plan *p,
             e->tensor = i;
             e->source = s;
             e->owner = tvm_calibration_owner(p, t, s, &e->rule, &e->model);
-            const bool found = !e->rule.gram_only && tvm_cache_has(cache, i, s);
-            e->made = sink->done[i].done || found;
-            e->lacking = !e->made && e->rule.inputs == TVM_INPUTS_MERGED;
-            /* Those of finished tensors too: blocks are merged once more for
-             * the ones behind them. */
-            if (walks)
-                e->made = found;
-            use->n_found += found;
+            e->made = !e->rule.gram_only && tvm_cache_has(cache, i, s);
+            use->n_found += e->made;
+            if (e->made && tvm_cache_damped(cache, i, s, &e->damped))
+                name_damped(p, e);
             c->n++;
         }
     }
     c->first[p->n_tensors] = c->n;
     return TV_OK;
+}
+
+/* What is left to do, behind what store and journal have. */
+static void mark(struct tvm_calibrated *c, const struct tvm_plan *p,
+                 const struct tvm_sink *sink)
+{
+    const bool walks = tvm_calibrated_walks(p);
+
+    for (size_t i = 0; i < c->n; i++) {
+        struct entry *e = &c->entries[i];
+        const bool done = e->made || sink->done[e->tensor].done;
+        e->lacking = !done && e->rule.inputs == TVM_INPUTS_MERGED;
+        /* Those of finished tensors too: blocks are merged once more for the
+         * ones behind them. */
+        if (!walks)
+            e->made = done;
+    }
 }
 
 /* ---- scratch ------------------------------------------------------------- */
@@ -388,6 +417,14 @@ char *tvm_scratch_path(const struct tvm_options *o, const char *what,
                        what, (long)getpid(), unique);
 }
 
+/* Its name where a later run may find it, owned; NULL: none, or no memory. */
+static char *lasting_path(const struct tvm_options *o)
+{
+    return o->out_dir && !o->into
+               ? tv_asprintf("%s/.tvmerge/" TVM_CALIBRATED_FILE, o->out_dir)
+               : NULL;
+}
+
 static enum tv_err open_scratch(struct tvm_calibrated *c,
                                 const struct tvm_plan *p, struct tv_error *err)
 {
@@ -396,13 +433,17 @@ static enum tv_err open_scratch(struct tvm_calibrated *c,
 
     if (c->fd >= 0)
         return TV_OK;
-    path = tvm_scratch_path(&p->options, "calibrated", c);
+    c->named = p->options.out_dir && !p->options.into;
+    path = c->named ? lasting_path(&p->options)
+                    : tvm_scratch_path(&p->options, "calibrated", c);
     if (!path)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
-    c->fd = tv_sys()->open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    c->fd = tv_sys()->open(
+        path, O_RDWR | O_CREAT | (c->named ? O_TRUNC : O_EXCL) | O_CLOEXEC,
+        0600);
     if (c->fd < 0)
         rc = tv_error_sys(err, errno, "cannot create scratch file %s", path);
-    else
+    else if (!c->named)
         (void)tv_sys()->unlink(path);
     tv_free(path);
     return rc;
@@ -435,6 +476,8 @@ static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
     if (c->fd < 0 || c->used == c->mapped)
         return TV_OK;
     unmap_scratch(c);
+    if (c->used == 0)
+        return TV_OK;
     /* Whole pages: readers may look past the last word of a mask. */
     if (tv_sys()->ftruncate(c->fd, (off_t)c->used) != 0)
         return tv_error_sys(err, errno, "the scratch file of masks");
@@ -445,6 +488,193 @@ static enum tv_err map_scratch(struct tvm_calibrated *c, struct tv_error *err)
     c->map = at;
     c->mapped = c->used;
     return TV_OK;
+}
+
+/* ---- what an interrupted run has made ------------------------------------ */
+
+/* Bytes [at, at + n) of the map, put to h; false: there are none. */
+static bool add_part(tv_hasher *h, const struct tvm_calibrated *c, uint64_t at,
+                     uint64_t n)
+{
+    if (at % SCRATCH_ALIGN != 0 || at > c->mapped || n > c->mapped - at)
+        return false;
+    tv_hasher_add(h, c->map + at, (size_t)n);
+    return true;
+}
+
+static uint64_t value_blocks(const struct tvm_tensor *t)
+{
+    return (t->n_elems + TV_DELTA_BLOCK - 1) / TV_DELTA_BLOCK;
+}
+
+/* Of what the map has of an entry; *end: behind it. False: not all of it. */
+static bool sum_kept(const struct tvm_calibrated *c, const struct tvm_plan *p,
+                     const struct entry *e, const struct tvm_kept_mask *k,
+                     tv_hasher *h, struct tv_hash *out, uint64_t *end)
+{
+    const struct tvm_tensor *t = &p->tensors[e->tensor];
+    size_t rows = 0;
+    size_t cols = 0;
+    uint64_t n = (t->n_elems + 63) / 64 * sizeof(uint64_t);
+    bool ok = e->rule.gram_only == (k->n_rows > 0) &&
+              tvm_rule_makes_values(&e->rule) == (k->values_at > 0);
+
+    tv_hasher_reset(h);
+    if (e->rule.gram_only) {
+        tvm_layer_shape(t, &rows, &cols);
+        n = (uint64_t)cols * (cols + 1) / 2 * sizeof(float);
+    }
+    *end = k->words_at + n;
+    ok = ok && add_part(h, c, k->words_at, n);
+    if (ok && k->values_at > 0) {
+        n = (value_blocks(t) + 1) * sizeof(uint64_t);
+        ok = add_part(h, c, k->before_at, n) && k->n_values <= t->n_elems &&
+             add_part(h, c, k->values_at, k->n_values * sizeof(float));
+        *end = k->values_at + k->n_values * sizeof(float);
+    }
+    *out = tv_hasher_value(h);
+    return ok;
+}
+
+/* Takes over what is where the journal has it, and as it was. */
+static enum tv_err take_kept(struct tvm_calibrated *c, const struct tvm_plan *p,
+                             const struct tvm_calibration_state *was,
+                             struct tvm_calibration_use *use,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *path = lasting_path(&p->options);
+    tv_hasher *h = NULL;
+    struct stat st;
+
+    if (was->n_kept == 0 || !path)
+        goto out;
+    c->fd = tv_sys()->open(path, O_RDWR | O_CLOEXEC, 0600);
+    if (c->fd < 0) /* whatever became of it */
+        goto out;
+    c->named = true;
+    if (tv_sys()->fstat(c->fd, &st) != 0) {
+        rc = tv_error_sys(err, errno, "cannot look at %s", path);
+        goto out;
+    }
+    c->used = (uint64_t)st.st_size / SCRATCH_ALIGN * SCRATCH_ALIGN;
+    TV_TRY(map_scratch(c, err));
+    c->used = 0;
+    TV_TRY(tv_hasher_open(err, &h));
+    for (size_t i = 0; i < was->n_kept; i++) {
+        const struct tvm_kept_mask *k = &was->kept[i];
+        struct entry *e = k->entry < c->n ? &c->entries[k->entry] : NULL;
+        struct tv_hash sum;
+        uint64_t end = 0;
+        if (!e || e->made || !sum_kept(c, p, e, k, h, &sum, &end) ||
+            !tv_hash_equal(sum, k->checksum))
+            continue;
+        e->at = *k;
+        e->made = e->in_scratch = true;
+        e->has_values = k->values_at > 0;
+        use->n_resumed += !e->rule.gram_only;
+        end = (end + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+        c->used = end > c->used ? end : c->used;
+    }
+out:
+    tv_hasher_close(h);
+    tv_free(path);
+    return rc;
+}
+
+/* Of finished tensors as well, whose masks may be gone. */
+static void take_damped(struct tvm_calibrated *c, const struct tvm_plan *p,
+                        const struct tvm_calibration_state *was)
+{
+    for (size_t i = 0; i < c->n; i++) {
+        struct entry *e = &c->entries[i];
+        struct entry named = *e;
+        name_damped(p, &named);
+        for (size_t k = 0; k < was->n_damped && !e->damped.tensor; k++) {
+            const struct tvm_damped *d = &was->damped[k];
+            if (strcmp(d->tensor, named.damped.tensor) != 0 ||
+                strcmp(d->donor, named.damped.donor) != 0)
+                continue;
+            e->damped = *d;
+            name_damped(p, e);
+        }
+    }
+}
+
+static enum tv_err take_over(struct tvm_calibrated *c, const struct tvm_plan *p,
+                             const struct tvm_sink *sink,
+                             struct tvm_calibration_use *use,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_calibration_state was;
+
+    TV_TRY(tvm_calibration_state_parse(sink->calibration, &was, err));
+    take_damped(c, p, &was);
+    rc = take_kept(c, p, &was, use, err);
+    tvm_calibration_state_free(&was);
+out:
+    return rc;
+}
+
+static enum tv_err fill_state(struct tvm_calibrated *c,
+                              const struct tvm_sink *sink,
+                              struct tvm_calibration_state *s,
+                              struct tv_error *err)
+{
+    s->n_masks = c->n;
+    s->damped = tv_calloc(c->n + 1, sizeof *s->damped);
+    s->kept = tv_calloc(c->n + 1, sizeof *s->kept);
+    if (!s->damped || !s->kept)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (size_t i = 0; i < c->n; i++) {
+        const struct entry *e = &c->entries[i];
+        s->n_made += e->made || sink->done[e->tensor].done;
+        if (e->damped.tensor)
+            s->damped[s->n_damped++] = e->damped;
+        if (e->in_scratch && c->named)
+            s->kept[s->n_kept++] = e->at;
+    }
+    return TV_OK;
+}
+
+static void count_damped(const struct tvm_calibrated *c,
+                         struct tvm_calibration_use *use)
+{
+    for (size_t i = 0; i < c->n; i++) {
+        const struct tvm_damped *d = &c->entries[i].damped;
+        if (!d->tensor)
+            continue;
+        use->n_damped += d->damping > 0;
+        use->n_uncorrected += !(d->damping > 0);
+        if (d->damping > use->most_damping)
+            use->most_damping = d->damping;
+    }
+}
+
+/* Tells the journal: `at_once`, or when there is news after a second. */
+static enum tv_err tell_journal(struct work *w, bool at_once,
+                                struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_calibration_state s = {.n_masks = 0};
+    char *text = NULL;
+
+    if (!at_once && (!w->news || now() - w->t_noted < NOTE_SECONDS))
+        return TV_OK;
+    TV_TRY(fill_state(w->c, w->sink, &s, err));
+    text = tvm_calibration_state_make(&s);
+    if (!text) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    TV_TRY(w->sink->ops->note(w->sink, text, err));
+    w->news = false;
+    w->t_noted = now();
+out:
+    tv_free(text);
+    tvm_calibration_state_free(&s);
+    return rc;
 }
 
 /* ---- one layer ----------------------------------------------------------- */
@@ -550,44 +780,61 @@ void tvm_layer_close(struct tvm_layer *l)
     tv_free(l->block);
 }
 
+static enum tv_err put_part(struct tvm_calibrated *c, const void *data,
+                            uint64_t n, tv_hasher *h, uint64_t *at,
+                            struct tv_error *err)
+{
+    tv_hasher_add(h, data, (size_t)n);
+    return put_scratch(c, data, n, at, err);
+}
+
 static enum tv_err keep(struct work *w, struct entry *e, const uint64_t *words,
                         uint64_t n_words, const float *values,
                         const uint64_t *before, uint64_t n_blocks,
                         struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    tv_hasher *h = NULL;
 
     e->made = true;
+    w->news = true;
     w->use->n_made++;
     if (!w->sink->busy &&
         tvm_cache_add(w->cache, e->tensor, e->source, words, values, before,
+                      e->damped.tensor ? &e->damped : NULL,
                       tvm_room_spare(tvm_room_left(w->p, w->sink->done))))
         goto out;
     TV_TRY(open_scratch(w->c, w->p, err));
-    TV_TRY(
-        put_scratch(w->c, words, n_words * sizeof *words, &e->words_at, err));
+    TV_TRY(tv_hasher_open(err, &h));
+    e->at.entry = (size_t)(e - w->c->entries);
+    TV_TRY(put_part(w->c, words, n_words * sizeof *words, h, &e->at.words_at,
+                    err));
     if (values) {
-        TV_TRY(put_scratch(w->c, before, (n_blocks + 1) * sizeof *before,
-                           &e->before_at, err));
-        TV_TRY(put_scratch(w->c, values, before[n_blocks] * sizeof *values,
-                           &e->values_at, err));
+        e->at.n_values = before[n_blocks];
+        TV_TRY(put_part(w->c, before, (n_blocks + 1) * sizeof *before, h,
+                        &e->at.before_at, err));
+        TV_TRY(put_part(w->c, values, before[n_blocks] * sizeof *values, h,
+                        &e->at.values_at, err));
         e->has_values = true;
     }
+    e->at.checksum = tv_hasher_value(h);
     e->in_scratch = true;
 out:
+    tv_hasher_close(h);
     return rc;
 }
 
-static void note(struct work *w, const struct entry *e,
+static void note(const struct work *w, struct entry *e,
                  const struct tvm_pruned *got)
 {
     if (!tvm_rule_needs_gram(&e->rule))
         return;
-    w->use->n_uncorrected += got->uncorrected;
-    if (!got->uncorrected && got->damping > e->rule.damping) {
-        w->use->n_damped++;
-        if (got->damping > w->use->most_damping)
-            w->use->most_damping = got->damping;
+    if (got->uncorrected || got->n_raised > 0) {
+        e->damped =
+            (struct tvm_damped){.damping = got->uncorrected ? 0 : got->damping,
+                                .n_raised = got->n_raised,
+                                .n_unseen = got->n_unseen};
+        name_damped(w->p, e);
     }
 }
 
@@ -672,6 +919,8 @@ static enum tv_err keep_gram(struct work *w, const struct tvm_stats *stats,
 {
     enum tv_err rc = TV_OK;
     uint64_t at = UINT64_MAX;
+    tv_hasher *h = NULL;
+    struct tv_hash sum = {0, 0};
 
     for (size_t i = 0; i < n_tensors; i++)
         for (size_t k = 0; k < w->c->n; k++) {
@@ -691,16 +940,22 @@ static enum tv_err keep_gram(struct work *w, const struct tvm_stats *stats,
             }
             if (at == UINT64_MAX) {
                 TV_TRY(open_scratch(w->c, w->p, err));
-                TV_TRY(put_scratch(
-                    w->c, stats->gram,
-                    (uint64_t)cols * (cols + 1) / 2 * sizeof(float), &at, err));
+                TV_TRY(tv_hasher_open(err, &h));
+                TV_TRY(put_part(w->c, stats->gram,
+                                (uint64_t)cols * (cols + 1) / 2 * sizeof(float),
+                                h, &at, err));
+                sum = tv_hasher_value(h);
             }
-            e->gram_at = at;
-            e->n_rows = w->n_rows;
+            e->at = (struct tvm_kept_mask){.entry = k,
+                                           .words_at = at,
+                                           .n_rows = w->n_rows,
+                                           .checksum = sum};
             e->made = true;
             e->in_scratch = true;
+            w->news = true;
         }
 out:
+    tv_hasher_close(h);
     return rc;
 }
 
@@ -719,6 +974,7 @@ static enum tv_err see(void *arg, const struct tvm_stats *stats,
             if (wants(w, e) && strcmp(weight_name(w, e), tensors[i]) == 0)
                 TV_TRY(make(w, e, stats, err));
         }
+    rc = tell_journal(w, false, err);
 out:
     return rc;
 }
@@ -1027,17 +1283,20 @@ void tvm_calibrated_free(struct tvm_calibrated *c)
     tv_free(c);
 }
 
-enum tv_err
-tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
-                    struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
-                    struct tvm_calibration_use *use, struct tv_error *err,
-                    struct tvm_calibrated **out)
+enum tv_err tvm_calibrated_make(const struct tvm_plan *p, struct tvm_sink *sink,
+                                struct tvm_cache *cache,
+                                const struct tvm_run_hooks *hooks,
+                                struct tvm_calibration_use *use,
+                                struct tv_error *err,
+                                struct tvm_calibrated **out)
 {
     enum tv_err rc = TV_OK;
     struct tvm_calibrated *c = NULL;
     uint64_t needed = 0;
     uint64_t disk = 0;
     const double t0 = now();
+    struct work w = {
+        .p = p, .cache = cache, .sink = sink, .hooks = hooks, .use = use};
 
     *out = NULL;
     if (!tvm_calibrated_wanted(p, &needed, &disk))
@@ -1046,13 +1305,12 @@ tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
     if (!c)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     c->fd = -1;
-    TV_TRY(collect(c, p, sink, cache, use, err));
-    struct work w = {.c = c,
-                     .p = p,
-                     .cache = cache,
-                     .sink = sink,
-                     .hooks = hooks,
-                     .use = use};
+    w.c = c;
+    TV_TRY(collect(c, p, cache, use, err));
+    TV_TRY(take_over(c, p, sink, use, err));
+    mark(c, p, sink);
+    /* Before the first second is over, for those who ask how far it is. */
+    TV_TRY(tell_journal(&w, true, err));
     for (size_t i = 0; i < c->n; i++) {
         if (c->entries[i].made ||
             c->entries[i].rule.inputs == TVM_INPUTS_MERGED)
@@ -1066,10 +1324,15 @@ tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
     TV_TRY(map_scratch(c, err));
     TV_TRY(run_merged(&w, err));
     TV_TRY(map_scratch(c, err));
+    TV_TRY(tell_journal(&w, true, err));
+    count_damped(c, use);
     use->seconds = now() - t0;
     *out = c;
     c = NULL;
 out:
+    /* Stopped or failed: the run that goes on has what there is. */
+    if (c && w.news && tell_journal(&w, true, NULL) != TV_OK)
+        w.news = false;
     tvm_calibrated_free(c);
     return rc;
 }
@@ -1095,10 +1358,10 @@ enum tv_err tvm_calibrated_attach(const struct tvm_calibrated *c,
         struct tvm_cached_source *s = &to->src[e->source];
         if (e->in_scratch) {
             const unsigned char *m = c->map;
-            s->fixed_words = (const void *)(m + e->words_at);
+            s->fixed_words = (const void *)(m + e->at.words_at);
             if (e->has_values) {
-                s->fixed_before = (const void *)(m + e->before_at);
-                s->fixed_values = (const void *)(m + e->values_at);
+                s->fixed_before = (const void *)(m + e->at.before_at);
+                s->fixed_values = (const void *)(m + e->at.values_at);
             }
             to->trim[e->source] = (struct tvm_trim){.known = true};
         }
@@ -1120,8 +1383,8 @@ const float *tvm_calibrated_gram(const struct tvm_calibrated *c, size_t tensor,
         const struct entry *e = &c->entries[i];
         if (e->source != source || !e->rule.gram_only || !e->in_scratch)
             continue;
-        *n_rows = e->n_rows;
-        return (const float *)(const void *)(c->map + e->gram_at);
+        *n_rows = e->at.n_rows;
+        return (const float *)(const void *)(c->map + e->at.words_at);
     }
     return NULL;
 }

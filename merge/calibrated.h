@@ -76,9 +76,10 @@ TV_NODISCARD enum tv_err tvm_text_read(const struct tvm_calibration *cal,
                                        size_t text, struct tv_error *err,
                                        char **data, size_t *n);
 
-/* Makes what neither the sink nor the store has. *out NULL: nothing needed. */
+/* Makes what neither the sink nor the store has, nor an interrupted run has
+ * made; the sink's journal learns of it. *out NULL: nothing needed. */
 TV_NODISCARD enum tv_err
-tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
+tvm_calibrated_make(const struct tvm_plan *p, struct tvm_sink *sink,
                     struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
                     struct tvm_calibration_use *use, struct tv_error *err,
                     struct tvm_calibrated **out);

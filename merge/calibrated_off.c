@@ -94,11 +94,12 @@ enum tv_err tvm_calibrated_texts(const struct tvm_plan *p, size_t model,
     return tvm_calibrated_check(p, model, err);
 }
 
-enum tv_err
-tvm_calibrated_make(const struct tvm_plan *p, const struct tvm_sink *sink,
-                    struct tvm_cache *cache, const struct tvm_run_hooks *hooks,
-                    struct tvm_calibration_use *use, struct tv_error *err,
-                    struct tvm_calibrated **out)
+enum tv_err tvm_calibrated_make(const struct tvm_plan *p, struct tvm_sink *sink,
+                                struct tvm_cache *cache,
+                                const struct tvm_run_hooks *hooks,
+                                struct tvm_calibration_use *use,
+                                struct tv_error *err,
+                                struct tvm_calibrated **out)
 {
     (void)p;
     (void)sink;

@@ -238,6 +238,7 @@ static enum tv_err measure_way(const struct scan *s, const struct measured *m,
     }
     e.kept = got.n_kept;
     e.damping = got.damping > rule.damping ? got.damping : 0;
+    e.n_unseen = got.n_unseen;
     TV_TRY(error_under(m, m->gram, m->p, &e.error, err));
     e.relative = whole > 0 ? e.error / whole : 0;
     e.has_other = m->other != NULL;

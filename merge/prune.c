@@ -26,7 +26,6 @@
 #include "tv/cuda_math.h"
 #include "tv/layer.h"
 
-#define LADDER_MAX 4u /* times that damping is raised */
 #define HI_BUCKETS 65536u
 #define BLOCK_COLS 128u
 
@@ -281,15 +280,18 @@ static void gram_here(const struct prune *p, double damping)
     (void)tvk_gram_damp(p->h, p->cols, damping);
 }
 
-/* H becomes U. *took: the damping that it took, 0 when none did. */
+/* H becomes U. *took: the damping that it took, 0 when none did, and how often
+ * it was raised. */
 static enum tv_err factor(const struct prune *p, double *took,
-                          struct tv_error *err)
+                          unsigned *n_raised, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     double damping = p->rule->damping;
 
     *took = 0;
-    for (unsigned i = 0; i <= LADDER_MAX && *took == 0; i++, damping *= 10.0) {
+    *n_raised = 0;
+    for (unsigned i = 0; i <= TVM_LADDER_MAX && *took == 0;
+         i++, damping *= 10.0) {
         bool definite = false;
 
         if (p->device) {
@@ -300,6 +302,7 @@ static enum tv_err factor(const struct prune *p, double *took,
             gram_here(p, damping);
             definite = tvk_gram_factor(p->h, p->cols, p->work) == 0;
         }
+        *n_raised = i;
         if (definite)
             *took = damping;
     }
@@ -401,7 +404,7 @@ static enum tv_err prune_with_gram(const struct prune *p,
 
     out->damping = r->damping;
     if (obs || r->score == TVM_SCORE_CHOLESKY)
-        TV_TRY(factor(p, &out->damping, err));
+        TV_TRY(factor(p, &out->damping, &out->n_raised, err));
     if (out->damping == 0) {
         out->uncorrected = true;
         weigh_by_diagonal(p);
@@ -485,6 +488,8 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
         mask(&p);
     for (size_t i = 0; i < rows * cols; i++)
         out->n_kept += t[i] != 0.0f;
+    for (size_t j = 0; j < cols; j++)
+        out->n_unseen += !(diagonal(stats, j) > 0);
     goto out;
 no_memory:
     rc = tv_error_set(err, TV_E_NOMEM, "out of memory for a layer [%zu, %zu]",

@@ -28,10 +28,14 @@ struct tvm_prune_again {
     void *arg;
 };
 
+#define TVM_LADDER_MAX 4u /* times that damping is raised tenfold */
+
 struct tvm_pruned {
     uint64_t n_kept;
-    double damping;   /* that it took; 0: none was asked for */
-    bool uncorrected; /* no damping was enough: a mask by the diagonal */
+    double damping;    /* that it took; 0: none was asked for */
+    unsigned n_raised; /* times ten */
+    size_t n_unseen;   /* inputs whose statistics are 0 */
+    bool uncorrected;  /* no damping was enough: a mask by the diagonal */
 };
 
 /* Bytes of heap that tvm_prune takes, T not counted. */

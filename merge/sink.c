@@ -371,7 +371,8 @@ static enum tv_err put_state(struct dir_sink *s, tv_store *store,
 {
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
-    char *text = tvm_state_make(s->base.plan, s->publishing, s->replace);
+    char *text = tvm_state_make(s->base.plan, s->publishing, s->replace,
+                                s->base.calibration);
 
     if (!text) {
         rc = no_memory(err);
@@ -467,6 +468,8 @@ static enum tv_err read_journal(struct dir_sink *s, struct tv_error *err)
     }
     s->publishing = state.publishing;
     s->replace = state.replace;
+    s->base.calibration = state.calibration;
+    state.calibration = NULL;
 out:
     tvm_state_free(&state);
     tv_free(text);
@@ -786,6 +789,18 @@ out:
     return rc;
 }
 
+static enum tv_err dir_note(struct tvm_sink *sink, const char *calibration,
+                            struct tv_error *err)
+{
+    char *copy = tv_strdup(calibration);
+
+    if (!copy)
+        return no_memory(err);
+    tv_free(sink->calibration);
+    sink->calibration = copy;
+    return put_state(dir_of(sink), dir_of(sink)->journal, err);
+}
+
 /* ---- publishing ---------------------------------------------------------- */
 
 static bool is_ours(const struct tvm_plan *p, const char *name)
@@ -911,7 +926,7 @@ static enum tv_err write_record(struct dir_sink *s,
             (struct tvm_record_file){INDEX_FILE, p->shards->index_bytes};
     for (size_t i = 0; i < p->n_files; i++)
         files[n++] = (struct tvm_record_file){p->files[i].name, p->files[i].n};
-    text = tvm_record_make(p, totals, files, n);
+    text = tvm_record_make(p, totals, s->base.calibration, files, n);
     if (!text) {
         rc = no_memory(err);
         goto out;
@@ -996,6 +1011,7 @@ static void dir_close(struct tvm_sink *sink)
     tv_free(s->fd);
     tv_free(s->dir);
     tv_free(s->out);
+    tv_free(s->base.calibration);
     tv_free(s->base.done);
     tv_free(s);
 }
@@ -1003,6 +1019,7 @@ static void dir_close(struct tvm_sink *sink)
 static const struct tvm_sink_ops dir_ops = {
     .write = dir_write,
     .commit = dir_commit,
+    .note = dir_note,
     .finish = dir_finish,
     .close = dir_close,
 };

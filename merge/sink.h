@@ -48,6 +48,10 @@ struct tvm_sink_ops {
     /* Makes tensors [n] durable and recorded. Writer thread. */
     enum tv_err (*commit)(struct tvm_sink *s, const size_t *tensors, size_t n,
                           struct tv_error *err);
+    /* Makes what calibration has come to (JSON of calibration_state.h) part of
+     * the journal. Before the first tensor; one thread. */
+    enum tv_err (*note)(struct tvm_sink *s, const char *calibration,
+                        struct tv_error *err);
     /* Publishes. One thread, after all tensors are committed. */
     enum tv_err (*finish)(struct tvm_sink *s, const struct tvm_totals *totals,
                           struct tv_error *err);
@@ -67,6 +71,7 @@ struct tvm_sink {
                                      not what it wrote: to be made again */
     bool already_done;            /* the same merge is complete */
     struct tvm_totals totals;     /* of it */
+    char *calibration;            /* owned: noted last; NULL: never */
     struct tvm_sums *sums;        /* for the next commit, into a store */
 };
 

@@ -207,6 +207,31 @@ out:
     return rc;
 }
 
+static enum tv_err into_note(struct tvm_sink *sink, const char *calibration,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct into_sink *s = into_of(sink);
+    char *copy = tv_strdup(calibration);
+    char *text = NULL;
+
+    if (!copy)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    tv_free(sink->calibration);
+    sink->calibration = copy;
+    text = tvm_state_make(sink->plan, false, s->replace, copy);
+    if (!text) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    TV_TRY(need_batch(s, err));
+    TV_TRY(tv_run_put(s->b, s->name, text, strlen(text), err));
+    rc = end_batch(s, err);
+out:
+    tv_free(text);
+    return rc;
+}
+
 static enum tv_err into_finish(struct tvm_sink *sink,
                                const struct tvm_totals *totals,
                                struct tv_error *err)
@@ -214,7 +239,7 @@ static enum tv_err into_finish(struct tvm_sink *sink,
     enum tv_err rc = TV_OK;
     struct into_sink *s = into_of(sink);
     const struct tvm_plan *p = sink->plan;
-    char *record = tvm_record_make(p, totals, NULL, 0);
+    char *record = tvm_record_make(p, totals, sink->calibration, NULL, 0);
 
     if (!record) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
@@ -244,6 +269,7 @@ static void into_close(struct tvm_sink *sink)
     tv_batch_abort(s->b);
     if (s->locked)
         tv_store_unlock(s->store);
+    tv_free(s->base.calibration);
     tv_free(s->base.done);
     tv_free(s);
 }
@@ -252,6 +278,7 @@ static const struct tvm_sink_ops into_ops = {
     .write = into_write,
     .end_tensor = into_end_tensor,
     .commit = into_commit,
+    .note = into_note,
     .finish = into_finish,
     .close = into_close,
 };
@@ -395,6 +422,8 @@ static enum tv_err meet_run(struct into_sink *s, tv_read *r, bool *resume,
          tvm_identity_accept(p, state.plan_hash, state.identity, &numerics))) {
         *resume = true;
         s->replace = s->replace || state.replace;
+        s->base.calibration = state.calibration;
+        state.calibration = NULL;
         goto out;
     }
     *stale = true;
@@ -461,7 +490,7 @@ static enum tv_err start(struct into_sink *s, bool resume, bool stale,
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan *p = s->base.plan;
-    char *text = tvm_state_make(p, false, s->replace);
+    char *text = tvm_state_make(p, false, s->replace, s->base.calibration);
     bool resumed = false;
 
     if (!text) {

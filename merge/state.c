@@ -46,6 +46,30 @@ static json_t *identity_json(const struct tvm_plan *p)
     return p->identity ? identity_load(p->identity) : json_object();
 }
 
+/* Puts what is known of calibrated masks, if anything is; consumes neither. */
+static json_t *with_calibration(json_t *doc, const char *text, bool journal)
+{
+    json_t *j = doc && text ? identity_load(text) : NULL;
+
+    if (j && !journal) {
+        (void)json_object_del(j, "made");
+        (void)json_object_del(j, "kept");
+    }
+    if (j && json_object_set_new(doc, "calibration", j) != 0) {
+        json_decref(doc);
+        doc = NULL;
+    }
+    return doc;
+}
+
+/* The member as text, owned; NULL when there is none. */
+static char *member_text(const json_t *doc, const char *key)
+{
+    const json_t *j = json_object_get(doc, key);
+
+    return j ? tv_json_text(j, JSON_COMPACT) : NULL;
+}
+
 /* Text of a document in our heap; consumes it. */
 static char *text_of(json_t *doc, size_t flags)
 {
@@ -70,19 +94,21 @@ static const char *device_of(const struct tvm_plan *p)
     return p->options.device[0] ? p->options.device : "cpu";
 }
 
-char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace)
+char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace,
+                     const char *calibration)
 {
-    return text_of(json_pack("{s:s, s:s, s:o, s:s, s:I, s:I, s:b, s:b, s:o}",
-                             "schema", STATE_SCHEMA, "device", device_of(p),
-                             "plan_hash", hash_json(p->hash), "version",
-                             TV_VERSION, "n_tensors", (json_int_t)p->n_tensors,
-                             "bytes_total", (json_int_t)total_bytes(p),
-                             "publishing", (int)publishing, "replace",
-                             (int)replace, "identity", identity_json(p)),
-                   JSON_COMPACT);
+    json_t *doc = json_pack(
+        "{s:s, s:s, s:o, s:s, s:I, s:I, s:b, s:b, s:o}", "schema", STATE_SCHEMA,
+        "device", device_of(p), "plan_hash", hash_json(p->hash), "version",
+        TV_VERSION, "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
+        (json_int_t)total_bytes(p), "publishing", (int)publishing, "replace",
+        (int)replace, "identity", identity_json(p));
+
+    return text_of(with_calibration(doc, calibration, true), JSON_COMPACT);
 }
 
 char *tvm_record_make(const struct tvm_plan *p, const struct tvm_totals *totals,
+                      const char *calibration,
                       const struct tvm_record_file *files, size_t n_files)
 {
     json_t *list = json_array();
@@ -96,18 +122,18 @@ char *tvm_record_make(const struct tvm_plan *p, const struct tvm_totals *totals,
         json_decref(list);
         return NULL;
     }
-    return text_of(
-        json_pack(
-            "{s:s, s:s, s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
-            "schema", RECORD_SCHEMA, "device", device_of(p), "plan_hash",
-            hash_json(p->hash), "version", TV_VERSION, "digest",
-            hash_json(totals->digest), "seed", (json_int_t)p->options.seed,
-            "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
-            (json_int_t)total_bytes(p), "n_nonfinite_in",
-            (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
-            (json_int_t)totals->n_nonfinite_out, "files", list, "identity",
-            identity_json(p)),
-        JSON_INDENT(2));
+    json_t *doc = json_pack(
+        "{s:s, s:s, s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
+        "schema", RECORD_SCHEMA, "device", device_of(p), "plan_hash",
+        hash_json(p->hash), "version", TV_VERSION, "digest",
+        hash_json(totals->digest), "seed", (json_int_t)p->options.seed,
+        "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
+        (json_int_t)total_bytes(p), "n_nonfinite_in",
+        (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
+        (json_int_t)totals->n_nonfinite_out, "files", list, "identity",
+        identity_json(p));
+
+    return text_of(with_calibration(doc, calibration, false), JSON_INDENT(2));
 }
 
 /* ---- reading ------------------------------------------------------------- */
@@ -181,6 +207,7 @@ enum tv_err tvm_state_parse(const char *text, size_t n, struct tvm_state *out,
     get_device(doc, out->device);
     out->publishing = json_is_true(json_object_get(doc, "publishing"));
     out->replace = json_is_true(json_object_get(doc, "replace"));
+    out->calibration = member_text(doc, "calibration");
     out->identity =
         text_of(json_incref(json_object_get(doc, "identity")), JSON_COMPACT);
 out:
@@ -190,6 +217,7 @@ out:
 
 void tvm_state_free(struct tvm_state *s)
 {
+    tv_free(s->calibration);
     tv_free(s->identity);
     memset(s, 0, sizeof *s);
 }
@@ -233,6 +261,7 @@ enum tv_err tvm_record_parse(const char *text, size_t n, struct tvm_record *out,
     }
     out->identity =
         text_of(json_incref(json_object_get(doc, "identity")), JSON_COMPACT);
+    out->calibration = member_text(doc, "calibration");
     get_device(doc, out->device);
     out->storage = doc;
     doc = NULL;
@@ -252,6 +281,7 @@ void tvm_record_free(struct tvm_record *r)
 {
     tv_free(r->files);
     tv_free(r->identity);
+    tv_free(r->calibration);
     json_decref(r->storage);
     memset(r, 0, sizeof *r);
 }

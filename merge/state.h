@@ -16,13 +16,15 @@
 struct tvm_state { /* owned: tvm_state_free */
     struct tv_hash plan_hash;
     uint64_t n_tensors, bytes_total;
-    bool publishing; /* shards are being moved to their final place */
-    bool replace;    /* made with --force over other files */
-    char *identity;  /* JSON */
+    bool publishing;   /* shards are being moved to their final place */
+    bool replace;      /* made with --force over other files */
+    char *identity;    /* JSON */
+    char *calibration; /* JSON of calibration_state.h; NULL: none yet */
     char device[TVM_DEVICE_MAX];
 };
 /* Owned text (tv_free), or NULL when out of memory. */
-char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace);
+char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace,
+                     const char *calibration);
 /* CORRUPT when it is not such a document, UNSUPPORTED when newer. */
 TV_NODISCARD enum tv_err tvm_state_parse(const char *text, size_t n,
                                          struct tvm_state *out,
@@ -41,9 +43,11 @@ struct tvm_record { /* owned: tvm_record_free */
     struct tvm_record_file *files;
     size_t n_files;
     char *identity;
+    char *calibration; /* as of tvm_state, without what only a journal needs */
     void *storage;
 };
 char *tvm_record_make(const struct tvm_plan *p, const struct tvm_totals *totals,
+                      const char *calibration,
                       const struct tvm_record_file *files, size_t n_files);
 TV_NODISCARD enum tv_err tvm_record_parse(const char *text, size_t n,
                                           struct tvm_record *out,

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/file.h>
 
+#include "calibration_state.h"
 #include "state.h"
 #include "tv/alloc.h"
 #include "tv/merge.h"
@@ -26,8 +27,37 @@ static bool is_locked(const char *dir)
     return yes;
 }
 
+struct damped { /* who wants to hear of them; NULL: nobody */
+    void (*fn)(void *arg, const struct tvm_damped *d);
+    void *arg;
+};
+
+static enum tv_err read_calibration(const char *text, struct tvm_status *out,
+                                    const struct damped *to,
+                                    struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tvm_calibration_state s;
+
+    TV_TRY(tvm_calibration_state_parse(text, &s, err));
+    out->n_masks = s.n_masks;
+    out->n_masks_made = s.n_made;
+    for (size_t i = 0; i < s.n_damped; i++) {
+        const struct tvm_damped *d = &s.damped[i];
+        out->n_damped += d->damping > 0;
+        out->n_uncorrected += !(d->damping > 0);
+        if (d->damping > out->most_damping)
+            out->most_damping = d->damping;
+        if (to)
+            to->fn(to->arg, d);
+    }
+    tvm_calibration_state_free(&s);
+out:
+    return rc;
+}
+
 static enum tv_err read_journal(const char *path, struct tvm_status *out,
-                                struct tv_error *err)
+                                const struct damped *to, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tv_store_options opt = {.read_only = true};
@@ -53,6 +83,7 @@ static enum tv_err read_journal(const char *path, struct tvm_status *out,
     out->n_done = list->n;
     for (size_t i = 0; i < list->n; i++)
         out->bytes_done += list->items[i].bytes;
+    TV_TRY(read_calibration(state.calibration, out, to, err));
 out:
     tvm_state_free(&state);
     tv_done_list_free(list);
@@ -84,7 +115,8 @@ static enum tv_err lacks_config(const char *out_dir,
 }
 
 static enum tv_err read_record(const char *out_dir, const char *path,
-                               struct tvm_status *out, struct tv_error *err)
+                               struct tvm_status *out, const struct damped *to,
+                               struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct tvm_record record = {.n_files = 0};
@@ -105,14 +137,15 @@ static enum tv_err read_record(const char *out_dir, const char *path,
     memcpy(out->device, record.device, sizeof out->device);
     out->n_done = out->n_tensors = (size_t)record.n_tensors;
     out->bytes_done = out->bytes_total = record.bytes_total;
+    TV_TRY(read_calibration(record.calibration, out, to, err));
 out:
     tvm_record_free(&record);
     tv_free(text);
     return rc;
 }
 
-enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
-                       struct tv_error *err)
+static enum tv_err look(const char *out_dir, struct tvm_status *out,
+                        const struct damped *to, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     char *dir = tv_path_join(out_dir, ".tvmerge");
@@ -126,17 +159,33 @@ enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
     }
     out->running = is_locked(dir);
     if (tv_path_exists(record)) {
-        rc = read_record(out_dir, record, out, err);
+        rc = read_record(out_dir, record, out, to, err);
         goto out;
     }
     if (!tv_path_exists(dir))
         goto out;
     out->state = TVM_UNFINISHED;
     if (tv_path_exists(journal))
-        rc = read_journal(journal, out, err);
+        rc = read_journal(journal, out, to, err);
 out:
     tv_free(journal);
     tv_free(record);
     tv_free(dir);
     return rc;
+}
+
+enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
+                       struct tv_error *err)
+{
+    return look(out_dir, out, NULL, err);
+}
+
+enum tv_err tvm_status_damped(const char *out_dir,
+                              void (*fn)(void *arg, const struct tvm_damped *d),
+                              void *arg, struct tv_error *err)
+{
+    const struct damped to = {fn, arg};
+    struct tvm_status status;
+
+    return look(out_dir, &status, &to, err);
 }

@@ -4,8 +4,11 @@
 
 Merges whose masks depend on the inputs of layers: counts of what is kept, the
 same bytes for threads, memory, cold and warm store, statistics kept or not,
-killed and repeated, within a quota; a second run calibrates nothing; errors.
+killed and repeated, within a quota; a second run calibrates nothing; a killed
+one goes on with the masks it had made; layers that took more damping are told
+by name; errors.
 """
+import json
 import os
 import shutil
 import signal
@@ -151,6 +154,128 @@ def killed(where):
     done = merge(r, f"{where}/parts", "--store", store)
     check(done["digest"] == want, "killed and repeated: the same bytes")
     check(run(TVSTORE, "verify", store).returncode == 0, "the store is whole")
+
+
+def record(out):
+    with open(f"{out}/tvmerge.json") as f:
+        return json.load(f)["calibration"]
+
+
+def stop_behind_masks(argv, out):
+    """Kills a merge whose masks are made; True when it was not finished."""
+    p = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL,
+                         env=dict(os.environ, TV_GROUP_BYTES="4096"))
+    while p.poll() is None:
+        e = run(TVMERGE, "status", out, "--json")
+        s = json.loads(e.stdout)
+        c = s.get("calibration")
+        if c and c["made"] == c["masks"] and s["n_done"] > 0:
+            p.kill()
+    p.wait()
+    return (os.path.exists(f"{out}/.tvmerge/journal") and
+            not os.path.exists(f"{out}/tvmerge.json"))
+
+
+def goes_on(where, name, r, want, spoil=None):
+    """The masks of a killed merge are taken where they are as they were."""
+    out = f"{where}/{name}"
+    argv = [TVMERGE, "run", r, out, "-q", "--threads", "1"]
+    for _ in range(5):
+        if stop_behind_masks(argv, out):
+            break
+        shutil.rmtree(out, True)
+    else:
+        check(False, f"{name}: not to be stopped")
+        return
+    file = f"{out}/.tvmerge/calibrated"
+    if spoil:
+        spoil(file)
+    before = run_json(TVMERGE, "status", out, "--json")
+    text = run(TVMERGE, "status", out, code=0).stdout
+    done = merge(r, out)
+    use = done["calibration"]
+    check(done["digest"] == want["digest"] and done["n_resumed"] > 0,
+          f"{name}: the same bytes")
+    n = use["masks_resumed"]
+    check((n == want["n"] and use["models"] == 0) if not spoil else
+          n < want["n"], f"{name}: {use}, {want['n']} masks")
+    check(record(out) == want["record"] and
+          before["calibration"]["damped"] == want["record"]["damped"] and
+          ("more damping" in text) == bool(want["record"]["damped"]),
+          f"{name}: {record(out)} {text}")
+    shutil.rmtree(out)
+
+
+def flip(file):
+    with open(file, "r+b") as f:
+        f.seek(100)
+        b = f.read(1)
+        f.seek(100)
+        f.write(bytes([b[0] ^ 1]))
+
+
+def damped(where):
+    """X^T X of fewer tokens than inputs is singular; with hardly any damping
+    the ladder is climbed, and what it came to is told, also by masks of the
+    store and of an interrupted run."""
+    r = recipe(f"{where}/d.yml", "sparsegpt_linear", 0.3, 0.5,
+               "damping: 1.0e-9, error_correction: obs+cg", ("code", "prose"))
+    with open(r) as f:
+        text = f.read().replace("samples: 4, context: 48",
+                                "samples: 1, context: 24")
+    with open(r, "w") as f:
+        f.write(text)
+    out, store = f"{where}/d", f"{where}/ds"
+    e = run(TVMERGE, "run", r, out, code=0)
+    check("layers took more damping" in e.stderr, e.stderr)
+    shutil.rmtree(out)
+    first = merge(r, out)
+    rec = record(out)
+    use = first["calibration"]
+    check(rec["masks"] == use["masks_made"] and
+          len(rec["damped"]) == use["layers_damped"] +
+          use["layers_uncorrected"] > 0, f"{rec} {use}")
+    for d in rec["damped"]:
+        check(linear(d["tensor"]) and d["donor"].startswith(MODELS) and
+              1 <= d["raised"] <= 4 and d["unseen_inputs"] >= 0 and
+              (d["damping"] is None or
+               abs(d["damping"] / (1e-9 * 10 ** d["raised"]) - 1) < 1e-9),
+              f"{d}")
+    s = run_json(TVMERGE, "status", out, "--json")["calibration"]
+    check(s["damped"] == rec["damped"] and s["made"] == s["masks"], f"{s}")
+    check("more damping" in run(TVMERGE, "status", out, code=0).stdout, "text")
+    run(TVSTORE, "init", store, code=0)
+    for o in ("dc", "dw"):
+        d = merge(r, f"{where}/{o}", "--store", store)
+        check(d["digest"] == first["digest"] and record(f"{where}/{o}") == rec,
+              f"{o}: {record(f'{where}/{o}')}")
+    check(d["calibration"]["masks_found"] == rec["masks"], f"{d}")
+    run(TVMERGE, "run", r, "--into", "m", "--store", store, code=0)
+    run(TVSTORE, "export", store, "m", f"{where}/de", code=0)
+    check(record(f"{where}/de") == rec, "of an object")
+    want = {"digest": first["digest"], "record": rec, "n": rec["masks"]}
+    goes_on(where, "dk", r, want)
+    goes_on(where, "df", r, want, flip)
+    goes_on(where, "dt", r, want, lambda f: os.truncate(f, 5000))
+    goes_on(where, "du", r, want, os.unlink)
+    doc = run_json(TVMERGE, "layers", r, "--densities", "0.3", "--layer",
+                   "model.layers.0.", "--json")
+    took = {(e["name"], e["donor"]): e["damping"] for e in doc["layers"]
+            if e["method"] == "obs" and e["damping"]}
+    names = {(d["tensor"], d["donor"]) for d in rec["damped"]
+             if d["tensor"].startswith("model.layers.0.")}
+    check(set(took) == names and
+          all("unseen_inputs" in e for e in doc["layers"]), f"{took} {names}")
+    # Masks alone need no X^T X; so nothing is damped.
+    r = recipe(f"{where}/dn.yml", "ties", 0.3, 0.5, "sparsify: importance",
+               ("code", "prose"))
+    first = merge(r, f"{where}/dn")
+    rec = record(f"{where}/dn")
+    check(rec == {"masks": first["calibration"]["masks_made"], "damped": []},
+          f"{rec}")
+    goes_on(where, "di", r, {"digest": first["digest"], "record": rec,
+                             "n": rec["masks"]})
 
 
 def bounded(where):
@@ -357,6 +482,7 @@ def main():
     same_bytes(where)
     statistics(where)
     killed(where)
+    damped(where)
     bounded(where)
     finish("calibrated")
 

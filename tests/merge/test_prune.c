@@ -276,6 +276,7 @@ static void test_ladder(void **state)
                                     .damping = 0.01};
     static const double off[] = {0.5, 1.05, 1.5, 1e9};
     static const double want[] = {0.01, 0.1, 1.0, 0};
+    static const unsigned raised[] = {0, 1, 2, 4};
     for (unsigned c = 0; c < 4; c++) {
         /* Pairs of inputs with this correlation: indefinite above 1. */
         size_t at = 0;
@@ -287,6 +288,8 @@ static void test_ladder(void **state)
         const struct tvm_pruned got = prune(l, &r);
         assert_true(fabs(got.damping - want[c]) < 1e-12);
         assert_int_equal(got.uncorrected, want[c] == 0);
+        assert_int_equal(got.n_raised, raised[c]);
+        assert_int_equal(got.n_unseen, 0);
         assert_true(got.n_kept > 0);
     }
     tv_free(l);

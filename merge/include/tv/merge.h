@@ -334,10 +334,18 @@ struct tvm_cache_use { /* masks and task vectors of the store */
     size_t masks_used, masks_stored;
     size_t task_vectors_used, task_vectors_stored;
 };
+struct tvm_damped { /* a layer whose X^T X took more damping than asked for */
+    const char *tensor, *donor; /* borrowed */
+    double damping;             /* that it took; 0: none was enough, so it is
+                                 * masked by the diagonal */
+    size_t n_raised;            /* times ten */
+    size_t n_unseen;            /* inputs that were 0 in all of the text */
+};
 struct tvm_calibration_use { /* masks by input statistics */
     size_t n_models;         /* that ran over their text */
     uint64_t n_tokens;       /* of them all */
     size_t n_made, n_found;  /* masks made, masks that the store had */
+    size_t n_resumed;        /* masks that an interrupted run had made */
     size_t n_statistics_found, n_statistics_kept; /* inputs, in the store */
     size_t n_damped;      /* layers that took more damping ... */
     double most_damping;  /* ... at most so much */
@@ -386,7 +394,8 @@ struct tvm_layer_error {
     bool has_other;
     double error_other;
     uint64_t kept;
-    double damping; /* that it took; 0: none needed */
+    double damping;  /* that it took; 0: none needed */
+    size_t n_unseen; /* inputs that were 0 in all of the text */
 };
 typedef void (*tvm_layer_fn)(void *arg, const struct tvm_layer_error *one);
 /* Calls fn for every layer, donor, density and method, in the order of layers
@@ -405,9 +414,18 @@ struct tvm_status {
     bool running;                /* a process holds the lock */
     char device[TVM_DEVICE_MAX]; /* it began with; "": not known */
     struct tv_hash plan_hash, digest;
+    /* Masks by input statistics: all, those there are, those whose layers took
+     * more damping, or were not corrected in the end. */
+    size_t n_masks, n_masks_made, n_damped, n_uncorrected;
+    double most_damping;
 };
 TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
                                     struct tv_error *err);
+/* Calls fn for every layer that took more damping. */
+TV_NODISCARD enum tv_err
+tvm_status_damped(const char *out_dir,
+                  void (*fn)(void *arg, const struct tvm_damped *d), void *arg,
+                  struct tv_error *err);
 /* The device that the merge of that name in a store, finished or not, began
  * with; "": there is none. */
 void tvm_into_device(tv_store *store, const char *name,

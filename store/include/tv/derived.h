@@ -46,15 +46,15 @@ struct tv_derived {
     struct tv_derived_key key;
     uint64_t id, group;
     uint64_t n_elems, n_set;
-    uint64_t bytes;         /* of its records */
-    uint64_t created, used; /* ticks: compare, nothing else */
-    enum tv_dtype dtype;    /* of the values of a delta or statistic */
-    bool has_sums;          /* sums of |d| over all and over kept elements */
-    double sum_all, sum_kept;
-    uint64_t n_nonfinite; /* of the donor */
-    uint64_t n_rows;      /* statistics: rows summed over */
-    bool pinned;          /* lists only */
-    const char *about;    /* lists only: the group's document */
+    uint64_t bytes;           /* of its records */
+    uint64_t created, used;   /* ticks: compare, nothing else */
+    enum tv_dtype dtype;      /* of the values of a delta or statistic */
+    bool has_sums;            /* sums of |d| over all and over kept elements */
+    double sum_all, sum_kept; /* without: two numbers of who stored it */
+    uint64_t n_nonfinite;     /* of the donor */
+    uint64_t n_rows;          /* statistics: rows summed over */
+    bool pinned;              /* lists only */
+    const char *about;        /* lists only: the group's document */
 };
 
 /* ---- reading --------------------------------------------------------------

@@ -26,7 +26,8 @@ $ tvmerge status out --json
   "bytes_total": 2001152,
   "running": false,
   "plan_hash": "<x>",
-  "digest": "<x>"
+  "digest": "<x>",
+  "calibration": null
 }
 $ tvmerge --random-seed 3 r.yml out -q
 2> tvmerge: error: <*>seed<*>
