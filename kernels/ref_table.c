@@ -23,6 +23,7 @@ void tvk_row_ref(struct tvk_table *t)
     tvk_ref_dots(t);
     tvk_ref_stats(t);
     tvk_ref_lowrank(t);
+    tvk_ref_rank(t);
     tvk_ref_swap(t);
     tvk_ref_variance(t);
     tvk_ref_divergence(t);

@@ -21,6 +21,7 @@ void tvk_ref_philox(struct tvk_table *t);
 void tvk_ref_dots(struct tvk_table *t);
 void tvk_ref_stats(struct tvk_table *t);
 void tvk_ref_lowrank(struct tvk_table *t);
+void tvk_ref_rank(struct tvk_table *t);
 void tvk_ref_swap(struct tvk_table *t);
 void tvk_ref_variance(struct tvk_table *t);
 void tvk_ref_divergence(struct tvk_table *t);

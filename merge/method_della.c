@@ -15,12 +15,8 @@
  * function of seed, donor, tensor name and index (design.md, "Random masks"):
  * entry e stays iff its Philox word is below p_j 2^32.
  *
- * No row needs to be sorted for that. The odds rise with the rank, so a word
- * below those of the first rank stays whatever the rank, one from those of the
- * last rank on goes; of the others, some 2 epsilon of a row, buckets of equal
- * upper magnitude bits tell between which ranks they lie, which decides nearly
- * all. The rest have their rank counted, or, where they are many, the row is
- * sorted. Unchanged entries are left out: keeping nothing changes nothing.
+ * That is tvk_table::rank_mask. Unchanged entries are left out: keeping nothing
+ * changes nothing.
  *
  * Rows are what is held. With rescale there are two passes; masks of the first
  * are kept for the second where the memory budget has room for them, else made
@@ -41,13 +37,6 @@
 #define RADIX_BITS    11u
 #define RADIX_BUCKETS (1u << RADIX_BITS)
 #define RESCALE_MIN   1e-7
-/* Buckets of a row: upper 15 magnitude bits, counted down from the largest
- * entry; what is smaller than 2^-8 of that shares bucket 0. */
-#define BUCKETS       1024u
-#define BUCKET_SHIFT  16u
-#define LOW_BITS      0xffffu
-/* A row that has more undecided entries than this (and 1/256) is sorted. */
-#define UNDECIDED     32u
 #define MASKS_MAX     ((uint64_t)128 << 20) /* bytes of masks kept, a tensor */
 
 static const struct tvm_param params_normalized[GTA_N_PARAMS + 1] = {
@@ -72,32 +61,20 @@ static const struct tvm_param params_summed[GTA_N_PARAMS + 1] = {
 static const struct gta_detail summed = {GTA_NONE, false, false, false, false};
 static const struct gta_detail elected = {GTA_NONE, true, false, false, false};
 
-struct entry {
-    uint32_t key, at;
-};
-
-/* Entries of a row with the same upper bits. */
-struct bucket {
-    uint32_t before, n;   /* entries of lower buckets, of this one */
-    uint32_t ones, zeros; /* lower bits that are 1 somewhere, 0 somewhere */
-};
-
 struct della_state {
     struct tvk_gta call;
     size_t n_donors;
     size_t source[TVK_DONORS_MAX];
-    double density[TVK_DONORS_MAX], epsilon[TVK_DONORS_MAX];
+    double density[TVK_DONORS_MAX];
+    struct tvk_odds odds[TVK_DONORS_MAX];
     uint64_t key[TVK_DONORS_MAX];
     double coef[TVK_DONORS_MAX], weight[TVK_DONORS_MAX];
     double *sum_all, *sum_kept; /* [n_donors][n_rows], with rescale */
-    uint64_t *limit;            /* [n_donors][row]: words below stay, by rank */
     uint64_t *kept; /* [n_donors][rows][mask words of a row], or NULL */
     /* Of a worker: */
-    struct entry *entries;  /* [2][row] */
+    unsigned char *scratch; /* of rank_mask */
     uint32_t *words, *keys; /* [row] */
-    uint32_t *place;        /* [row]: in its bucket */
-    struct bucket *buckets; /* [BUCKETS] */
-    uint64_t *masks;        /* [n_donors + 1][mask words of a row] */
+    uint64_t *masks;        /* [n_donors][mask words of a row] */
 };
 
 static double value_of(const struct tvm_tensor *t, size_t source, size_t p)
@@ -172,6 +149,12 @@ static size_t mask_words(uint64_t row)
     return (size_t)((row + 63) / 64);
 }
 
+/* Scratch of rank_mask, and the next worker's as well aligned. */
+static size_t rank_bytes(size_t row)
+{
+    return (TVK_RANK_EACH * row + TVK_RANK_FIXED + 63) & ~(size_t)63;
+}
+
 static size_t lay_out(const struct tvm_job *job, void *base,
                       struct della_state *st)
 {
@@ -185,13 +168,10 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     if (row == 0)
         return c.used;
     const size_t rows = (size_t)(t->n_elems / row);
-    st->limit = tvm_carve(&c, k * row, sizeof *st->limit);
-    st->entries = tvm_carve(&c, w * 2 * row, sizeof *st->entries);
+    st->scratch = tvm_carve(&c, w, rank_bytes(row));
     st->words = tvm_carve(&c, w * row, sizeof *st->words);
     st->keys = tvm_carve(&c, w * row, sizeof *st->keys);
-    st->place = tvm_carve(&c, w * row, sizeof *st->place);
-    st->buckets = tvm_carve(&c, w * BUCKETS, sizeof *st->buckets);
-    st->masks = tvm_carve(&c, w * (k + 1) * mask_words(row), sizeof *st->masks);
+    st->masks = tvm_carve(&c, w * k * mask_words(row), sizeof *st->masks);
     if (rescales(t)) {
         st->sum_all = tvm_carve(&c, k * rows, sizeof *st->sum_all);
         st->sum_kept = tvm_carve(&c, k * rows, sizeof *st->sum_kept);
@@ -209,26 +189,6 @@ static size_t state_bytes(const struct tvm_job *job)
     return lay_out(job, NULL, &st);
 }
 
-/* round() of a number from 0 to 2^32, without the call. */
-static uint64_t rounded(double v)
-{
-    const uint64_t whole = (uint64_t)v;
-    return whole + (v - (double)whole >= 0.5);
-}
-
-/* The odds of every rank. */
-static void set_limits(struct della_state *st, size_t j, size_t n)
-{
-    const double least = st->density[j] - st->epsilon[j];
-
-    for (size_t r = 0; r < n; r++) {
-        const double p =
-            n == 1 ? st->density[j]
-                   : least + 2.0 * st->epsilon[j] * (double)r / (double)(n - 1);
-        st->limit[j * n + r] = rounded(p * 4294967296.0);
-    }
-}
-
 static void set_up(struct tvm_job *job)
 {
     struct della_state *st = job->state;
@@ -244,13 +204,15 @@ static void set_up(struct tvm_job *job)
         const size_t j = st->n_donors++;
         st->source[j] = s;
         st->density[j] = value_of(t, s, GTA_DENSITY);
-        st->epsilon[j] = value_of(t, s, GTA_EXTRA);
+        const double epsilon = value_of(t, s, GTA_EXTRA);
+        st->odds[j] =
+            (struct tvk_odds){st->density[j] - epsilon, 2.0 * epsilon};
+        if (row_elems(t) == 1)
+            st->odds[j] = (struct tvk_odds){st->density[j], 0.0};
         st->weight[j] = value_of(t, s, GTA_WEIGHT);
         st->coef[j] = st->density[j] > 0.0 ? st->weight[j] : 0.0;
         tv_put_le32(bytes + 8, (uint32_t)t->sources[s].position);
         st->key[j] = tv_hash64(bytes, sizeof bytes);
-        if (is_thinned(t, s))
-            set_limits(st, j, (size_t)row_elems(t));
     }
     st->call = (struct tvk_gta){
         .n_donors = st->n_donors,
@@ -290,92 +252,6 @@ static bool next_phase(struct tvm_job *job)
 
 /* ---- rows ---------------------------------------------------------------- */
 
-/* Sorts by magnitude, equal ones by index: three stable counting passes. The
- * result is in the returned half of entries. */
-static const struct entry *sort_row(struct entry *entries, const uint32_t *keys,
-                                    size_t n)
-{
-    struct entry *from = entries;
-    struct entry *to = entries + n;
-    uint32_t count[RADIX_BUCKETS];
-
-    for (size_t i = 0; i < n; i++)
-        from[i] = (struct entry){keys[i], (uint32_t)i};
-    for (unsigned shift = 0; shift < 31; shift += RADIX_BITS) {
-        uint32_t before = 0;
-        memset(count, 0, sizeof count);
-        for (size_t i = 0; i < n; i++)
-            count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++;
-        for (size_t b = 0; b < RADIX_BUCKETS; b++) {
-            const uint32_t here = count[b];
-            count[b] = before;
-            before += here;
-        }
-        for (size_t i = 0; i < n; i++)
-            to[count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++] = from[i];
-        struct entry *const other = from;
-        from = to;
-        to = other;
-    }
-    return from;
-}
-
-static void set_bit(uint64_t *mask, size_t i)
-{
-    mask[i / 64] |= UINT64_C(1) << (i % 64);
-}
-
-/* What stays of a row with too many entries that nothing but their rank
- * decides. */
-static void thin_sorted(struct entry *entries, const uint32_t *keys,
-                        const uint32_t *words, const uint64_t *limit,
-                        uint64_t *mask, size_t n)
-{
-    const struct entry *sorted = sort_row(entries, keys, n);
-
-    memset(mask, 0, mask_words(n) * sizeof *mask);
-    for (size_t r = 0; r < n; r++)
-        if (words[sorted[r].at] < limit[r])
-            set_bit(mask, sorted[r].at);
-}
-
-/* Entries of lower rank than entry i. */
-static size_t rank_of(const uint32_t *keys, size_t i, size_t n)
-{
-    const int32_t key = (int32_t)keys[i]; /* of 31 bits; cheaper signed */
-    uint32_t lower = 0;
-
-    for (size_t e = 0; e < i; e++)
-        lower += (int32_t)keys[e] <= key;
-    for (size_t e = i + 1; e < n; e++)
-        lower += (int32_t)keys[e] < key;
-    return lower;
-}
-
-/* Sorts the entries of a row into buckets; place[i] is how many of the bucket
- * of entry i came before it. Returns the bits of bucket 1, less one. */
-static uint32_t fill_buckets(struct bucket *buckets, const uint32_t *keys,
-                             uint32_t *place, uint32_t most, size_t n)
-{
-    const uint32_t top = most >> BUCKET_SHIFT;
-    const uint32_t first = top < BUCKETS ? 0 : top - (BUCKETS - 1);
-    uint32_t before = 0;
-
-    memset(buckets, 0, BUCKETS * sizeof *buckets);
-    for (size_t i = 0; i < n; i++) {
-        const uint32_t high = keys[i] >> BUCKET_SHIFT;
-        struct bucket *b = &buckets[high > first ? high - first : 0];
-        place[i] = b->n++;
-        b->ones |= keys[i];
-        b->zeros |= ~keys[i];
-    }
-    for (size_t i = 0; i < BUCKETS; i++) {
-        buckets[i].before = before;
-        before += buckets[i].n;
-    }
-    return first;
-}
-
 /* The entries of donor j that stay in a row. */
 static void thin(const struct tvm_job *job, const struct tvm_tile *tile,
                  size_t j, uint64_t row, const float *x, const float *base,
@@ -385,44 +261,11 @@ static void thin(const struct tvm_job *job, const struct tvm_tile *tile,
     const size_t w = tile->worker;
     uint32_t *words = st->words + w * n;
     uint32_t *keys = st->keys + w * n;
-    uint32_t *place = st->place + w * n;
-    struct bucket *buckets = st->buckets + w * BUCKETS;
-    const uint64_t *limit = st->limit + j * n;
-    uint64_t *maybe = st->masks + (w * (job->tensor->n_sources + 1) +
-                                   job->tensor->n_sources) *
-                                      mask_words(n);
-    size_t undecided = 0;
 
     job->k->philox_words(words, row * n, st->key[j], job->tensor->name_hash, n);
-    job->k->below(mask, words, limit[0], n);
-    job->k->below(maybe, words, limit[n - 1], n);
     const uint32_t most = job->k->magnitudes(keys, x, base, n);
-    const uint32_t first = fill_buckets(buckets, keys, place, most, n);
-
-    for (size_t v = 0; v < mask_words(n); v++) {
-        for (uint64_t left = maybe[v] & ~mask[v]; left != 0; left &= left - 1) {
-            const size_t i = 64 * v + (size_t)__builtin_ctzll(left);
-            const uint32_t high = keys[i] >> BUCKET_SHIFT;
-            const struct bucket *b = &buckets[high > first ? high - first : 0];
-            if (words[i] >= limit[b->before + b->n - 1] || keys[i] == 0)
-                continue;
-            if (words[i] >= limit[b->before]) {
-                size_t rank = b->before + place[i];
-                /* Not all equal? */
-                if (high <= first || (b->ones & b->zeros & LOW_BITS) != 0) {
-                    if (++undecided > UNDECIDED + n / 256) {
-                        thin_sorted(st->entries + w * 2 * n, keys, words, limit,
-                                    mask, n);
-                        return;
-                    }
-                    rank = rank_of(keys, i, n);
-                }
-                if (words[i] >= limit[rank])
-                    continue;
-            }
-            set_bit(mask, i);
-        }
-    }
+    job->k->rank_mask(mask, keys, words, &st->odds[j],
+                      st->scratch + w * rank_bytes(n), most, n);
 }
 
 /* Where the mask of a row of donor j is. */
@@ -435,8 +278,7 @@ static uint64_t *mask_of(const struct tvm_job *job, const struct tvm_tile *tile,
     if (st->kept)
         return st->kept + (j * rows + (size_t)row) * mask_words(n);
     return st->masks +
-           ((size_t)tile->worker * (job->tensor->n_sources + 1) + j) *
-               mask_words(n);
+           ((size_t)tile->worker * job->tensor->n_sources + j) * mask_words(n);
 }
 
 static void measure_row(struct tvm_job *job, struct tvm_tile *tile,
@@ -511,6 +353,10 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
  * Ranks and odds in the compute dtype, in which bf16 knows some 500 ranks of a
  * row; draws from mergekit's stream, a donor's all in order and then the next
  * one's. A row of one entry keeps it by density (mergekit divides 0 by 0). */
+
+struct entry {
+    uint32_t key, at;
+};
 
 struct compat_donor {
     size_t source, draw; /* draw: place among the donors that draw */
@@ -681,6 +527,36 @@ static void go_to_row(const struct tvm_job *job, const struct tvm_tile *tile,
     for (size_t i = 0; i < st->n_draw; i++)
         tvm_mt_skip(&mt[i], (row - st->row[tile->worker]) * n);
     st->row[tile->worker] = row + 1;
+}
+
+/* Sorts by magnitude, equal ones by index: three stable counting passes. The
+ * result is in the returned half of entries. */
+static const struct entry *sort_row(struct entry *entries, const uint32_t *keys,
+                                    size_t n)
+{
+    struct entry *from = entries;
+    struct entry *to = entries + n;
+    uint32_t count[RADIX_BUCKETS];
+
+    for (size_t i = 0; i < n; i++)
+        from[i] = (struct entry){keys[i], (uint32_t)i};
+    for (unsigned shift = 0; shift < 31; shift += RADIX_BITS) {
+        uint32_t before = 0;
+        memset(count, 0, sizeof count);
+        for (size_t i = 0; i < n; i++)
+            count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++;
+        for (size_t b = 0; b < RADIX_BUCKETS; b++) {
+            const uint32_t here = count[b];
+            count[b] = before;
+            before += here;
+        }
+        for (size_t i = 0; i < n; i++)
+            to[count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++] = from[i];
+        struct entry *const other = from;
+        from = to;
+        to = other;
+    }
+    return from;
 }
 
 /* Odds of a row by rank, in the order of the row. */

@@ -59,19 +59,8 @@ void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
     }
 }
 
-static void below(uint64_t *TVK_RESTRICT mask, const uint32_t *words,
-                  uint64_t limit, size_t n)
-{
-    for (size_t i = 0; i < n; i++) {
-        if (i % 64 == 0)
-            mask[i >> 6] = 0;
-        mask[i >> 6] |= (uint64_t)(words[i] < limit) << (i & 63);
-    }
-}
-
 void tvk_ref_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
     t->philox_words = tvk_philox_words;
-    t->below = below;
 }

@@ -19,6 +19,7 @@ void tvk_avx2_philox(struct tvk_table *t);
 void tvk_avx2_dots(struct tvk_table *t);
 void tvk_avx2_stats(struct tvk_table *t);
 void tvk_avx2_lowrank(struct tvk_table *t);
+void tvk_avx2_rank(struct tvk_table *t);
 void tvk_avx2_swap(struct tvk_table *t);
 void tvk_avx2_variance(struct tvk_table *t);
 void tvk_avx2_divergence(struct tvk_table *t);
@@ -33,5 +34,6 @@ void tvk_avx512_philox(struct tvk_table *t);
 void tvk_avx512_dots(struct tvk_table *t);
 void tvk_avx512_stats(struct tvk_table *t);
 void tvk_avx512_lowrank(struct tvk_table *t);
+void tvk_avx512_rank(struct tvk_table *t);
 
 #endif

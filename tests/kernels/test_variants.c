@@ -669,17 +669,69 @@ static void one_philox(const struct tvk_table *k, const struct place *p)
     ref()->philox_words(want_words, start, key, name, p->n);
     assert_same_bytes("philox_words", got_words, want_words, p->n * 4);
     guard_buffer_check(&out);
-    /* The words lie before a page that faults now. */
-    uint64_t got_below[N_WORDS];
-    k->below(got_below, got_words, threshold, p->n);
-    ref()->below(want_mask, want_words, threshold, p->n);
-    assert_same_bytes("below", got_below, want_mask, words(p->n) * 8);
     assert_true(got == expected);
 }
 
 static void test_philox(void **state)
 {
     everywhere(state, sizeof(uint64_t), one_philox);
+}
+
+/* Keys as differences of bf16 numbers have them, as any have, and rows of which
+ * most are equal, are 0 or share a bucket. */
+static uint32_t some_key(uint64_t kind)
+{
+    const uint32_t any = rng_u32(&rng);
+
+    switch (kind) {
+    case 0:
+        return any % 0x7f800002u;
+    case 1: /* few values with no lower bits, others now and then */
+        return 0x3b000000u + (any % 24 << 16) +
+               (any >> 28 == 0 ? any >> 8 & 0xffffu : 0);
+    case 2: /* mostly zeros, a little far below the largest */
+        return any % 4 != 0 ? 0 : any % 8 == 0 ? 0x3b000000u : any >> 3;
+    case 3:
+        return 0x3c010000u;
+    case 4: /* one bucket, all different */
+        return 0x3c000000u + (any & 0xffffu);
+    default:
+        return 0x3b000000u + (any & 0x03ffffffu);
+    }
+}
+
+static void one_rank(const struct tvk_table *k, const struct place *p)
+{
+    static const double least[] = {0.4, 0.0, 1.0, 0.9999999999999, 1e-11, 0.5};
+    static const double span[] = {0.2, 1.0, 0.0, 1e-13, 1e-9, 1e-9};
+    static _Alignas(
+        64) unsigned char scratch[TVK_RANK_EACH * N_LARGEST + TVK_RANK_FIXED];
+    const uint64_t kind = rng_below(&rng, 6);
+    const uint64_t of = rng_below(&rng, 10);
+    const struct tvk_odds odds = {of < 6 ? least[of] : 0.1 * (double)of - 0.4,
+                                  of < 6 ? span[of] : 0.3};
+    uint32_t *const keys =
+        guard_buffer_place(&in[0], 4 * p->n, p->side, p->offset);
+    uint32_t *const drawn =
+        guard_buffer_place(&in[1], 4 * p->n, p->side, p->offset);
+    uint32_t most = 0;
+
+    for (size_t i = 0; i < p->n; i++) {
+        keys[i] = some_key(kind);
+        most = keys[i] > most ? keys[i] : most;
+        drawn[i] = rng_u32(&rng);
+    }
+    uint64_t *const mask =
+        put_out(p, words(p->n) * sizeof(uint64_t), sizeof(uint64_t));
+    k->rank_mask(mask, keys, drawn, &odds, scratch, most, p->n);
+    ref()->rank_mask(want_mask, keys, drawn, &odds, scratch, most, p->n);
+    assert_same_bytes("rank_mask", mask, want_mask, words(p->n) * 8);
+    guard_buffer_check(&out);
+}
+
+static void test_rank(void **state)
+{
+    everywhere(state, sizeof(uint64_t), one_rank);
 }
 
 /* ---- reductions ---- */
@@ -1011,6 +1063,8 @@ int main(int argc, char **argv)
         ROWS(test_hist_lo),
         ROWS(test_hist_range),
         ROWS(test_philox),
+        ROWS(test_rank),
+        ROWS(test_rank),
         ROWS(test_reductions),
         ROWS(test_whole_leaf),
         ROWS(test_stats_zeros),

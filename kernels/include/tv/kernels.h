@@ -65,6 +65,15 @@ struct tvk_stats {
     uint64_t n_nonfinite, n_zero;
 };
 
+/* Odds of an element by its rank (rank_mask): least + span at the highest, both
+ * from 0, their sum at most 1. */
+struct tvk_odds {
+    double least, span;
+};
+/* Scratch of rank_mask: per element, and besides. */
+#define TVK_RANK_EACH  16u
+#define TVK_RANK_FIXED 24576u
+
 /* Parameters of the generalised task arithmetic merge (TIES, DARE, ...). */
 struct tvk_gta {
     size_t n_donors;      /* 0 gives the base */
@@ -213,9 +222,15 @@ struct tvk_table {
     void (*philox_words)(uint32_t *TVK_RESTRICT dst, uint64_t start,
                          uint64_t key, uint64_t name_hash, size_t n);
 
-    /* Bit i is set iff words[i] < limit (limit up to 2^32). */
-    void (*below)(uint64_t *TVK_RESTRICT mask, const uint32_t *words,
-                  uint64_t limit, size_t n);
+    /* Bit i is set iff keys[i] is not 0 and words[i] is below the odds of its
+     * rank r (entries of a lower key, and those of the same one before it):
+     * p = least + span * r / (n - 1), n == 1: least; below round(p * 2^32), in
+     * fp64 as written. keys as from magnitudes, the largest of them `most`; n
+     * below 2^32; scratch TVK_RANK_EACH * n + TVK_RANK_FIXED bytes, aligned to
+     * 64; may not overlap the rest. */
+    void (*rank_mask)(uint64_t *TVK_RESTRICT mask, const uint32_t *keys,
+                      const uint32_t *words, const struct tvk_odds *odds,
+                      void *TVK_RESTRICT scratch, uint32_t most, size_t n);
 
     /* ---- reductions -------------------------------------------------------
      * One leaf: n <= TVK_LEAF elements. Sixteen fp64 lanes, element i into lane

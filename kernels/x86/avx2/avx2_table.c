@@ -14,6 +14,7 @@ void tvk_row_avx2(struct tvk_table *t)
     tvk_avx2_dots(t);
     tvk_avx2_stats(t);
     tvk_avx2_lowrank(t);
+    tvk_avx2_rank(t);
     tvk_avx2_swap(t);
     tvk_avx2_variance(t);
     tvk_avx2_divergence(t);

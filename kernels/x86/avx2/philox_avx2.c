@@ -135,34 +135,8 @@ static void philox_words(uint32_t *TVK_RESTRICT dst, uint64_t start,
     tvk_philox_words(dst + i, start + i, key, name_hash, n - i);
 }
 
-static void below(uint64_t *TVK_RESTRICT mask, const uint32_t *words,
-                  uint64_t limit, size_t n)
-{
-    const __m256i flip = _mm256_set1_epi32((int)0x80000000u);
-    const __m256i top = _mm256_set1_epi32((int)((uint32_t)limit ^ 0x80000000u));
-
-    for (size_t i = 0; i < n; i += 64) {
-        uint64_t word = 0;
-        for (unsigned q = 0; q < 64 && i + q < n; q += 8) {
-            const size_t count = n - i - q < 8 ? n - i - q : 8;
-            const int *at = (const int *)(const void *)(words + i + q);
-            const __m256i v =
-                count == 8
-                    ? _mm256_loadu_si256((const __m256i *)(const void *)at)
-                    : _mm256_maskload_epi32(at, first8(count));
-            word |= (uint64_t)bits8(
-                        _mm256_cmpgt_epi32(top, _mm256_xor_si256(v, flip)))
-                    << q;
-        }
-        if (limit >> 32 != 0)
-            word = ~UINT64_C(0);
-        mask[i >> 6] = n - i < 64 ? word & tvk_low_bits(n - i) : word;
-    }
-}
-
 void tvk_avx2_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
     t->philox_words = philox_words;
-    t->below = below;
 }

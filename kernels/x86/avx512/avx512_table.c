@@ -14,4 +14,5 @@ void tvk_row_avx512(struct tvk_table *t)
     tvk_avx512_dots(t);
     tvk_avx512_stats(t);
     tvk_avx512_lowrank(t);
+    tvk_avx512_rank(t);
 }

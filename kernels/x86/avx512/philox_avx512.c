@@ -100,7 +100,54 @@ static uint64_t philox_mask(uint64_t *TVK_RESTRICT mask, uint64_t start,
     return kept;
 }
 
+TVK_INLINE void store_words(uint32_t *dst, const struct state *s)
+{
+    const __m512i a =
+        _mm512_mask_blend_epi32(0xaaaa, s->c0, _mm512_slli_epi64(s->c1, 32));
+    const __m512i b =
+        _mm512_mask_blend_epi32(0xaaaa, s->c2, _mm512_slli_epi64(s->c3, 32));
+    _mm512_storeu_si512(dst, _mm512_unpacklo_epi64(a, b));
+    _mm512_storeu_si512(dst + 16, _mm512_unpackhi_epi64(a, b));
+}
+
+static void philox_words(uint32_t *TVK_RESTRICT dst, uint64_t start,
+                         uint64_t key, uint64_t name_hash, size_t n)
+{
+    const __m512i lane = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m512i c2 = set64((uint32_t)name_hash);
+    const __m512i c3 = set64((uint32_t)(name_hash >> 32));
+    __m512i k0[ROUNDS], k1[ROUNDS];
+    uint32_t part[64];
+
+    for (uint32_t r = 0; r < ROUNDS; r++) {
+        k0[r] = set64((uint32_t)key + r * WEYL_0);
+        k1[r] = set64((uint32_t)(key >> 32) + r * WEYL_1);
+    }
+    for (size_t i = 0; i < n;) {
+        /* From a multiple of 64, so adding a lane number never carries. */
+        const size_t skip = (size_t)((start + i) & 63);
+        const size_t here = n - i < 64 - skip ? n - i : 64 - skip;
+        uint32_t *const to = here == 64 ? dst + i : part;
+        const uint64_t c = (start + i - skip) >> 2;
+        const __m512i c1 = set64((uint32_t)(c >> 32));
+        struct state s = {_mm512_add_epi64(set64((uint32_t)c), lane), c1, c2,
+                          c3};
+        struct state t = {_mm512_add_epi64(set64((uint32_t)c + 8), lane), c1,
+                          c2, c3};
+        for (uint32_t r = 0; r < ROUNDS; r++) {
+            next_round(&s, k0[r], k1[r]);
+            next_round(&t, k0[r], k1[r]);
+        }
+        store_words(to, &s);
+        store_words(to + 32, &t);
+        if (here < 64)
+            memcpy(dst + i, part + skip, here * sizeof *dst);
+        i += here;
+    }
+}
+
 void tvk_avx512_philox(struct tvk_table *t)
 {
     t->philox_mask = philox_mask;
+    t->philox_words = philox_words;
 }

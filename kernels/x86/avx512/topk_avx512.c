@@ -158,6 +158,27 @@ static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
                      : count_eq_any(x, NULL, pattern, n);
 }
 
+TVK_INLINE uint32_t magnitudes_any(uint32_t *TVK_RESTRICT dst, const float *x,
+                                   const float *b, size_t n)
+{
+    __m512i most = _mm512_setzero_si512();
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i m = magnitude16(lanes, x + i, b != NULL ? b + i : NULL);
+        most = _mm512_max_epu32(most, m);
+        _mm512_mask_storeu_epi32(dst + i, lanes, m);
+    }
+    return (uint32_t)_mm512_reduce_max_epu32(most);
+}
+
+static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
+                           const float *b, size_t n)
+{
+    return b != NULL ? magnitudes_any(dst, x, b, n)
+                     : magnitudes_any(dst, x, NULL, n);
+}
+
 TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
                                   const float *b, uint32_t pattern,
                                   uint64_t *eq_seen, uint64_t eq_limit,
@@ -211,5 +232,6 @@ void tvk_avx512_topk(struct tvk_table *t)
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;
     t->count_eq = count_eq;
+    t->magnitudes = magnitudes;
     t->topk_mask = topk_mask;
 }

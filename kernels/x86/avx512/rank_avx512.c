@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rank_avx512.c - rank_mask by buckets (rank_parts.h), 16 elements at a time.
+ */
+#include "x86/x86_rows.h"
+#include "avx512_util.h"
+#include "x86/rank_parts.h"
+
+/* Keys of one round, whose buckets stay in the L1 cache. */
+#define ROUND 1024u
+
+TVK_INLINE size_t count_equal(const uint32_t *keys, uint32_t key, size_t n)
+{
+    const __m512i wanted = _mm512_set1_epi32((int)key);
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i count = _mm512_setzero_si512();
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i k = _mm512_maskz_loadu_epi32(lanes, keys + i);
+        count = _mm512_mask_add_epi32(
+            count, _mm512_mask_cmpeq_epi32_mask(lanes, k, wanted), count, one);
+    }
+    return (uint32_t)_mm512_reduce_add_epi32(count);
+}
+
+TVK_INLINE size_t count_lower(const uint32_t *keys, uint32_t key, size_t n)
+{
+    const __m512i limit = _mm512_set1_epi32((int)key);
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i count = _mm512_setzero_si512();
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512i k = _mm512_maskz_loadu_epi32(lanes, keys + i);
+        count = _mm512_mask_add_epi32(
+            count, _mm512_mask_cmplt_epu32_mask(lanes, k, limit), count, one);
+    }
+    return (uint32_t)_mm512_reduce_add_epi32(count);
+}
+
+/* Neighbours of one bucket, as they are where few values occur, would wait for
+ * each other's store: hence two histograms. */
+TVK_INLINE void count_buckets(uint32_t *hist, const uint16_t *bucket, size_t n)
+{
+    uint32_t *const other = hist + RANK_BUCKETS;
+    size_t i = 0;
+
+    for (; i + 4 <= n; i += 4) {
+        uint64_t four = 0;
+        memcpy(&four, bucket + i, sizeof(four));
+        hist[four & 0xffff]++;
+        other[four >> 16 & 0xffff]++;
+        hist[four >> 32 & 0xffff]++;
+        other[four >> 48]++;
+    }
+    for (; i < n; i++)
+        hist[bucket[i]]++;
+}
+
+TVK_INLINE __m512i buckets16(const struct rank_row *r, __m512i keys)
+{
+    const __m512i first = _mm512_set1_epi32((int)r->first);
+    return _mm512_sub_epi32(
+        _mm512_max_epu32(_mm512_srli_epi32(keys, RANK_SHIFT), first), first);
+}
+
+/* Counts the keys by bucket, but those that are 0: returns how many. */
+TVK_INLINE size_t fill_buckets(const struct rank_row *r)
+{
+    uint16_t bucket[ROUND + 16];
+    size_t n_zero = r->n;
+
+    for (size_t at = 0; at < r->n; at += ROUND) {
+        const size_t end = r->n - at < ROUND ? r->n : at + ROUND;
+        size_t n_buckets = 0;
+        for (size_t i = at; i < end; i += 16) {
+            const __m512i k =
+                _mm512_maskz_loadu_epi32(lanes16(i, end), r->keys + i);
+            const __mmask16 some = _mm512_test_epi32_mask(k, k);
+            _mm256_storeu_si256(
+                (__m256i *)(void *)(bucket + n_buckets),
+                _mm512_cvtepi32_epi16(
+                    _mm512_maskz_compress_epi32(some, buckets16(r, k))));
+            n_buckets += tvk_popcount(some);
+        }
+        count_buckets(r->hist, bucket, n_buckets);
+        n_zero -= n_buckets;
+    }
+    return n_zero;
+}
+
+/* Turns counts into numbers of entries before. */
+TVK_INLINE void add_up(const struct rank_row *r, size_t n_zero)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i last = _mm512_set1_epi32(15);
+    __m512i sum = _mm512_set1_epi32((int)(uint32_t)n_zero);
+
+    for (size_t b = 0; b < RANK_BUCKETS; b += 16) {
+        const __m512i here =
+            _mm512_add_epi32(_mm512_loadu_si512(r->hist + b),
+                             _mm512_loadu_si512(r->hist + RANK_BUCKETS + b));
+        __m512i v = here;
+        v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 15));
+        v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 14));
+        v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 12));
+        v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 8));
+        _mm512_storeu_si512(r->before + b,
+                            _mm512_add_epi32(sum, _mm512_sub_epi32(v, here)));
+        sum = _mm512_add_epi32(sum, _mm512_permutexvar_epi32(last, v));
+    }
+    r->before[RANK_BUCKETS] = (uint32_t)r->n;
+}
+
+/* What stays whatever its rank; the candidates go to lists and to `maybe`.
+ * Returns their number. */
+TVK_INLINE size_t find_candidates(const struct rank_row *r, uint64_t *mask,
+                                  uint64_t low, uint64_t high)
+{
+    const __m512i under = _mm512_set1_epi32((int)(uint32_t)low);
+    const __m512i last = _mm512_set1_epi32((int)(uint32_t)(high - 1));
+    __m512i at =
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    size_t n = 0;
+
+    for (size_t i = 0; i < r->n; i += 64) {
+        uint64_t word = 0;
+        for (unsigned q = 0; q < 64 && i + q < r->n; q += 16) {
+            const __mmask16 lanes = lanes16(i + q, r->n);
+            const __m512i k = _mm512_maskz_loadu_epi32(lanes, r->keys + i + q);
+            const __m512i w = _mm512_maskz_loadu_epi32(lanes, r->words + i + q);
+            const __mmask16 some = _mm512_test_epi32_mask(k, k);
+            const __mmask16 in = _mm512_mask_cmplt_epu32_mask(some, w, under);
+            const __mmask16 maybe =
+                (__mmask16)(_mm512_mask_cmple_epu32_mask(some, w, last) & ~in);
+            word |= (uint64_t)in << q;
+            _mm512_storeu_si512(r->key + n,
+                                _mm512_maskz_compress_epi32(maybe, k));
+            _mm512_storeu_si512(r->word + n,
+                                _mm512_maskz_compress_epi32(maybe, w));
+            _mm512_storeu_si512(r->at + n,
+                                _mm512_maskz_compress_epi32(maybe, at));
+            n += tvk_popcount(maybe);
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+        }
+        mask[i >> 6] = word;
+    }
+    return n;
+}
+
+static void rank_mask(uint64_t *TVK_RESTRICT mask, const uint32_t *keys,
+                      const uint32_t *words, const struct tvk_odds *odds,
+                      void *TVK_RESTRICT scratch, uint32_t most, size_t n)
+{
+    if (n == 0)
+        return;
+    const uint64_t low = tvk_odds_limit(odds, 0, n);
+    const uint64_t high = tvk_odds_limit(odds, n - 1, n);
+    if (high == 0 || low > UINT32_MAX || n > INT32_MAX) {
+        tvk_rank_mask(mask, keys, words, odds, scratch, most, n);
+        return;
+    }
+    struct rank_row r = rank_row_of(keys, words, odds, scratch, most, n);
+    const __m512 by = _mm512_set1_ps(r.by);
+    const __m512 from = _mm512_set1_ps(r.from);
+    const __m512 slack = _mm512_set1_ps(r.slack);
+
+    add_up(&r, fill_buckets(&r));
+    const size_t n_maybe = find_candidates(&r, mask, low, high);
+    for (size_t c = 0; c < n_maybe; c += 16) {
+        const __mmask16 lanes = lanes16(c, n_maybe);
+        const __m512i b = _mm512_maskz_mov_epi32(
+            lanes, buckets16(&r, _mm512_loadu_si512(r.key + c)));
+        const __m512 rank = _mm512_add_ps(
+            _mm512_mul_ps(by,
+                          _mm512_cvtepu32_ps(_mm512_loadu_si512(r.word + c))),
+            from);
+        const __m512 least =
+            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r.before, 4));
+        const __m512 beyond =
+            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r.before + 1, 4));
+        uint32_t stay = _mm512_mask_cmp_ps_mask(
+            lanes, least, _mm512_add_ps(rank, slack), _CMP_GT_OQ);
+        const __mmask16 go = _mm512_mask_cmp_ps_mask(
+            lanes, beyond, _mm512_sub_ps(rank, slack), _CMP_LT_OQ);
+        for (uint32_t open = lanes & ~(stay | go); open != 0;
+             open &= open - 1) {
+            const unsigned lane = (unsigned)__builtin_ctz(open);
+            const int stays = rank_stays(&r, r.at[c + lane]);
+            if (stays < 0) {
+                tvk_rank_mask(mask, keys, words, odds, scratch, most, n);
+                return;
+            }
+            stay |= (uint32_t)stays << lane;
+        }
+        for (; stay != 0; stay &= stay - 1) {
+            const uint32_t i = r.at[c + (unsigned)__builtin_ctz(stay)];
+            mask[i >> 6] |= UINT64_C(1) << (i & 63);
+        }
+    }
+}
+
+void tvk_avx512_rank(struct tvk_table *t)
+{
+    t->rank_mask = rank_mask;
+}
