@@ -247,8 +247,12 @@ struct tvm_method {
     /* The same method in mergekit's arithmetic (compat.h), with the same
      * parameters; NULL: the engine rounds the inputs to the compute dtype and
      * the rest stays as it is. Its functions round every step to
-     * tensor->compute and give dst in it. */
+     * tensor->compute and give dst in it. It may be the method itself when its
+     * functions go by tensor->compute. */
     const struct tvm_method *compat;
+    /* Of such a variant: mergekit promotes the result to fp32, so that is the
+     * output's dtype when the recipe names none for outputs. */
+    bool compat_wide;
     /* Of such a variant: how many numbers of the stream a tensor takes. */
     uint64_t (*draws)(const struct tvm_tensor *t);
 };

@@ -259,7 +259,8 @@ static void compat_combine(struct tvm_job *job, struct tvm_tile *tile,
         tvm_compat_round(k, t->compute, dst, n);
     for (size_t i = 0; i < n; i++)
         dst[i] = base[i] + dst[i];
-    tvm_compat_round(k, t->compute, dst, n);
+    if (!plus)
+        tvm_compat_round(k, t->compute, dst, n);
 }
 
 static const struct tvm_method compat = {
@@ -287,6 +288,7 @@ static const struct tvm_method compat_plus = {
     .next_phase = next_phase,
     .measure = measure,
     .combine = compat_combine,
+    .compat_wide = true,
 };
 
 const struct tvm_method tvm_method_ram = {

@@ -788,6 +788,9 @@ static enum tv_err choose_dtype(struct build *b)
     t->dtype = r->out_dtype != TV_DTYPE_NONE ? r->out_dtype
                : r->dtype != TV_DTYPE_NONE   ? r->dtype
                                              : promoted(t);
+    if (t->compute != TV_DTYPE_NONE && t->method->compat_wide &&
+        t->n_sources > 1 && r->out_dtype == TV_DTYPE_NONE)
+        t->dtype = TV_F32;
     if (t->dtype == TV_F64) /* said with the recipe */
         t->dtype = TV_F32;
     if (b->slice->broken || !b->ok)

@@ -68,6 +68,15 @@ static double log_of_ratio(double p, double q)
     return k * TVK_LN2_HI + (s2 + (tail + k * TVK_LN2_LO));
 }
 
+double tvk_log(float x)
+{
+    if (isnan(x) || x < 0.0f)
+        return (double)NAN;
+    if (x == 0.0f)
+        return -(double)INFINITY;
+    return isinf(x) ? (double)x : log_of_ratio((double)x, 1.0);
+}
+
 static float highest(const float *x, size_t n)
 {
     float most = -INFINITY;

@@ -157,7 +157,26 @@ def ramplus(b, xs, c, eps, r, alpha):
         by = F(1) + F(r) * min(max(rho, F(0)), F(alpha))
         one = np.where(count == 1, v * by, c(v / np.maximum(count, 1).astype(F)))
         y = y + np.where(o, one, F(0))
-    return c(b + y)
+    return b + y  # fp32 from lambda on
+
+
+def arcee_fusion(b, x, c, stream):
+    """exp and log right to the last bit, where torch's are not; its samples."""
+    def share(v):
+        e = np.exp((v - v.max(-1, keepdims=True)).astype(np.float64)).astype(F)
+        e = e * (F(1) / e.sum(-1, keepdims=True, dtype=np.float64).astype(F))
+        return c(c(e) + F(1e-8))
+    p, q = share(x), share(b)
+    by = c(p * c(np.log(c(p / q).astype(np.float64)).astype(F)))
+    kl = c(by.sum(-1, keepdims=True, dtype=np.float64).astype(F))
+    imp = c(np.abs(c(x - b)) * kl)
+    some = imp.ravel()
+    if some.size > 1000000:
+        some = some[stream.mt.random_raw(1000000) % some.size]
+    some = np.sort(some)
+    q1, q2, q3 = (some[int(a * (some.size - 1))] for a in (0.25, 0.5, 0.75))
+    at = c(q2 + c(c(q3 - q1) * F(1.5)))
+    return b + c(x - b) * (imp >= at).astype(F)
 
 
 def outliers(d, density, gamma):
@@ -307,6 +326,19 @@ def della(d, c, density, eps, stream):
     return stream.mask(p.shape, p).reshape(d.shape)
 
 
+def expect_fusion(base, each):
+    """bf16 hides how rows are summed."""
+    s = Stream()
+    want = {k: arcee_fusion(base[k], each[k][0], bf16, s) for k in sorted(base)}
+    text = "merge_method: arcee_fusion\nbase_model: base.safetensors\n" \
+        "models:\n- model: x0.safetensors\n"
+    expect("arcee_fusion", text + "dtype: bfloat16\n", want)
+    kinds = {d for d, _, _ in read_safetensors("out0").values()}
+    check(kinds == {"F32"}, f"arcee_fusion is fp32 for mergekit: {kinds}")
+    expect("arcee_fusion to bf16", text + "out_dtype: bfloat16\n",
+           {k: bf16(v) for k, v in want.items()})
+
+
 def recipe(path, text):
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
@@ -439,17 +471,18 @@ def main():
                f"merge_method: dare_ties\ndtype: {dtype}\n{based}"
                f"{entries(w, dens)}parameters: {{rescale: {rescale}}}\n", want)
 
+    expect_fusion(base, each)
     reducing(base, each, based)
     # Another arithmetic is another merge.
     run(TVMERGE, "run", "r.yml", "out0", "--random-seed", SEED, code=4)
     plan = run_json(TVMERGE, "plan", "r.yml", "--compat", "mergekit", "--json")
     check(not any("rescale divides" in p["message"] for p in plan["problems"]),
           "a compatible plan speaks of other arithmetic")
-    recipe("s.yml", "merge_method: arcee_fusion\n" + based +
-           "models:\n- model: x0.safetensors\n")
+    recipe("s.yml", "merge_method: consensus\n" + based +
+           "models:\n- model: x0.safetensors\n- model: x1.safetensors\n")
     plan = run_json(TVMERGE, "plan", "s.yml", "--compat", "mergekit", "--json")
     check(sum("keeps this program's arithmetic" in p["message"]
-              for p in plan["problems"]) == 1, "arcee_fusion has no variant: say so")
+              for p in plan["problems"]) == 1, "consensus has no variant: say so")
     # A run that ended half-way goes on where it was.
     r = run_json(TVMERGE, "run", "r.yml", "whole", "--compat", "mergekit",
                  "--random-seed", SEED, "--json")

@@ -708,6 +708,13 @@ static void test_divergence(void **state)
     assert_true(fabs(k->divergence(e, f, sum_e, sum_f, 3) - want) < 1e-15);
     /* A row and itself. */
     assert_true(k->divergence(e, e, sum_e, sum_e, 3) == 0.0);
+    for (float y = 1e-40f; y < 1e38f; y *= 1.37f) {
+        const double right = log((double)y);
+        assert_true(fabs(tvk_log(y) - right) <= 1e-15 * fabs(right));
+    }
+    assert_true(tvk_log(1.0f) == 0.0 && tvk_log(0.0f) == -(double)INFINITY);
+    assert_true(isnan(tvk_log(-1.0f)) && isnan(tvk_log(NAN)));
+    assert_true(tvk_log(INFINITY) == (double)INFINITY);
 }
 
 static void test_variance(void **state)

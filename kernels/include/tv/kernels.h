@@ -273,6 +273,11 @@ const char *tvk_cpu_features(char *dst, size_t cap);
  * two below n. Independent of who computed which leaf. */
 struct tvk_dots tvk_dots_tree(const struct tvk_dots *leaves, size_t n);
 double tvk_sum_tree(const double *leaves, size_t n);
+
+/* log(x), below 1e-15 off and the same bits on every machine: the logarithm of
+ * table.divergence. */
+double tvk_log(float x);
+
 /* table.philox_words of the reference row. */
 void tvk_philox_words(uint32_t *dst, uint64_t start, uint64_t key,
                       uint64_t name_hash, size_t n);
