@@ -14,6 +14,7 @@
  *   HIGH    histogram of the upper 16 magnitude bits -> bucket of the k-th
  *   LOW     histogram of the lower 15 bits inside it -> its exact pattern
  *   COUNT   entries equal to the pattern, per tile   -> which of them to keep
+ *           (of patterns that heap up RANGE has counted them: select.h)
  *   KEPT    sum of kept magnitudes (only to rescale)
  *
  * Where that is known to pay, HIGH and LOW become one pass: SAMPLE fills the
@@ -51,6 +52,7 @@
  * rank in a sample of 2^19. */
 #define RANGE_BUCKETS   4u
 #define RANGE_WIDTH     (RANGE_BUCKETS << 15)
+#define N_ATOMS         tvm_atoms(RANGE_WIDTH)
 #define RANGE_MAX       ((size_t)8) /* selections; 4 MiB per worker */
 #define RANGE_ELEMS_MIN ((uint64_t)2 << 20)
 #define SAMPLE_ELEMS    ((uint64_t)8 << 20) /* fewer: sampled twice as densely */
@@ -95,6 +97,7 @@ struct gta_state {
     bool any_count;        /* some donor needs the COUNT pass */
     uint32_t *hist;        /* [n_workers][group_size][hist_words] */
     size_t hist_words;
+    uint32_t *atoms;   /* [n_tiles][n_hist][N_ATOMS], with a sample */
     uint64_t *above;   /* [n_workers][n_top]: over the range */
     uint64_t *eq;      /* [n_tiles][n_top]: count, then prefix */
     uint64_t *eq_seen; /* [n_workers][n_top]: in the tile at hand */
@@ -326,6 +329,9 @@ static size_t lay_out(const struct tvm_job *job, void *base,
     st->hist_words = takes_sample(job->tensor, st) ? RANGE_WIDTH : TVK_HIST_HI;
     st->hist =
         tvm_carve(&c, w * group_size(st) * st->hist_words, sizeof *st->hist);
+    if (takes_sample(job->tensor, st))
+        st->atoms = tvm_carve(&c, job->n_tiles * st->n_hist * N_ATOMS,
+                              sizeof *st->atoms);
     st->above = tvm_carve(&c, w * top, sizeof *st->above);
     st->eq = tvm_carve(&c, job->n_tiles * top, sizeof *st->eq);
     st->eq_seen = tvm_carve(&c, w * top, sizeof *st->eq_seen);
@@ -614,30 +620,16 @@ static void clear_hist(const struct tvm_job *job)
            job->n_workers * group_size(st) * st->hist_words * sizeof *st->hist);
 }
 
-/* The range around the entry that has the k-th's place in the sample; false
- * where it would reach down to zeros, of which there may be very many. */
 static bool find_range(const struct tvm_job *job, struct donor *d,
                        const uint32_t *hist)
 {
     uint64_t n = 0;
-    uint64_t count = 0;
 
     for (size_t i = 0; i < TVK_HIST_HI; i++)
         n += hist[i];
     const double share = (double)d->k / (double)job->tensor->n_elems;
-    uint64_t rank = (uint64_t)(share * (double)n);
-    if (rank < 1)
-        rank = 1;
-    if (rank > n)
-        rank = n;
-    const uint32_t hi = tvm_hist_find(hist, TVK_HIST_HI, &rank, &count);
-    if (hi <= RANGE_BUCKETS / 2)
-        return false;
-    /* Ranks count from the top of the bucket. */
-    const double down = (double)rank / (double)count;
-    d->first = ((hi - RANGE_BUCKETS / 2 + 1) << 15) -
-               (uint32_t)(down * (double)(1u << 15));
-    return true;
+    return tvm_range_find(hist, (uint64_t)(share * (double)n), RANGE_WIDTH,
+                          &d->first);
 }
 
 /* Returns true when every selection has a range to look into. */
@@ -674,6 +666,30 @@ static void set_pattern(struct gta_state *st, struct donor *d, uint32_t pattern,
     }
 }
 
+static uint32_t *atoms_of(const struct gta_state *st, uint64_t tile,
+                          const struct donor *d)
+{
+    return st->atoms + ((size_t)tile * st->n_hist + d->slot) * N_ATOMS;
+}
+
+/* The same of a pattern in a range; it need not be counted where each tile has
+ * done that. */
+static void set_range_pattern(const struct tvm_job *job, struct donor *d,
+                              uint32_t pattern, uint64_t k, uint64_t count)
+{
+    struct gta_state *st = job->state;
+    const bool any = st->any_count;
+    size_t atom = 0;
+
+    set_pattern(st, d, pattern, k, count);
+    if (!d->needs_count || !tvm_atom_find(d->first, pattern, &atom))
+        return;
+    for (uint64_t i = 0; i < job->n_tiles; i++)
+        st->eq[(size_t)i * st->n_top + d->slot] = atoms_of(st, i, d)[atom];
+    d->needs_count = false;
+    st->any_count = any;
+}
+
 /* Returns true when all patterns are found. */
 static bool after_range(struct tvm_job *job)
 {
@@ -699,7 +715,7 @@ static bool after_range(struct tvm_job *job)
         uint64_t k = d->k - above;
         const uint32_t at = tvm_hist_find(hist, RANGE_WIDTH, &k, &count);
         d->found = true;
-        set_pattern(st, d, d->first + at, k, count);
+        set_range_pattern(job, d, d->first + at, k, count);
     }
     clear_hist(job);
     return all;
@@ -877,6 +893,13 @@ void gta_tile_begin(struct tvm_job *job, struct tvm_tile *tile)
 {
     const struct gta_state *st = job->state;
 
+    for (size_t j = 0; st->step == STEP_RANGE && j < st->n_select; j++) {
+        const struct donor *d = &st->donor[j];
+        if (d->keep == GTA_KEEP_TOP)
+            tvm_atoms_begin(atoms_of(st, tile->tile, d),
+                            hist_of(st, tile->worker, d->slot), d->first,
+                            RANGE_WIDTH);
+    }
     if (st->n_top > 0 && st->step == STEP_KEPT)
         memcpy(st->eq_seen + (size_t)tile->worker * st->n_top,
                st->eq + (size_t)tile->tile * st->n_top,
@@ -994,6 +1017,10 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
             st->above[(size_t)tile->worker * st->n_top + d->slot] +=
                 k->hist_range(hist_of(st, tile->worker, d->slot), d->first,
                               RANGE_WIDTH, xj, base, n);
+            if (tile->start + n == tile->first + tile->n)
+                tvm_atoms_end(atoms_of(st, tile->tile, d),
+                              hist_of(st, tile->worker, d->slot), d->first,
+                              RANGE_WIDTH);
             if (st->match_l1 && j < st->n_donors)
                 put_sum(job, tile, d->slot, st->sum_all,
                         k->abs_sum(xj, base, NULL, n), n);

@@ -27,3 +27,59 @@ uint32_t tvm_hist_find(const uint32_t *hist, uint32_t n_buckets, uint64_t *k,
     *count = hist[0];
     return 0;
 }
+
+bool tvm_range_find(const uint32_t *hist, uint64_t rank, uint32_t width,
+                    uint32_t *first)
+{
+    const uint32_t half = width >> 16; /* buckets of HIGH */
+    uint64_t n = 0;
+    uint64_t count = 0;
+
+    for (size_t i = 0; i < TVK_HIST_HI; i++)
+        n += hist[i];
+    if (rank > n)
+        rank = n;
+    if (rank < 1)
+        rank = 1;
+    const uint32_t hi = tvm_hist_find(hist, TVK_HIST_HI, &rank, &count);
+    if (hi <= half)
+        return false;
+    /* Ranks count from the top of the bucket. */
+    const double down = (double)rank / (double)count;
+    *first = ((hi - half + 1) << 15) - (uint32_t)(down * (double)(1u << 15));
+    return true;
+}
+
+/* ---- atoms ---------------------------------------------------------------
+ * All multiples of 2^TVM_ATOM_SHIFT in the range. */
+
+static uint32_t first_atom(uint32_t first)
+{
+    const uint32_t step = 1u << TVM_ATOM_SHIFT;
+
+    return (first + step - 1) & ~(step - 1);
+}
+
+void tvm_atoms_begin(uint32_t *atoms, const uint32_t *hist, uint32_t first,
+                     uint32_t width)
+{
+    const uint32_t *at = hist + (first_atom(first) - first);
+
+    for (size_t i = 0; i < tvm_atoms(width); i++)
+        atoms[i] = 0 - at[i << TVM_ATOM_SHIFT];
+}
+
+void tvm_atoms_end(uint32_t *atoms, const uint32_t *hist, uint32_t first,
+                   uint32_t width)
+{
+    const uint32_t *at = hist + (first_atom(first) - first);
+
+    for (size_t i = 0; i < tvm_atoms(width); i++)
+        atoms[i] += at[i << TVM_ATOM_SHIFT];
+}
+
+bool tvm_atom_find(uint32_t first, uint32_t pattern, size_t *at)
+{
+    *at = (pattern - first_atom(first)) >> TVM_ATOM_SHIFT;
+    return pattern == first_atom(pattern);
+}
