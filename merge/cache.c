@@ -161,7 +161,7 @@ static enum tv_err add_rule(struct tv_buf *b, const struct tvm_plan *p,
 {
     const struct tvm_trim_rule *r = &e->rule;
 
-    tv_buf_str(b, "calibrated");
+    tv_buf_str(b, r->counts ? "counts" : "calibrated");
     tv_buf_le32(b, TVM_CALIBRATED_VERSION);
     tv_buf_le32(b, (uint32_t)r->score);
     if (r->group > 0) {

@@ -31,6 +31,7 @@
 
 #include "calibrated_parts.h"
 #include "calibration_state.h"
+#include "gather.h"
 #include "prune.h"
 #include "room.h"
 #include "sequential.h"
@@ -103,6 +104,8 @@ const char *tvm_rule_name(const struct tvm_trim_rule *r)
         {"", "", "importance+cg", ""},
         {"", "sparsegpt+obs", "sparsegpt+cg", "sparsegpt+obs+cg"}};
 
+    if (r->calibrated && r->counts)
+        return "counts";
     if (!r->calibrated || r->correct == TVM_CORRECT_NONE)
         return masks[r->score];
     return corrected[r->score][r->correct];
@@ -202,9 +205,11 @@ static uint64_t entry_bytes(const struct tvm_tensor *t,
     if (r->gram_only)
         return 0;
     tvm_layer_shape(t, &rows, &cols);
-    uint64_t bytes = t->n_elems * sizeof(float) + t->n_elems / 8 +
-                     tvm_prune_bytes(r, rows, cols) +
-                     2 * TVM_BLOCK * sizeof(float);
+    /* A table is never in memory as a whole. */
+    uint64_t bytes =
+        (r->counts ? cols * sizeof(double) : t->n_elems * sizeof(float)) +
+        t->n_elems / 8 + tvm_prune_bytes(r, rows, cols) +
+        2 * TVM_BLOCK * sizeof(float);
     if (tvm_rule_makes_values(r))
         bytes += kept_most(r, t->n_elems) * sizeof(float) +
                  (t->n_elems / TV_DELTA_BLOCK + 2) * sizeof(uint64_t);
@@ -838,6 +843,88 @@ static void note(const struct work *w, struct entry *e,
     }
 }
 
+static void read_table(void *arg, uint64_t start, size_t n, float *dst)
+{
+    read_delta(arg, start, n, dst);
+}
+
+/* How often the token of each row occurs, where rows are gathered from the
+ * model's own and others; NULL: no memory. */
+static double *gathered_counts(const struct tvm_source *s,
+                               const struct tvm_stats *stats, size_t n_rows)
+{
+    double *counts = tv_calloc(n_rows + 1, sizeof *counts);
+    const struct tvm_rows *rows = s->gather->rows;
+
+    for (size_t i = 0; counts && i < rows->n_runs; i++) {
+        const struct tvm_run *r = &rows->runs[i];
+        for (uint64_t k = 0; r->kind == TVM_RUN_ROWS && k < r->n; k++)
+            if (s->gather->from[r->from].input == s->input &&
+                r->row + k < stats->n && r->first + k < n_rows)
+                counts[r->first + k] = stats->diag[r->row + k];
+    }
+    return counts;
+}
+
+static enum tv_err verify(const struct tvm_source *s,
+                          const struct tvm_reader *r, struct tv_error *err)
+{
+    return s->gather ? tvm_gather_verify(r, 0, 1, err)
+                     : tvm_reader_verify(r, 0, r->view.bytes, err);
+}
+
+static enum tv_err make_by_counts(struct work *w, struct entry *e,
+                                  const struct tvm_stats *stats,
+                                  struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tvm_tensor *t = &w->p->tensors[e->tensor];
+    const uint64_t n_words = (t->n_elems + 63) / 64;
+    const struct tvm_source *s =
+        &t->sources[e->rule.inputs == TVM_INPUTS_BASE ? (size_t)t->base
+                                                      : e->source];
+    struct tvm_stats of = {.n = stats->n, .diag = stats->diag};
+    struct tvm_layer l;
+    struct tvm_pruned got;
+    double *counts = NULL;
+    uint64_t *words = NULL;
+    float *block = NULL;
+
+    TV_TRY(tvm_layer_open(&l, w->p, t, e->source, err));
+    words = tv_calloc((size_t)n_words, sizeof *words);
+    block = tv_alloc(TVM_BLOCK * sizeof *block);
+    if (s->gather) {
+        counts = gathered_counts(s, stats, l.cols);
+        of = (struct tvm_stats){.n = l.cols, .diag = counts};
+    }
+    if (!words || !block || !of.diag) {
+        rc = tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
+        goto out;
+    }
+    if (of.n != l.cols) {
+        rc = tv_error_set(err, TV_E_INTERNAL,
+                          "%s: counts of %zu tokens for %zu rows", t->name,
+                          of.n, l.cols);
+        goto out;
+    }
+    if (w->p->options.verify_reads) {
+        TV_TRY(verify(&t->sources[t->base], &l.base, err));
+        TV_TRY(verify(&t->sources[e->source], &l.donor, err));
+    }
+    const struct tvm_prune_table table = {read_table, &l, block, TVM_BLOCK};
+    TV_TRY(tvm_prune_by_counts(&e->rule, t->n_elems, l.rows, &of, &table, words,
+                               &got, err));
+    rc = keep(w, e, words, n_words, NULL, NULL, 0, err);
+out:
+    if (rc != TV_OK)
+        tv_error_context(err, "calibration");
+    tv_free(counts);
+    tv_free(block);
+    tv_free(words);
+    tvm_layer_close(&l);
+    return rc;
+}
+
 static enum tv_err make(struct work *w, struct entry *e,
                         const struct tvm_stats *stats, struct tv_error *err)
 {
@@ -900,7 +987,7 @@ static bool wants(const struct work *w, const struct entry *e)
 {
     /* A diagonal by itself is fp64, that of a Gram matrix fp32. */
     return !e->made && e->model == w->model && e->owner == w->owner &&
-           tvm_rule_needs_gram(&e->rule) == w->gram &&
+           (e->rule.counts || tvm_rule_needs_gram(&e->rule) == w->gram) &&
            (e->rule.inputs == TVM_INPUTS_MERGED) == w->merged;
 }
 
@@ -972,7 +1059,8 @@ static enum tv_err see(void *arg, const struct tvm_stats *stats,
         for (size_t k = 0; k < w->c->n; k++) {
             struct entry *e = &w->c->entries[k];
             if (wants(w, e) && strcmp(weight_name(w, e), tensors[i]) == 0)
-                TV_TRY(make(w, e, stats, err));
+                TV_TRY(e->rule.counts ? make_by_counts(w, e, stats, err)
+                                      : make(w, e, stats, err));
         }
     rc = tell_journal(w, false, err);
 out:
@@ -1141,8 +1229,10 @@ static enum tv_err run_group(struct work *w, struct tv_error *err)
     TV_TRY(tve_calibration_run(c, want, &progress, on_input, w, &use, err));
     w->use->n_statistics_found += use.n_found;
     w->use->n_statistics_kept += use.n_kept;
-    w->use->n_models += use.n_computed > 0;
-    w->use->n_tokens += use.n_computed > 0 ? samples.n_tokens : 0;
+    /* Tokens are counted without running anything. */
+    const bool ran = use.n_computed > (want[0] ? 1u : 0u);
+    w->use->n_models += ran;
+    w->use->n_tokens += ran ? samples.n_tokens : 0;
     w->use->random = w->use->random || samples.random;
 out:
     if (opt.keep != TVE_KEEP_NOT)
@@ -1311,13 +1401,15 @@ enum tv_err tvm_calibrated_make(const struct tvm_plan *p, struct tvm_sink *sink,
     mark(c, p, sink);
     /* Before the first second is over, for those who ask how far it is. */
     TV_TRY(tell_journal(&w, true, err));
-    for (size_t i = 0; i < c->n; i++) {
-        if (c->entries[i].made ||
-            c->entries[i].rule.inputs == TVM_INPUTS_MERGED)
+    /* Tables go with the layers of their model; those that are left, after. */
+    for (size_t i = 0; i < 2 * c->n; i++) {
+        const struct entry *e = &c->entries[i % c->n];
+        if (e->made || e->rule.inputs == TVM_INPUTS_MERGED ||
+            (e->rule.counts && i < c->n))
             continue;
-        w.model = c->entries[i].model;
-        w.owner = c->entries[i].owner;
-        w.gram = tvm_rule_needs_gram(&c->entries[i].rule);
+        w.model = e->model;
+        w.owner = e->owner;
+        w.gram = tvm_rule_needs_gram(&e->rule);
         TV_TRY(run_group(&w, err));
     }
     /* What these have made is part of merged blocks, where both occur. */

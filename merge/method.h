@@ -83,6 +83,7 @@ struct tvm_trim_rule {
     bool rescale;      /* by the least-squares factor */
     bool as_sparsegpt; /* counts and ties: n - floor(n (1 - density)) are kept,
                         * of equal ones the last */
+    bool counts;       /* of a token embedding: DIAGONAL, over all of it */
     bool gram_only;    /* nothing is chosen: the method looks at X^T X itself */
     double damping;
     unsigned cg_steps;

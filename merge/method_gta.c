@@ -119,6 +119,7 @@ const char *const gta_compares[] = {"auto",  "layer", "row",
                                     "block", "loop",  NULL};
 const char *const gta_inputs[] = {"own", "base", "merged", NULL};
 const char *const gta_others[] = {"dense", "magnitude", NULL};
+const char *const gta_embeddings[] = {"others", "counts", NULL};
 const char *const gta_patterns[] = {"none", "1:2",  "1:4",  "2:4",   "3:4",
                                     "1:8",  "2:8",  "4:8",  "6:8",   "2:16",
                                     "4:16", "8:16", "8:32", "16:32", NULL};
@@ -151,6 +152,14 @@ static bool by_statistics(const struct tvm_tensor *t)
     return sparsify_of(t) == GTA_IMPORTANCE || sparsify_of(t) == GTA_SPARSEGPT;
 }
 
+/* Is it thinned by statistics of what comes in? */
+static bool has_statistics(const struct tvm_tensor *t)
+{
+    return by_statistics(t) &&
+           (t->has_inputs ||
+            (t->is_embedding && tvm_shared(t, GTA_EMBEDDINGS) != 0.0));
+}
+
 static double density_of(const struct tvm_tensor *t, size_t source)
 {
     if (by_statistics(t) && t->has_inputs) {
@@ -167,7 +176,8 @@ enum gta_keep gta_keep_of(const struct tvm_tensor *t, size_t source)
 
     if (sparsify_of(t) == GTA_NONE || density >= 1.0)
         return GTA_KEEP_ALL;
-    if (by_statistics(t) && !t->has_inputs && tvm_shared(t, GTA_OTHERS) == 0.0)
+    if (by_statistics(t) && !has_statistics(t) &&
+        tvm_shared(t, GTA_OTHERS) == 0.0)
         return GTA_KEEP_ALL;
     if (!(density > 0.0))
         return GTA_KEEP_NONE;
@@ -519,13 +529,23 @@ bool gta_trims(const struct tvm_tensor *t, size_t source,
         sparsify_of(t) == GTA_OUTLIERS || is_scoped(t))
         return false;
     *rule = (struct tvm_trim_rule){.density = density_of(t, source)};
-    if (!by_statistics(t) || !t->has_inputs) {
+    if (!has_statistics(t)) {
         rule->needs_sums =
             tvm_shared(t, GTA_RESCALE) != 0.0 && !by_statistics(t);
         return true;
     }
     const unsigned *p = patterns[(size_t)tvm_shared(t, GTA_PATTERN)];
     rule->calibrated = true;
+    if (!t->has_inputs) {
+        /* One-hot inputs: X^T X is its diagonal, the counts, so all ways to
+         * prune by it come to the same mask, and no block changes it. */
+        rule->counts = true;
+        rule->score = TVM_SCORE_DIAGONAL;
+        rule->inputs = tvm_shared(t, GTA_INPUTS) == TVM_INPUTS_BASE
+                           ? TVM_INPUTS_BASE
+                           : TVM_INPUTS_OWN;
+        return true;
+    }
     rule->score = sparsify_of(t) == GTA_SPARSEGPT ? TVM_SCORE_CHOLESKY
                                                   : TVM_SCORE_DIAGONAL;
     rule->compare = compare_of(t);

@@ -43,6 +43,7 @@ enum {
     GTA_DAMPING,
     GTA_CG_STEPS,
     GTA_OTHERS,
+    GTA_EMBEDDINGS,
     GTA_N_CHOOSE,
     GTA_SCOPE = GTA_N_CHOOSE /* with gta_detail::scoped, behind the others */
 };
@@ -56,9 +57,11 @@ enum gta_choice { /* of GTA_SPARSIFY */
 };
 
 extern const char *const gta_sparsifiers[],
-    *const gta_corrections[],
-        *const gta_compares[], *const gta_patterns[], *const gta_inputs[],
-                                                          *const gta_others[];
+    *const gta_corrections[], *const gta_compares[],
+                                  *const gta_patterns[],
+                                      *const gta_inputs[],
+                                          *const gta_others[],
+                                              *const gta_embeddings[];
 
 enum gta_keep {
     GTA_KEEP_ALL,
@@ -185,7 +188,16 @@ extern const struct tvm_surveyor gta_surveyor;
                     .fallback = (0),                                           \
                     .choices = gta_others,                                     \
                     .help = "importance, sparsegpt: tensors that are no "      \
-                            "linear layer of a block"},
+                            "linear layer of a block"},                        \
+    [GTA_EMBEDDINGS] = {.name = "embeddings",                                  \
+                        .scope = TVM_SHARED,                                   \
+                        .type = TVM_CHOICE,                                    \
+                        .has_default = true,                                   \
+                        .fallback = (0),                                       \
+                        .choices = gta_embeddings,                             \
+                        .help =                                                \
+                            "importance, sparsegpt: the token embedding "      \
+                            "as others, or by how often its tokens occur"},
 
 /* Random numbers that a tensor takes from mergekit's stream. */
 uint64_t gta_draws(const struct tvm_tensor *t);

@@ -894,6 +894,9 @@ static void describe_inputs(struct build *b)
     b->t->has_inputs = b->t->rank == 2 && b->like->layer >= 0 &&
                        !b->like->is_bias && role >= TV_ROLE_ATTN_Q &&
                        role <= TV_ROLE_MLP_DOWN;
+    b->t->is_embedding = b->t->rank == 2 && role == TV_ROLE_EMBED &&
+                         !b->like->is_bias && b->like->vocab_dim == 0;
+    b->t->in_first = b->t->in_first || b->t->is_embedding;
 }
 
 static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,

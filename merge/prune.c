@@ -503,3 +503,77 @@ out:
     tv_free(p.weight);
     return rc;
 }
+
+/* ---- token embeddings ---------------------------------------------------- */
+
+/* Counts all scores: by their high half, or by the low one of those in hi. */
+static void count_scores(const struct prune *p, uint64_t n_elems,
+                         const struct tvm_prune_table *table, uint32_t hi,
+                         bool low)
+{
+    memset(p->buckets, 0, HI_BUCKETS * sizeof *p->buckets);
+    for (uint64_t at = 0; at < n_elems; at += table->at_once) {
+        const uint64_t left = n_elems - at;
+        const size_t n = left < table->at_once ? (size_t)left : table->at_once;
+        table->read(table->arg, at, n, table->block);
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t bits =
+                score_bits(table->block[i], p->weight[(at + i) / p->cols]);
+            if (!low)
+                p->buckets[bits >> 16]++;
+            else if (bits >> 16 == hi)
+                p->buckets[bits & 0xffffu]++;
+        }
+    }
+}
+
+enum tv_err tvm_prune_by_counts(const struct tvm_trim_rule *r, uint64_t n_elems,
+                                size_t cols, const struct tvm_stats *stats,
+                                const struct tvm_prune_table *table,
+                                uint64_t *words, struct tvm_pruned *out,
+                                struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct prune p = {.rule = r, .cols = stats->n, .stats = stats};
+    uint64_t count = 0;
+    uint64_t left = kept_count(&p, n_elems);
+
+    *out = (struct tvm_pruned){.n_kept = 0};
+    assert(stats->diag && n_elems == (uint64_t)cols * stats->n);
+    p.weight = tv_calloc(stats->n + 1, sizeof *p.weight);
+    p.buckets = tv_calloc(HI_BUCKETS, sizeof *p.buckets);
+    if (!p.weight || !p.buckets) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory for %zu tokens",
+                          stats->n);
+        goto out;
+    }
+    weigh_by_diagonal(&p);
+    for (size_t j = 0; j < stats->n; j++)
+        out->n_unseen += !(stats->diag[j] > 0);
+    p.cols = cols;
+    count_scores(&p, n_elems, table, 0, false);
+    const uint32_t hi =
+        (uint32_t)tvm_hist_find(p.buckets, HI_BUCKETS, &left, &count);
+    count_scores(&p, n_elems, table, hi, true);
+    const uint32_t limit = hi << 16 | (uint32_t)tvm_hist_find(
+                                          p.buckets, HI_BUCKETS, &left, &count);
+    for (uint64_t at = 0; at < n_elems; at += table->at_once) {
+        const uint64_t some = n_elems - at;
+        const size_t n = some < table->at_once ? (size_t)some : table->at_once;
+        table->read(table->arg, at, n, table->block);
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t bits =
+                score_bits(table->block[i], p.weight[(at + i) / cols]);
+            const bool tie = bits == limit && left > 0;
+            left -= tie;
+            if (bits == 0 || !(bits > limit || tie))
+                continue;
+            words[(at + i) / 64] |= (uint64_t)1 << ((at + i) % 64);
+            out->n_kept++;
+        }
+    }
+out:
+    tv_free(p.buckets);
+    tv_free(p.weight);
+    return rc;
+}

@@ -46,6 +46,22 @@ TV_NODISCARD enum tv_err
 tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows, size_t cols,
           const struct tvm_stats *stats, const struct tvm_prune_again *again,
           struct tvm_pruned *out, struct tv_error *err);
+/* Of a token embedding [n, cols], by the counts of its n tokens (stats->diag):
+ * the words of the mask, zeroed before, for t^2 counts_j over all of it. Reads
+ * it three times, a part at a time; of equal scores the one stored first is
+ * kept. */
+struct tvm_prune_table {
+    /* Elements [start, start + n) as they are stored, n at most at_once. */
+    void (*read)(void *arg, uint64_t start, size_t n, float *dst);
+    void *arg;
+    float *block; /* [at_once] of scratch */
+    size_t at_once;
+};
+TV_NODISCARD enum tv_err
+tvm_prune_by_counts(const struct tvm_trim_rule *r, uint64_t n_elems,
+                    size_t cols, const struct tvm_stats *stats,
+                    const struct tvm_prune_table *table, uint64_t *words,
+                    struct tvm_pruned *out, struct tv_error *err);
 /* The upper triangle as h [n, n], both triangles. */
 void tvm_gram_unpack(float *h, const float *gram, size_t n);
 

@@ -6,7 +6,7 @@ Merges whose masks depend on the inputs of layers: counts of what is kept, the
 same bytes for threads, memory, cold and warm store, statistics kept or not,
 killed and repeated, within a quota; a second run calibrates nothing; a killed
 one goes on with the masks it had made; layers that took more damping are told
-by name; errors.
+by name; embeddings by token counts; errors.
 """
 import json
 import os
@@ -23,6 +23,7 @@ from common import Sampler, check, finish, read_safetensors, run, run_json, temp
 BIN = os.path.abspath(sys.argv[1])
 MODELS = os.path.abspath(sys.argv[2])
 TVMERGE = os.path.join(BIN, "tvmerge")
+TVEVAL = os.path.join(BIN, "tveval")
 TVSTORE = os.path.join(BIN, "tvstore")
 TEXT = {m: os.path.join(MODELS, "text", f"{m}.calib.txt")
         for m in ("code", "prose")}
@@ -278,6 +279,102 @@ def damped(where):
                              "n": rec["masks"]})
 
 
+def counts_of(domain):
+    """How often each token occurs in the windows that CAL asks for."""
+    with open(f"{MODELS}/base/config.json") as f:
+        config = json.load(f)
+    ids = run_json(TVEVAL, "tokenize", f"{MODELS}/base", "--text",
+                   TEXT[domain], "--json")["ids"]
+    all_of = [ids[i:i + 47] for i in range(0, len(ids) - 46, 47)]
+    counts = np.zeros(config["vocab_size"])
+    for i in range(4):
+        for t in [config["bos_token_id"]] + all_of[i * len(all_of) // 4]:
+            counts[t] += 1
+    return counts
+
+
+def largest(t, counts, density):
+    """The mask of t^2 counts, with tokens that do not occur as the others do on
+    average."""
+    weight = np.where(counts > 0, counts, counts[counts > 0].mean())
+    score = (t ** 2 * weight[:, None]).astype(np.float32).ravel()
+    mask = np.zeros(score.size, bool)
+    mask[np.argsort(-score, kind="stable")[:int(density * score.size)]] = True
+    return mask.reshape(t.shape) & (t != 0)
+
+
+def embeddings(where):
+    """Whatever prunes the layers, and from whosever inputs: rows of a table are
+    one-hot inputs, so token counts are all of X^T X."""
+    name = "model.embed_tokens.weight"
+    base = values(f"{MODELS}/base/model.safetensors")[name]
+    ft = {d: values(f"{MODELS}/ft-{d}/model.safetensors")[name]
+          for d in ("code", "prose")}
+    want = base.copy()
+    for d, w in (("code", 0.5), ("prose", 0.5)):
+        t = (ft[d] - base).astype(np.float32).astype(float)
+        want += w * np.where(largest(t, counts_of(d), 0.25), t, 0)
+    for i, extra in enumerate(("sparsify: importance", "sparsify: sparsegpt",
+                               "sparsify: importance, error_correction: cg, "
+                               "statistics: base, pattern: 2:4",
+                               "sparsify: importance, statistics: merged")):
+        r = recipe(f"{where}/e{i}.yml", "task_arithmetic", 0.25, 0.5,
+                   extra + ", embeddings: counts", ("code", "prose"))
+        out, store = f"{where}/e{i}", f"{where}/es{i}"
+        first = merge(r, out, "--threads", "2")
+        got = values(f"{out}/model.safetensors")
+        e = np.abs(got[name] - want).max()
+        check(e < 1e-6, f"{extra}: {e} from numpy")
+        check(np.abs(got["model.norm.weight"] - base_norm(0.5)).max() < 1e-6,
+              "the norm is dense")
+        run(TVSTORE, "init", store, code=0)
+        cold = merge(r, out + "c", "--store", store, "--memory", "24MiB")
+        warm = merge(r, out + "w", "--store", store)
+        check(first["digest"] == cold["digest"] == warm["digest"] and
+              warm["calibration"]["models"] == 0 and
+              warm["calibration"]["masks_found"] ==
+              first["calibration"]["masks_made"], f"{extra}: {warm}")
+        plain = recipe(f"{where}/ep{i}.yml", "task_arithmetic", 0.25, 0.5,
+                       extra, ("code", "prose"))
+        check(merge(plain, out + "p")["digest"] != first["digest"] and
+              record(out + "p")["masks"] + 2 == record(out)["masks"],
+              f"{extra}: others by default")
+        for o in ("", "c", "w", "p"):
+            shutil.rmtree(out + o)
+    gathered(where, name, base, ft["code"])
+
+
+def base_norm(weight):
+    n = "model.norm.weight"
+    all_of = [values(f"{MODELS}/{m}/model.safetensors")[n]
+              for m in ("base", "ft-code", "ft-prose")]
+    return all_of[0] + weight * (all_of[1] - all_of[0]) + \
+        weight * (all_of[2] - all_of[0])
+
+
+def gathered(where, name, base, ft):
+    """Rows in another order than the model's own are counted by their token."""
+    r = f"{where}/eg.yml"
+    with open(r, "w") as f:
+        f.write(f"merge_method: task_arithmetic\nbase_model: {MODELS}/base\n"
+                f"models:\n- model: {MODELS}/ft-code\n  {CAL % TEXT['code']}\n"
+                "parameters: {sparsify: importance, embeddings: counts, "
+                "weight: 1, density: 0.25}\ndtype: float32\n"
+                "tokenizer: {source: base, pad_to_multiple_of: 1000}\n")
+    merge(r, f"{where}/eg")
+    got = values(f"{where}/eg/model.safetensors")[name]
+    n, more = len(base), len(got) - len(base)
+    check(len(got) % 1000 == 0 and more > 0, f"{got.shape}")
+    counts = np.concatenate((counts_of("code"), np.zeros(more)))
+    pad = [np.vstack((x, np.repeat(x.mean(0)[None], more, 0)))
+           for x in (base, ft)]
+    t = (pad[1] - pad[0]).astype(np.float32).astype(float)
+    want = pad[0] + np.where(largest(t, counts, 0.25), t, 0)
+    differ = (np.abs(got - want) > 1e-6)[:n].sum()
+    check(differ <= 2, f"gathered rows: {differ} of {n * got.shape[1]}")
+    shutil.rmtree(f"{where}/eg")
+
+
 def bounded(where):
     """Store and output within the quota at every moment, although masks and
     statistics of so many densities are more than it holds: what was used
@@ -483,6 +580,7 @@ def main():
     statistics(where)
     killed(where)
     damped(where)
+    embeddings(where)
     bounded(where)
     finish("calibrated")
 

@@ -215,8 +215,9 @@ struct tvm_tensor {
     double *per_source;
     bool *per_source_set;
     /* A weight [out, in] of a linear layer of a block: not an embedding, output
-     * head, norm, bias or stack of experts. in_first: stored [in, out]. */
-    bool is_linear, in_first;
+     * head, norm, bias or stack of experts. in_first: stored [in, out], as a
+     * token embedding is. */
+    bool is_linear, in_first, is_embedding;
     enum tv_dtype dtype; /* of the output */
     /* TV_DTYPE_NONE, or with --compat mergekit the dtype that inputs are
      * rounded to and that arithmetic is done in; and where in its stream of
