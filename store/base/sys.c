@@ -21,6 +21,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <linux/magic.h>
+#include <sys/statfs.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -492,6 +494,17 @@ char *tv_path_join(const char *dir, const char *name)
 
 /* ---- disk space ---------------------------------------------------------- */
 
+/* A file system whose answer is that it has no blocks: a tmpfs without a limit,
+ * a ramfs and what FUSE says by default hold files all the same. */
+static bool is_uncounted(const char *path)
+{
+    struct statfs fs;
+
+    return statfs(path, &fs) == 0 && fs.f_blocks == 0 &&
+           (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC ||
+            fs.f_type == FUSE_SUPER_MAGIC);
+}
+
 enum tv_err tv_dir_check_writable(const char *path, struct tv_error *err)
 {
     struct statvfs fs;
@@ -506,7 +519,7 @@ enum tv_err tv_dir_check_writable(const char *path, struct tv_error *err)
     }
     /* Such as /proc, where the owner may write, but nothing new. */
     if (statvfs(path, &fs) == 0 && fs.f_blocks == 0 && fs.f_bfree == 0 &&
-        fs.f_files == 0)
+        fs.f_files == 0 && !is_uncounted(path))
         return tv_error_set(err, TV_E_INPUT,
                             "the file system of %s keeps no files", path);
     return TV_OK;
@@ -524,7 +537,8 @@ enum tv_err tv_disk_free(const char *path, uint64_t *bytes,
         return path_error(err, errno, "ask for the free space of", path);
     uint64_t n = 0;
     /* Some network file systems answer with numbers that mean "plenty". */
-    if (!tv_mul_u64(fs.f_bavail, fs.f_frsize, &n))
+    if (!tv_mul_u64(fs.f_bavail, fs.f_frsize, &n) ||
+        (fs.f_blocks == 0 && is_uncounted(path)))
         n = UINT64_MAX;
     *bytes = n;
     return TV_OK;

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 
@@ -175,6 +176,16 @@ for out in (ok + "/out", "/proc/nothing/here", "/sys/out"):
         expect("no place for OUT", [TVMERGE, "run", ok, out, *more], 4,
                os.path.dirname(out) if out[1] != "p" else "/proc")
     expect("no place for OUT", [TVMERGE, "plan", ok, out], 4, out)
+# A tmpfs without a limit says that it has no blocks, and keeps files; mounted
+# where nobody else sees it, by whoever may.
+free = os.path.join(WORK, "free")
+os.makedirs(free)
+r = subprocess.run(["unshare", "-m", "sh", "-c",
+                    'mount -t tmpfs -o size=0,nr_inodes=0 none "$1" || exit 99;'
+                    ' exec "$2" run "$3" "$1/out" -q', "sh", free, TVMERGE, ok],
+                   cwd=DATA, capture_output=True, text=True, timeout=60)
+check(r.returncode in (0, 1, 99), f"tmpfs: {r.returncode} {r.stderr}")
+check(r.returncode != 1 or "unshare" in r.stderr, f"tmpfs: {r.stderr}")
 expect("no arguments", [TVMERGE], 2)
 expect("unknown option", [TVMERGE, "run", "--randomseed", "3"], 2,
        "randomseed")
