@@ -580,9 +580,10 @@ out:
     return rc;
 }
 
-/* What another merge in the output directory differs in. */
+/* What another merge in the output directory differs in; *numerics: in the
+ * BLAS core type or the device alone. */
 static const char *difference(const char *dir, const struct tvm_plan *p,
-                              char *why, size_t cap)
+                              char *why, size_t cap, bool *numerics)
 {
     char *const path = tv_path_join(dir, "tvmerge.json");
     struct tvm_record record = {.n_files = 0};
@@ -592,8 +593,10 @@ static const char *difference(const char *dir, const struct tvm_plan *p,
 
     if (path != NULL &&
         tv_file_read(path, 1u << 30, NULL, &text, &n) == TV_OK &&
-        tvm_record_parse(text, n, &record, NULL) == TV_OK)
+        tvm_record_parse(text, n, &record, NULL) == TV_OK) {
         said = tvm_identity_difference(record.identity, p->identity, why, cap);
+        *numerics = tvm_identity_numerics(record.identity, p->identity);
+    }
     tvm_record_free(&record);
     tv_free(text);
     tv_free(path);
@@ -608,6 +611,8 @@ static enum tv_err check_output(const struct tvm_stages *s,
     const struct tvm_options *const o = &storage_of(s)->options;
     const struct tvm_plan *const p = s->items[s->n - 1].plan;
     struct tvm_status status;
+    const char *said = NULL;
+    bool numerics = false;
     char why[512];
 
     if (o->out_dir == NULL || o->into != NULL || o->force || p == NULL ||
@@ -617,12 +622,18 @@ static enum tv_err check_output(const struct tvm_stages *s,
         (status.plan_hash.lo == p->hash.lo &&
          status.plan_hash.hi == p->hash.hi))
         return TV_OK;
+    said = difference(o->out_dir, p, why, sizeof(why), &numerics);
+    /* What was begun says what it differs in when it is gone on with. */
+    if (o->accept_numerics && (numerics || status.state != TVM_FINISHED))
+        return TV_OK;
     (void)tv_error_set(err, TV_E_CHANGED, "%s holds %s: %s", o->out_dir,
                        status.state == TVM_FINISHED
                            ? "the result of another merge"
                            : "an unfinished merge of another plan",
-                       difference(o->out_dir, p, why, sizeof(why)));
-    tv_error_hint(err, "--force replaces it");
+                       said);
+    tv_error_hint(err, numerics ? "--force replaces it, --accept-numerics "
+                                  "takes it as it is"
+                                : "--force replaces it");
     return TV_E_CHANGED;
 }
 

@@ -517,24 +517,31 @@ char *tvm_identity_difference(const char *before, const char *after, char *dst,
     return dst;
 }
 
-bool tvm_identity_accept(struct tvm_plan *p, struct tv_hash hash,
-                         const char *identity, bool *differs)
+bool tvm_identity_numerics(const char *before, const char *after)
 {
-    json_t *a = identity_load(identity);
-    json_t *b = identity_load(p->identity);
-    char *taken = NULL;
+    json_t *a = identity_load(before);
+    json_t *b = identity_load(after);
+    bool differs = false;
 
-    *differs = false;
     if (a && b && !json_equal(a, b)) {
         static const char *const keys[] = {"blas", "device"};
         for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
             (void)json_object_del(a, keys[i]);
             (void)json_object_del(b, keys[i]);
         }
-        *differs = json_equal(a, b);
+        differs = json_equal(a, b);
     }
     json_decref(a);
     json_decref(b);
+    return differs;
+}
+
+bool tvm_identity_accept(struct tvm_plan *p, struct tv_hash hash,
+                         const char *identity, bool *differs)
+{
+    char *taken = NULL;
+
+    *differs = tvm_identity_numerics(identity, p->identity);
     if (*differs && p->options.accept_numerics)
         taken = tv_strdup(identity);
     if (!taken)

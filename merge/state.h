@@ -54,6 +54,9 @@ TV_NODISCARD enum tv_err tvm_record_parse(const char *text, size_t n,
                                           struct tv_error *err);
 void tvm_record_free(struct tvm_record *r);
 
+/* Do two identities differ in the BLAS core type or the device, and in nothing
+ * else? */
+bool tvm_identity_numerics(const char *before, const char *after);
 /* Is what was begun the same merge, but on another BLAS core type or device?
  * *differs says so. Where the plan accepts that, it becomes the earlier one and
  * the result is true. */

@@ -6,6 +6,7 @@ A recipe of several documents: the same bytes as its documents one by one, in
 any order, killed and resumed; stages go as soon as they are used; everything
 wrong with any document is listed before anything is made.
 """
+import json
 import os
 import random
 import re
@@ -304,6 +305,28 @@ def wrong():
     check(r.returncode == 2 and "(null)" not in r.stderr, r.stderr[-300:])
 
 
+def numerics():
+    """The result of another BLAS core type is taken when that is accepted."""
+    write("tsv.yml", DOCS["first"], "merge_method: iso_c\nbase_model: first\n"
+          "models:\n- model: ft-code\n- model: ft-prose\n")
+    env = {"OPENBLAS_CORETYPE": "Nehalem"}
+    run_json(TVMERGE, "run", "tsv.yml", "out", "--json")
+    run_json(TVMERGE, "run", "tsv.yml", "other", "--json", env=env)
+    with open("out/tvmerge.json") as a, open("other/tvmerge.json") as b:
+        if json.load(a)["identity"]["blas"] == \
+                json.load(b)["identity"]["blas"]:
+            return
+    r = run(TVMERGE, "run", "tsv.yml", "out", env=env)
+    check(r.returncode == 4 and "--accept-numerics" in r.stderr, r.stderr)
+    r = run_json(TVMERGE, "run", "tsv.yml", "out", "--accept-numerics",
+                 "--json", env=env)
+    check(r["already_done"], "not taken as it is")
+    r = run(TVMERGE, "run", "tsv.yml", "out", "--accept-numerics",
+            "--random-seed", "8", env=env)
+    check(r.returncode == 4 and "seed" in r.stderr, r.stderr)
+    shutil.rmtree("out")
+
+
 def main():
     fill(os.path.join(temp(), "w"))
     want = one_by_one()
@@ -312,6 +335,7 @@ def main():
     kept()
     killed(want, 4)
     shutil.rmtree("out")
+    numerics()
     wrong()
     finish("documents")
 
