@@ -13,6 +13,8 @@
 
 #include "tv/text.h"
 
+#define N_OF(a) (sizeof(a) / sizeof((a)[0]))
+
 /* Names that mean the same part of a model of several modalities. */
 static const char *const aliases[][2] = {
     {"vision_model", "vision_tower"},
@@ -27,7 +29,7 @@ static const char *const aliases[][2] = {
 
 static bool same_module(const char *a, const char *b)
 {
-    for (size_t i = 0; i < sizeof(aliases) / sizeof(aliases[0]); i++) {
+    for (size_t i = 0; i < N_OF(aliases); i++) {
         if (strcmp(a, aliases[i][0]) == 0)
             a = aliases[i][1];
         if (strcmp(b, aliases[i][0]) == 0)
@@ -83,13 +85,30 @@ const struct tv_arch_module *plan_module_of(const struct tv_arch *a,
                : NULL;
 }
 
+/* Every name that find_module takes but prefixes of tensor names. */
 static const char *module_list(struct planner *pl, const struct tv_arch *a)
 {
     const char *list = "";
-    for (size_t i = 0; i < a->n_modules && list != NULL; i++)
-        list = tvm_arena_fmt(
-            plan_arena(pl), "%s%s%s", list, i == 0 ? "" : ", ",
-            a->modules[i].name[0] == '\0' ? "default" : a->modules[i].name);
+    for (size_t i = 0; i < a->n_modules && list != NULL; i++) {
+        const bool unnamed = a->modules[i].name[0] == '\0';
+        const char *const name = unnamed ? "text_decoder" : a->modules[i].name;
+        bool any = false;
+        list = tvm_arena_fmt(plan_arena(pl), "%s%s%s", list, i == 0 ? "" : ", ",
+                             unnamed ? "default or text_decoder" : name);
+        for (size_t k = 0; k < N_OF(aliases) && list != NULL; k++) {
+            const char *const *const two = aliases[k];
+            const char *const also = strcmp(two[0], name) == 0   ? two[1]
+                                     : same_module(two[0], name) ? two[0]
+                                                                 : NULL;
+            if (also == NULL)
+                continue;
+            list = tvm_arena_fmt(plan_arena(pl), "%s%s%s", list,
+                                 any ? ", " : " (also ", also);
+            any = true;
+        }
+        if (any && list != NULL)
+            list = tvm_arena_fmt(plan_arena(pl), "%s)", list);
+    }
     pl->oom = pl->oom || list == NULL;
     return list == NULL ? "" : list;
 }

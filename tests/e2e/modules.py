@@ -296,7 +296,8 @@ def two_stacks():
 
 WRONG = {
     "unknown module": (TEXT.replace("text_decoder", "text_encoder"), 4,
-                       "r.yml:3:3", "text_decoder"),
+                       "r.yml:3:3", "text_decoder (also language_model, "
+                       "text_model)"),
     "named twice": (TEXT + "  language_model:\n    models: [{model: a, "
                     "parameters: {weight: 1}}]\n", 2, "r.yml:7:3", "one module"),
     "range": ("merge_method: passthrough\nmodules:\n  vision_tower:\n"
@@ -338,6 +339,11 @@ def plain():
             "model: a", "model: p").replace("model: b", "model: q"))
         for n in p:
             close(out[n], 0.25 * p[n] + 0.75 * q[n], n)
+    bad, _, _ = merge(TEXT.replace("text_decoder", "vision_tower").replace(
+        "model: a", "model: p").replace("model: b", "model: q"), 4)
+    check(any("it has: default or text_decoder (also language_model, "
+              "text_model)" in x["message"] for x in bad["problems"]),
+          f"{bad['problems']}")
 
 
 def main():
