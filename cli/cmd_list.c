@@ -307,7 +307,8 @@ static enum tv_err describe(struct info *in)
     for (size_t i = 0; i < in->list->n; i++)
         names[i] = (struct tv_arch_name){.name = in->list->items[i].name,
                                          .rank = in->list->items[i].rank,
-                                         .shape = in->list->items[i].shape};
+                                         .shape = in->list->items[i].shape,
+                                         .dtype = in->list->items[i].dtype};
     if (tv_arch_describe(config, n_config, names, in->list->n, &why,
                          &in->arch) != TV_OK)
         tvc_warn(&in->c->out, "%s: %s", in->object->name, why.msg);

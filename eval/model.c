@@ -404,7 +404,7 @@ static enum tv_err describe(struct tve_model *m, struct tv_error *err)
     }
     for (size_t i = 0; i < n; i++) {
         const struct tv_input_tensor *const t = tv_input_tensor(m->in, i);
-        names[i] = (struct tv_arch_name){t->name, t->rank, t->shape};
+        names[i] = (struct tv_arch_name){t->name, t->rank, t->shape, t->dtype};
     }
     TV_TRY(tv_arch_describe(config, n_config, names, n, err, &m->arch));
     TV_TRY(tv_arch_check_plain(m->arch, tv_input_label(m->in), err));

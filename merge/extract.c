@@ -107,7 +107,7 @@ static enum tv_err side_open(struct side *s, const char *text, tv_store *store,
     }
     for (size_t i = 0; i < n; i++) {
         const struct tv_input_tensor *t = tv_input_tensor(s->in, i);
-        names[i] = (struct tv_arch_name){t->name, t->rank, t->shape};
+        names[i] = (struct tv_arch_name){t->name, t->rank, t->shape, t->dtype};
     }
     TV_TRY(tv_input_side_read(s->in, "config.json", &found, &config, &n_config,
                               err));

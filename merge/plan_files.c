@@ -271,7 +271,7 @@ static enum tv_err add_config(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
     const struct tv_arch *a = NULL;
-    struct tv_json_edit edits[4];
+    struct tv_json_edit edits[6];
     struct tv_error e;
     size_t n_edits = 0;
     size_t from = pl->st->donor;
@@ -333,6 +333,14 @@ static enum tv_err add_config(struct planner *pl)
                     "%s lm_head of its own",
                     pl->st->head_written ? "false" : "true",
                     pl->st->head_written ? "an" : "no");
+    }
+    if (a->quantized_before) {
+        const char *const keys[] = {"quantization_config",
+                                    "compression_config"};
+        for (size_t i = 0; i < N_OF(keys); i++) {
+            edits[n_edits].key = keys[i];
+            edits[n_edits++].kind = TV_EDIT_REMOVE;
+        }
     }
     if (n_edits > 0) {
         rc = tv_json_edit(data, n, edits, n_edits, &e, &edited, &n_edited);

@@ -80,6 +80,7 @@ static enum tv_err describe(struct planner *pl, struct plan_open *o,
         names[i].name = t->name;
         names[i].rank = t->rank;
         names[i].shape = t->shape;
+        names[i].dtype = t->dtype;
     }
     TV_TRY(tv_input_side_read(o->input, "config.json", &found, &config,
                               &n_config, err));
@@ -625,6 +626,13 @@ static bool refuse_quantized(struct planner *pl)
         const char *how = NULL;
         if (!pl->refs[i].usable)
             continue;
+        if (plan->inputs[i].arch->quantized_before)
+            plan_report(pl, "quantised before", 3, false, TV_OK,
+                        plan_where(pl, pl->refs[i].where),
+                        "config.json of '%s' has a quantization_config, but "
+                        "its weights are not quantised: they are taken as they "
+                        "are, and the output has no such key",
+                        plan->inputs[i].ref);
         how = plan->inputs[i].arch->quantized;
         any = any || how != NULL;
         how = how == NULL ? "" : how;

@@ -592,7 +592,8 @@ enum tv_err tv_arch_describe(const char *config, size_t n_config,
     else
         a->tied = type ? type->tied : !has_head(a);
     link_head(a);
-    quantized = tv_quantized_by(&c, names, n_names, &a->quantized_at);
+    quantized = tv_quantized_by(&c, names, n_names, &a->quantized_at,
+                                &a->quantized_before);
     if (quantized) {
         a->quantized = tv_strdup(quantized);
         if (!a->quantized) {

@@ -117,10 +117,11 @@ const char *tv_head_name(const char *model_type);
 
 /* How a checkpoint's weights are quantised, by config.json or the names; NULL:
  * they are not. Borrowed from the config, or constant. *at is the first tensor
- * that shows it, SIZE_MAX when none does. */
+ * that shows it, SIZE_MAX when none does. *before: config.json alone says so,
+ * under a top-level key, and every tensor is of floats. */
 const char *tv_quantized_by(const struct tv_config *c,
                             const struct tv_arch_name *names, size_t n,
-                            size_t *at);
+                            size_t *at, bool *before);
 
 /* The part of a model of several modalities that a tensor is in: NULL for its
  * language model, else the component's name, *n_name long. */

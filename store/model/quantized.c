@@ -6,7 +6,9 @@
  * arithmetic on them gives nonsense, even where a dtype would allow it (the
  * scales are ordinary floats). config.json says so under
  * "quantization_config"; checkpoints that lost it, or single files, still show
- * it by the names of what stands beside the codes.
+ * it by the names of what stands beside the codes. And the key stays behind
+ * when a model is dequantised and saved, as after QLoRA: where no name shows it
+ * and every tensor is of floats, the weights are weights.
  */
 #include <string.h>
 
@@ -54,7 +56,7 @@ static bool is_marked(const char *name, size_t mark)
 }
 
 /* The method that config.json names, NULL when it names none. */
-static const char *method_of(const json_t *config)
+static const char *method_of(const json_t *config, bool *nested)
 {
     static const char *const keys[] = {"quantization_config",
                                        "compression_config"};
@@ -69,6 +71,7 @@ static const char *method_of(const json_t *config)
                 json_string_value(json_object_get(q, "quant_method"));
             if (json_object_size(q) == 0)
                 continue;
+            *nested = s > 0;
             if (method)
                 return method;
             /* bitsandbytes wrote no method at first, and says what it does
@@ -84,13 +87,24 @@ static const char *method_of(const json_t *config)
     return NULL;
 }
 
+static bool all_floats(const struct tv_arch_name *names, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (!tv_dtype_is_math(names[i].dtype))
+            return false;
+    }
+    return true;
+}
+
 const char *tv_quantized_by(const struct tv_config *c,
                             const struct tv_arch_name *names, size_t n,
-                            size_t *at)
+                            size_t *at, bool *before)
 {
-    const char *const said = c->present ? method_of(c->root) : NULL;
+    bool nested = false;
+    const char *const said = c->present ? method_of(c->root, &nested) : NULL;
 
     *at = SIZE_MAX;
+    *before = false;
     for (size_t i = 0; i < n; i++) {
         for (size_t m = 0; m < sizeof(marks) / sizeof(marks[0]); m++) {
             if (!is_marked(names[i].name, m))
@@ -99,7 +113,8 @@ const char *tv_quantized_by(const struct tv_config *c,
             return said ? said : marks[m].method;
         }
     }
-    return said;
+    *before = said && !nested && n > 0 && all_floats(names, n);
+    return *before ? NULL : said;
 }
 
 enum tv_err tv_arch_check_plain(const struct tv_arch *a, const char *label,
@@ -113,7 +128,7 @@ enum tv_err tv_arch_check_plain(const struct tv_arch *a, const char *label,
                            "quantised (%s)",
                            label, a->quantized);
         tv_error_hint(
-            err, "if its tensors are plain weights after all, remove "
+            err, "if its tensors are weights after all, remove "
                  "\"quantization_config\" from its config.json; else take the "
                  "model as it was before");
         return TV_E_INPUT;

@@ -150,11 +150,30 @@ def refused():
         if not said:
             continue
         save("plain", 1, {}, None)
-        save("b", 2, {}, said)
-        p, _ = merge(pair(RECIPES["linear"], "plain", "b"), 4, True)
+        save("b", 2, {"mlp.down_proj.weight": ("F8_E4M3", (H, H))}, said)
+        p, _ = merge(pair(RECIPES["linear"], "b", "b/../b"), 4, True)
         text = " ".join(x["message"] for x in p["problems"])
         check("quantization_config" in text and "'b'" in text,
               f"{kind} by config.json alone: {text}")
+
+
+def left_behind():
+    """Weights that are floats again under a config.json that still speaks of
+    codes: merged, and the output does not say so."""
+    for kind, (_, said) in kinds().items():
+        if not said:
+            continue
+        save("a", 1, {}, said)
+        save("b", 2, {}, None)
+        for recipe in (RECIPES["linear"], RECIPES["ties"], STACK):
+            p, _ = merge(pair(recipe, "a", "b"), 0)
+            text = [x["message"] for x in p["problems"]
+                    if x["severity"] == "warning"]
+            check(sum("weights are not quantised" in t and "'a'" in t
+                      for t in text) == 1, f"{kind}: {text}")
+            with open("out/config.json") as f:
+                c = json.load(f)
+            check("quantization_config" not in c, f"{kind}: {c}")
 
 
 def equal_codes():
@@ -220,6 +239,7 @@ def main():
     os.chdir(temp())
     plain()
     refused()
+    left_behind()
     equal_codes()
     mixed()
     stacked()

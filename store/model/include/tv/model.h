@@ -96,6 +96,9 @@ struct tv_arch {        /* owned: tv_arch_free */
      * Then its tensors are codes and scales, no numbers to merge. */
     char *quantized;
     size_t quantized_at; /* tensor that shows it, SIZE_MAX: only the config */
+    /* config.json says that the weights are quantised, but all are ordinary
+     * floats: it was left behind by whoever dequantised them. */
+    bool quantized_before;
     struct tv_arch_tensor *tensors; /* in the order of names[] */
     size_t n_tensors;
     void *storage;
@@ -105,6 +108,7 @@ struct tv_arch_name { /* input of tv_arch_describe */
     const char *name;
     unsigned rank;
     const uint64_t *shape;
+    enum tv_dtype dtype; /* TV_DTYPE_NONE: not known */
 };
 
 /* config may be NULL (a single file): then everything is inferred. CORRUPT for
