@@ -88,14 +88,37 @@ static enum tv_err read_texts(struct tvc_compare *p)
     for (size_t i = 0; i < o->n_texts; i++) {
         rc = tv_file_read(o->texts[i], UINT64_C(1) << 34, &p->c->err,
                           &p->text[i], &p->text_bytes[i]);
-        if (rc != TV_OK) {
-            tv_error_context(&p->c->err, "--text");
+        if (rc == TV_E_NOMEM)
             goto out;
+        if (rc != TV_OK) { /* listed with whatever else is wrong */
+            tvm_problem_add(&p->problems, true, rc, "--text", "%s",
+                            p->c->err.msg);
+            tv_error_clear(&p->c->err);
+            rc = TV_OK;
+            continue;
         }
         p->text_hash[i] = tv_hash128(p->text[i], p->text_bytes[i]);
     }
 out:
     return rc;
+}
+
+/* Can the models be scored on the texts? With other problems it is one more. */
+static enum tv_err check_models(struct tvc_compare *p)
+{
+    struct tv_error *err = &p->c->err;
+    const bool others = p->problems.n_errors > 0;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < p->opts->n_texts; i++)
+        if (!p->text[i])
+            return TV_OK;
+    rc = tvc_compare_models(p);
+    if (rc == TV_OK || !others || rc == TV_E_NOMEM || rc == TV_E_INTERRUPTED)
+        return rc;
+    tvm_problem_add(&p->problems, true, rc, "", "%s", err->msg);
+    tv_error_clear(err);
+    return TV_OK;
 }
 
 /* An OUT that holds something else is not ours to fill. */
@@ -186,9 +209,9 @@ static enum tv_err begin(struct tvc_compare *p)
     TV_TRY(open_store(p));
     TV_TRY(check_place(p));
     TV_TRY(tvc_compare_collect(p));
+    TV_TRY(check_models(p));
     if (p->problems.n_errors > 0)
         goto out;
-    TV_TRY(tvc_compare_models(p));
     TV_TRY(tv_dir_make(p->state, &c->err));
     TV_TRY(take_lock(p));
     TV_TRY(open_shared(p));

@@ -41,6 +41,7 @@ struct compare_opts {
     size_t n_methods;
     enum keep keep;
     bool store_given;
+    bool default_methods; /* nobody asked for others */
 };
 
 enum entry_kind { ENTRY_BASE = 0, ENTRY_DONOR, ENTRY_MERGE };
@@ -54,6 +55,7 @@ struct entry { /* a line of the table */
     const char *recipe;    /* borrowed from the command line */
     const char *as_method; /* merge_method instead of the recipe's, or NULL */
     const char *as_sparsify;
+    bool keeps_all; /* named after a way to sparsify, but density is 1 */
     struct tv_hash plan, key;
     json_t *record; /* NULL: nothing is known yet */
 };

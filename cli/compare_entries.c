@@ -97,9 +97,13 @@ enum tv_err tvc_compare_plan(struct tvc_compare *p, const struct entry *e,
 }
 
 /* Takes over what is new of a recipe's problems: several methods over one
- * recipe have most of them in common. */
-static void keep_problems(struct tvc_compare *p, const struct tvm_problems *of)
+ * recipe have most of them in common. method: the one that it is merged by
+ * though the recipe does not say so; NULL: as it is written. */
+static void keep_problems(struct tvc_compare *p, const struct tvm_problems *of,
+                          const char *method)
 {
+    char whose[160] = "";
+
     for (size_t i = 0; i < of->n; i++) {
         const struct tvm_problem *x = &of->items[i];
         bool known = false;
@@ -110,11 +114,17 @@ static void keep_problems(struct tvc_compare *p, const struct tvm_problems *of)
         }
         if (known)
             continue;
+        if (method && x->is_error)
+            (void)snprintf(whose, sizeof whose, " (merged by %.64s%s)", method,
+                           p->opts->default_methods
+                               ? ", a method of the default list: --methods "
+                                 "names others"
+                               : "");
         if (x->is_note)
             tvm_problem_note(&p->problems, x->where, "%s", x->message);
         else
-            tvm_problem_add(&p->problems, x->is_error, x->code, x->where, "%s",
-                            x->message);
+            tvm_problem_add(&p->problems, x->is_error, x->code, x->where,
+                            "%s%s", x->message, x->is_error ? whose : "");
     }
 }
 
@@ -159,6 +169,36 @@ static const char *label_of(const struct tvm_plan *plan, char *dst, size_t cap)
     }
     (void)snprintf(dst, cap, "%s", plan->method_name);
     return dst;
+}
+
+/* Does the method leave something out, and is it told to keep all? */
+static bool keeps_all(const struct tvm_plan *plan)
+{
+    const char *chosen = tvm_plan_choice(plan, "sparsify");
+    const char *pattern = tvm_plan_choice(plan, "pattern");
+    struct tvm_method_info info;
+    size_t at = 0;
+
+    if ((chosen && strcmp(chosen, "none") == 0) ||
+        (pattern && strcmp(pattern, "none") != 0))
+        return false;
+    for (size_t i = 0; i < plan->n_tensors; i++) {
+        const struct tvm_tensor *t = &plan->tensors[i];
+        if (t->action != TVM_MERGE || !t->method)
+            continue;
+        tvm_method_info(t->method, &info);
+        at = 0;
+        while (at < info.n_params &&
+               strcmp(info.params[at].name, "density") != 0)
+            at++;
+        if (at == info.n_params)
+            return false;
+        for (size_t s = 0; s < t->n_sources; s++)
+            if ((int)s != t->base &&
+                t->per_source[s * info.n_params + at] < 1.0)
+                return false;
+    }
+    return true;
 }
 
 static void hash_settings(const struct tvc_compare *p, struct tv_buf *b)
@@ -251,7 +291,7 @@ static enum tv_err add_merge(struct tvc_compare *p, const char *recipe,
     char label[96];
 
     TV_TRY(tvc_compare_plan(p, &probe, p->opts->options.quota_bytes, &m));
-    keep_problems(p, &m.problems);
+    keep_problems(p, &m.problems, method);
     if (m.problems.n_errors > 0 || !m.plan)
         goto out;
     if (models_too)
@@ -274,6 +314,7 @@ static enum tv_err add_merge(struct tvc_compare *p, const char *recipe,
         goto out;
     }
     (void)label_of(m.plan, label, sizeof label);
+    e->keeps_all = strcmp(label, m.plan->method_name) != 0 && keeps_all(m.plan);
     if (name_taken(p, label)) {
         char *stem = stem_of(recipe);
         char both[192];
@@ -294,11 +335,14 @@ enum tv_err tvc_compare_collect(struct tvc_compare *p)
     enum tv_err rc = TV_OK;
     struct compare_opts *o = p->opts;
     struct tvc *c = p->c;
+    const size_t before = p->problems.n_errors; /* of texts */
 
-    if (o->n_methods == 0 && c->n_pos == 1)
+    if (o->n_methods == 0 && c->n_pos == 1) {
+        o->default_methods = true;
         TV_TRY(tvc_compare_methods(c, tvm_method_find("sparsegpt_ties")
                                           ? TVC_COMPARE_METHODS
                                           : "ties,dare_ties"));
+    }
     /* Models and plain task arithmetic of every recipe that has a base. */
     for (size_t i = 0; i < c->n_pos; i++) {
         struct tvc_merge m = {0};
@@ -306,7 +350,7 @@ enum tv_err tvc_compare_collect(struct tvc_compare *p)
         bool based = false;
         rc = tvc_compare_plan(p, &probe, 0, &m);
         if (rc == TV_OK) {
-            keep_problems(p, &m.problems);
+            keep_problems(p, &m.problems, NULL);
             if (m.problems.n_errors == 0 && m.plan) {
                 based = base_of(m.plan) >= 0;
                 rc = add_models(p, m.plan);
@@ -319,7 +363,7 @@ enum tv_err tvc_compare_collect(struct tvc_compare *p)
             TV_TRY(add_merge(p, c->pos[i], "task_arithmetic", "none", false));
         }
     }
-    if (p->problems.n_errors > 0)
+    if (p->problems.n_errors > before)
         goto out;
     for (size_t i = 0; i < o->n_methods; i++)
         TV_TRY(add_merge(p, c->pos[0], o->methods[i].method,

@@ -50,6 +50,7 @@ static json_t *row_json(const struct tvc_compare *p, const struct entry *e)
         (void)json_object_set_new(row, "recipe", tvc_json_string(e->recipe));
         (void)json_object_set_new(row, "out",
                                   kept ? tvc_json_string(e->dir) : json_null());
+        (void)json_object_set_new(row, "keeps_all", json_boolean(e->keeps_all));
     }
     (void)json_object_update(row, e->record);
     (void)json_object_del(row, "key");
@@ -126,6 +127,10 @@ static void line(struct tv_buf *b, const struct entry *e)
         cell(b, e->ref);
     } else if (e->kind == ENTRY_DONOR) {
         cell(b, e->ref);
+    } else if (e->keeps_all) {
+        char both[160];
+        (void)snprintf(both, sizeof both, "%.140s (density 1)", e->name);
+        cell(b, both);
     } else {
         cell(b, e->name);
     }
@@ -163,6 +168,13 @@ static void table(const struct tvc_compare *p, struct tv_buf *b)
                    (long long)json_integer_value(json_object_get(r, "bos")));
     else
         tv_buf_str(b, "no BOS.\n");
+    for (size_t i = 0; i < p->n_entries; i++) {
+        if (!p->entries[i].keeps_all)
+            continue;
+        tv_buf_str(b, "(density 1): the recipe names no density below 1, so "
+                      "nothing is left out, however it is chosen.\n");
+        break;
+    }
 }
 
 static enum tv_err save(const struct tvc_compare *p, const char *name,

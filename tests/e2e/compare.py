@@ -223,7 +223,8 @@ def refused(tmp):
     check("ties_importance" in r.stderr, f"no suggestion: {r.stderr}")
     run(*base, "r.yml", "-o", "out", *text, "--methods", "ties", cwd=d, code=2)
     run(*base, "-o", "out", *text, "--keep", "some", cwd=d, code=2)
-    run(*base, "-o", "out", "--text", "none.txt", cwd=d, code=4)
+    run(*base, "-o", "out", "--text", "none.txt", "--methods", "ties", cwd=d,
+        code=4)
     run(*base, "-o", "base", *text, "--methods", "ties", cwd=d, code=4)
     run(TVMERGE, "compare", "none.yml", "-o", "out", *text, cwd=d, code=4)
     run(*base, "-o", "out", *text, "--methods", "ties", "--quota", "1MB",
@@ -283,7 +284,26 @@ def calibrated(tmp):
                             ("base+lora-jargon", "prose"))
              for x in ("--text", f"{m}={t}.txt")]
     r = run(TVMERGE, "compare", "r.yml", "-o", "out", *args, cwd=d, code=2)
-    check("no calibration text for 'ft-prose'" in r.stderr, r.stderr)
+    check("no calibration text for 'ft-prose'" in r.stderr and
+          r.stderr.count("merged by sparsegpt_ties, a method of the default "
+                         "list: --methods") == 3, r.stderr)
+    # Whatever else is wrong shows at once.
+    with open(os.path.join(d, "latin.txt"), "wb") as f:
+        f.write(b"caf\xe9 au lait. " * 300)
+    for texts, what, n in ((("none.txt", "nor.txt"),
+                            ("cannot open none.txt", "cannot open nor.txt"), 5),
+                           (("latin.txt",), ("latin.txt: the text is not "
+                                             "UTF-8",), 4)):
+        more = [x for t in texts for x in ("--text", t)]
+        r = run(TVMERGE, "compare", "r.yml", "-o", "bad", *args[:-1], *more,
+                cwd=d, code=2)
+        check(all(w in r.stderr for w in what) and
+              "no calibration text for" in r.stderr and
+              f"{n} problems" in r.stderr, r.stderr)
+        r = run(TVMERGE, "compare", "r.yml", "-o", "bad", *args[:-1], *more,
+                *tasks, cwd=d, code=4 if len(texts) > 1 else 12)
+        check(all(w in r.stderr for w in what), r.stderr)
+    check(not os.path.exists(os.path.join(d, "bad")), "nothing is written")
     doc = run_json(TVMERGE, "compare", "r.yml", "-o", "out", *args, *tasks,
                    cwd=d)
     got = [r["name"] for r in doc["rows"] if r["kind"] == "merge"]
@@ -295,6 +315,19 @@ def calibrated(tmp):
                      cwd=d)
     check(alone["digest"] == rows(doc)["ties_sparsegpt"]["digest"],
           "sparsegpt_ties: compare and run give different models")
+    # Where nothing is left out the names say too much, and the table so.
+    check(not any(r.get("keeps_all") for r in doc["rows"]), "densities")
+    with open(os.path.join(d, "n.yml"), "w") as f:
+        f.write(RECIPE.format(0.6, "ties").replace(", density: 0.4", ""))
+    argv = [TVMERGE, "compare", "n.yml", "-o", "dense", "--methods",
+            "ties,sparsegpt_ties,tsv", *args]
+    doc = run_json(*argv, cwd=d)
+    check([r["keeps_all"] for r in doc["rows"] if r["kind"] == "merge"] ==
+          [False, True, True, False], "no density")
+    r = run(*argv[:-1], cwd=d, code=0)
+    check("| ties_sparsegpt (density 1) |" in r.stdout and
+          "| tsv |" in r.stdout and "names no density below 1" in r.stdout,
+          r.stdout)
     # Several recipes are what they say they are; methods are what their names
     # say.
     for name, method, sparsify in (("a", "task_arithmetic", "random"),
