@@ -45,8 +45,22 @@ static const struct tvm_param params[N_PARAMS] = {
 #define BLOCKS_PER_LEAF (TVK_LEAF / TVM_BLOCK)
 #define BLOCK_WORDS     (TVM_BLOCK / 64)
 #define SUM_MIN         1e-6
+/* A range of eight buckets of HIGH: squares of magnitudes are twice as far
+ * apart as those (method_gta.c). */
+#define RANGE_WIDTH     (UINT32_C(8) << 15)
+#define RANGE_ELEMS_MIN ((uint64_t)2 << 20)
+#define SAMPLE_ELEMS    ((uint64_t)8 << 20) /* fewer: sampled twice as densely */
+#define SAMPLE          (TVM_BLOCK / 16)
+#define N_ATOMS         tvm_atoms(RANGE_WIDTH)
 
-enum step { STEP_HIGH, STEP_LOW, STEP_COUNT, STEP_SQUARES };
+enum step {
+    STEP_SAMPLE,
+    STEP_RANGE,
+    STEP_HIGH,
+    STEP_LOW,
+    STEP_COUNT,
+    STEP_SQUARES
+};
 enum keep { KEEP_ALL, KEEP_NONE, KEEP_TOP };
 
 struct sce_state {
@@ -54,10 +68,12 @@ struct sce_state {
     enum keep keep;
     size_t n_donors;
     uint64_t k;
-    uint32_t hi, pattern;
+    uint32_t hi, pattern, first; /* first: of the range */
     uint64_t eq_limit;
     double weight[TVK_DONORS_MAX];
-    uint32_t *hist;    /* [n_workers][TVK_HIST_HI] */
+    uint32_t *hist;    /* [n_workers][hist_words] */
+    uint32_t *atoms;   /* [n_tiles][N_ATOMS], with a sample */
+    uint64_t *above;   /* [n_workers]: over the range */
     uint64_t *nonzero; /* [n_workers] */
     uint64_t *eq;      /* [n_tiles]: count, then prefix */
     uint64_t *eq_seen; /* [n_workers] */
@@ -79,6 +95,17 @@ static int fold(const struct tvm_tensor *t)
     return -1;
 }
 
+static bool takes_sample(const struct tvm_job *job)
+{
+    return job->tensor->n_elems >= RANGE_ELEMS_MIN;
+}
+
+/* Of one worker. */
+static size_t hist_words(const struct tvm_job *job)
+{
+    return takes_sample(job) ? RANGE_WIDTH : TVK_HIST_HI;
+}
+
 static size_t lay_out(const struct tvm_job *job, void *base,
                       struct sce_state *st)
 {
@@ -88,7 +115,11 @@ static size_t lay_out(const struct tvm_job *job, void *base,
 
     (void)tvm_carve(&c, 1, sizeof *st);
     if (keep_of(job->tensor) == KEEP_TOP) {
-        st->hist = tvm_carve(&c, w * TVK_HIST_HI, sizeof *st->hist);
+        st->hist = tvm_carve(&c, w * hist_words(job), sizeof *st->hist);
+        if (takes_sample(job))
+            st->atoms =
+                tvm_carve(&c, job->n_tiles * N_ATOMS, sizeof *st->atoms);
+        st->above = tvm_carve(&c, w, sizeof *st->above);
         st->nonzero = tvm_carve(&c, w, sizeof *st->nonzero);
         st->eq = tvm_carve(&c, (size_t)job->n_tiles, sizeof *st->eq);
         st->eq_seen = tvm_carve(&c, w, sizeof *st->eq_seen);
@@ -122,38 +153,64 @@ static bool is_compat(const struct tvm_job *job)
 
 /* ---- passes -------------------------------------------------------------- */
 
-/* Returns true when the lower bits of the threshold are to be found. */
-static bool after_high(struct tvm_job *job, struct sce_state *st)
+static const uint32_t *joined(const struct tvm_job *job, uint32_t n_buckets)
+{
+    const struct sce_state *st = job->state;
+
+    tvm_hist_join(st->hist, hist_words(job), job->n_workers, n_buckets);
+    return st->hist;
+}
+
+static void clear_hist(const struct tvm_job *job)
+{
+    const struct sce_state *st = job->state;
+
+    memset(st->hist, 0, job->n_workers * hist_words(job) * sizeof *st->hist);
+}
+
+/* How many of so many variances are kept. */
+static uint64_t share_of(const struct tvm_job *job, uint64_t nonzero)
+{
+    const double top = tvm_shared(job->tensor, P_TOPK);
+
+    return is_compat(job) ? (uint64_t)((float)nonzero * (float)top)
+                          : (uint64_t)((double)nonzero * top);
+}
+
+/* Sets how many are kept; false when none is. */
+static bool find_k(const struct tvm_job *job, struct sce_state *st)
 {
     uint64_t nonzero = 0;
-    uint64_t count = 0;
 
     for (unsigned w = 0; w < job->n_workers; w++)
         nonzero += st->nonzero[w];
-    const double top = tvm_shared(job->tensor, P_TOPK);
-    st->k = is_compat(job) ? (uint64_t)((float)nonzero * (float)top)
-                           : (uint64_t)((double)nonzero * top);
-    if (st->k == 0) {
+    st->k = share_of(job, nonzero);
+    if (st->k == 0)
         st->keep = KEEP_NONE;
-        return false;
-    }
-    tvm_hist_join(st->hist, TVK_HIST_HI, job->n_workers, TVK_HIST_HI);
-    st->hi = tvm_hist_find(st->hist, TVK_HIST_HI, &st->k, &count);
-    st->pattern = st->hi << 15;
-    st->eq_limit = UINT64_MAX;
-    memset(st->hist, 0,
-           job->n_workers * (size_t)TVK_HIST_HI * sizeof *st->hist);
-    return st->k < count;
+    return st->k > 0;
 }
 
-/* Returns true when only some of the entries at the threshold are kept. */
-static bool after_low(struct tvm_job *job, struct sce_state *st)
+/* Returns true when there is a range to look into. */
+static bool after_sample(const struct tvm_job *job, struct sce_state *st)
 {
-    uint64_t count = 0;
+    const uint32_t *hist = joined(job, TVK_HIST_HI);
+    uint64_t nonzero = 0;
 
-    tvm_hist_join(st->hist, TVK_HIST_HI, job->n_workers, TVK_HIST_LO);
-    st->pattern |= tvm_hist_find(st->hist, TVK_HIST_LO, &st->k, &count);
-    if (st->k == count || st->pattern == 0)
+    for (size_t i = 1; i < TVK_HIST_HI; i++)
+        nonzero += hist[i];
+    const bool found =
+        tvm_range_find(hist, share_of(job, nonzero), RANGE_WIDTH, &st->first);
+    clear_hist(job);
+    return found;
+}
+
+/* Takes note of a threshold, `count` entries of which st->k are still to be
+ * kept. Returns true when these are only some: which, is to be found. */
+static bool set_pattern(struct sce_state *st, uint32_t pattern, uint64_t count)
+{
+    st->pattern = pattern;
+    st->eq_limit = UINT64_MAX;
+    if (st->k == count || pattern == 0)
         return false;
     st->eq_limit = st->k;
     return true;
@@ -168,6 +225,62 @@ static void after_count(const struct tvm_job *job, struct sce_state *st)
         st->eq[i] = before;
         before += here;
     }
+}
+
+/* Returns the step to follow. */
+static enum step after_range(const struct tvm_job *job, struct sce_state *st)
+{
+    const uint32_t *hist = joined(job, RANGE_WIDTH);
+    uint64_t above = 0;
+    uint64_t within = 0;
+    uint64_t count = 0;
+    size_t atom = 0;
+
+    if (!find_k(job, st))
+        return STEP_SQUARES;
+    for (unsigned w = 0; w < job->n_workers; w++)
+        above += st->above[w];
+    for (size_t i = 0; i < RANGE_WIDTH; i++)
+        within += hist[i];
+    if (st->k <= above || st->k > above + within) {
+        memset(st->nonzero, 0, job->n_workers * sizeof *st->nonzero);
+        clear_hist(job);
+        return STEP_HIGH;
+    }
+    st->k -= above;
+    const uint32_t at = tvm_hist_find(hist, RANGE_WIDTH, &st->k, &count);
+    if (!set_pattern(st, st->first + at, count))
+        return STEP_SQUARES;
+    if (!tvm_atom_find(st->first, st->pattern, &atom))
+        return STEP_COUNT;
+    for (size_t i = 0; i < (size_t)job->n_tiles; i++)
+        st->eq[i] = st->atoms[i * N_ATOMS + atom];
+    after_count(job, st);
+    return STEP_SQUARES;
+}
+
+static enum step after_high(const struct tvm_job *job, struct sce_state *st)
+{
+    uint64_t count = 0;
+
+    if (!find_k(job, st))
+        return STEP_SQUARES;
+    st->hi =
+        tvm_hist_find(joined(job, TVK_HIST_HI), TVK_HIST_HI, &st->k, &count);
+    st->pattern = st->hi << 15;
+    st->eq_limit = UINT64_MAX;
+    clear_hist(job);
+    return st->k < count ? STEP_LOW : STEP_SQUARES;
+}
+
+static enum step after_low(const struct tvm_job *job, struct sce_state *st)
+{
+    uint64_t count = 0;
+    const uint32_t low =
+        tvm_hist_find(joined(job, TVK_HIST_LO), TVK_HIST_LO, &st->k, &count);
+
+    return set_pattern(st, st->pattern | low, count) ? STEP_COUNT
+                                                     : STEP_SQUARES;
 }
 
 static void after_squares(const struct tvm_job *job, struct sce_state *st)
@@ -217,25 +330,29 @@ static bool next_phase(struct tvm_job *job)
         if (st->n_donors == 0 || st->keep == KEEP_NONE)
             return false;
         st->step = st->keep == KEEP_TOP ? STEP_HIGH : STEP_SQUARES;
+        if (st->keep == KEEP_TOP && takes_sample(job)) {
+            st->step = STEP_SAMPLE;
+            job->sample =
+                job->tensor->n_elems < SAMPLE_ELEMS ? 2 * SAMPLE : SAMPLE;
+        }
         return true;
     }
     switch (st->step) {
+    case STEP_SAMPLE:
+        st->step = after_sample(job, st) ? STEP_RANGE : STEP_HIGH;
+        break;
+    case STEP_RANGE:
+        st->step = after_range(job, st);
+        break;
     case STEP_HIGH:
-        if (after_high(job, st)) {
-            st->step = STEP_LOW;
-            return true;
-        }
-        if (st->keep == KEEP_NONE)
-            return false;
+        st->step = after_high(job, st);
         break;
     case STEP_LOW:
-        if (after_low(job, st)) {
-            st->step = STEP_COUNT;
-            return true;
-        }
+        st->step = after_low(job, st);
         break;
     case STEP_COUNT:
         after_count(job, st);
+        st->step = STEP_SQUARES;
         break;
     case STEP_SQUARES:
         if (is_compat(job))
@@ -244,8 +361,7 @@ static bool next_phase(struct tvm_job *job)
             after_squares(job, st);
         return false;
     }
-    st->step = STEP_SQUARES;
-    return true;
+    return st->keep != KEEP_NONE;
 }
 
 /* ---- tiles --------------------------------------------------------------- */
@@ -256,6 +372,10 @@ static void tile_begin(struct tvm_job *job, struct tvm_tile *tile)
 
     if (st->keep == KEEP_TOP && st->step == STEP_SQUARES)
         st->eq_seen[tile->worker] = st->eq[tile->tile];
+    if (st->step == STEP_RANGE)
+        tvm_atoms_begin(st->atoms + (size_t)tile->tile * N_ATOMS,
+                        st->hist + (size_t)tile->worker * RANGE_WIDTH,
+                        st->first, RANGE_WIDTH);
 }
 
 /* Population variances of rounded task vectors, and rounded. */
@@ -312,19 +432,14 @@ static void squares(const struct tvm_job *job, const struct tvm_tile *tile,
     for (size_t j = 0; j < st->n_donors; j++) {
         double *block =
             st->block + (tile->worker * st->n_donors + j) * BLOCKS_PER_LEAF;
-        struct tvk_dots dots;
-        if (is_compat(job))
-            tvm_compat_sub(job, d, x[j], base, n);
-        else
-            job->k->delta(d, x[j], base, n);
-        if (mask)
-            job->k->keep(d, mask, n);
         if (is_compat(job)) {
+            tvm_compat_sub(job, d, x[j], base, n);
+            if (mask)
+                job->k->keep(d, mask, n);
             tvm_compat_mul(job, d, d, d, n);
             block[in_leaf] = tvm_compat_total(d, n);
         } else {
-            job->k->dots(&dots, d, d, n);
-            block[in_leaf] = dots.aa;
+            block[in_leaf] = job->k->square_sum(x[j], base, mask, n);
         }
         if (in_leaf + 1 == BLOCKS_PER_LEAF ||
             tile->start + n == job->tensor->n_elems)
@@ -345,14 +460,24 @@ static void measure(struct tvm_job *job, struct tvm_tile *tile,
 
     (void)tvm_donors(job->tensor, x, d);
     if (st->keep == KEEP_TOP) {
-        hist = st->hist + (size_t)tile->worker * TVK_HIST_HI;
+        hist = st->hist + (size_t)tile->worker * hist_words(job);
         spread(job, base, d, v, n);
     }
     switch (st->step) {
-    case STEP_HIGH:
+    case STEP_SAMPLE:
         job->k->hist_hi(hist, v, NULL, n);
-        for (size_t i = 0; i < n; i++)
-            st->nonzero[tile->worker] += v[i] != 0.0f;
+        break;
+    case STEP_RANGE:
+        st->nonzero[tile->worker] += n - job->k->count_eq(v, NULL, 0, n);
+        st->above[tile->worker] +=
+            job->k->hist_range(hist, st->first, RANGE_WIDTH, v, NULL, n);
+        if (tile->start + n == tile->first + tile->n)
+            tvm_atoms_end(st->atoms + (size_t)tile->tile * N_ATOMS, hist,
+                          st->first, RANGE_WIDTH);
+        break;
+    case STEP_HIGH:
+        st->nonzero[tile->worker] += n - job->k->count_eq(v, NULL, 0, n);
+        job->k->hist_hi(hist, v, NULL, n);
         break;
     case STEP_LOW:
         job->k->hist_lo(hist, st->hi, v, NULL, n);

@@ -50,8 +50,24 @@ static double abs_sum(const float *x, const float *b, const uint64_t *mask,
     return tvk_lanes_sum(lane);
 }
 
+static double square_sum(const float *x, const float *b, const uint64_t *mask,
+                         size_t n)
+{
+    double lane[TVK_LANES] = {0};
+
+    assert(n <= TVK_LEAF);
+    for (size_t i = 0; i < n; i++) {
+        if (mask != NULL && !(mask[i >> 6] >> (i & 63) & 1u))
+            continue;
+        const float d = b != NULL ? x[i] - b[i] : x[i];
+        lane[i % TVK_LANES] += (double)d * (double)d;
+    }
+    return tvk_lanes_sum(lane);
+}
+
 void tvk_ref_dots(struct tvk_table *t)
 {
+    t->square_sum = square_sum;
     t->dots = dots;
     t->abs_sum = abs_sum;
 }

@@ -35,5 +35,6 @@ void tvk_avx512_dots(struct tvk_table *t);
 void tvk_avx512_stats(struct tvk_table *t);
 void tvk_avx512_lowrank(struct tvk_table *t);
 void tvk_avx512_rank(struct tvk_table *t);
+void tvk_avx512_variance(struct tvk_table *t);
 
 #endif

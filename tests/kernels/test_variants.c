@@ -762,6 +762,12 @@ static void one_reduction(const struct tvk_table *k, const struct place *p)
     ref()->dots(&expected, px, px, p->n);
     same_dots(k, p, &got, &expected);
 
+    same_double("square_sum", k, p, k->square_sum(x, b, NULL, p->n),
+                ref()->square_sum(px, pb, NULL, p->n));
+    same_double("square_sum mask", k, p, k->square_sum(x, NULL, mask, p->n),
+                ref()->square_sum(px, NULL, pm, p->n));
+    same_double("square_sum base mask", k, p, k->square_sum(x, b, mask, p->n),
+                ref()->square_sum(px, pb, pm, p->n));
     same_double("abs_sum", k, p, k->abs_sum(x, NULL, NULL, p->n),
                 ref()->abs_sum(px, NULL, NULL, p->n));
     same_double("abs_sum base", k, p, k->abs_sum(x, b, NULL, p->n),

@@ -305,6 +305,64 @@ static void sce_weighs_by_energy(void **state)
     expect(&f, want);
 }
 
+/* Opposite task vectors: variances are squares, all votes 0, which counts as
+ * positive. Heads of blocks are what a selection may take a sample of. */
+static float step_of_one, step_of_heads;
+
+static float step_at(uint64_t i)
+{
+    const float v = i % 3 == 0 ? 0.0f : i % 5 == 1 ? 2.0f : 1.0f;
+    return v * step_of_one * (i % 2048 < 256 ? step_of_heads : 1.0f);
+}
+
+static float opposite_steps(size_t model, size_t tensor, uint64_t i)
+{
+    (void)tensor;
+    return model == 0 ? 0.0f : model == 1 ? step_at(i) : -step_at(i);
+}
+
+static void check_steps(float one, float heads)
+{
+    static const struct fx_tensor large[] = {{"w", TV_F32, 2, {2100, 1000}}};
+    const struct fx_param p[] = {{"select_topk", FX_ALL, 0.5}};
+    struct fx f;
+    uint64_t n = 0;
+    uint64_t n_nonzero = 0;
+    uint64_t n_above = 0;
+
+    step_of_one = one;
+    step_of_heads = heads;
+    fx_open(&f);
+    for (size_t i = 0; i < 3; i++)
+        fx_model(&f, large, 1, opposite_steps);
+    fx_plan(&f, "sce", 0, p, 1, TV_DTYPE_NONE);
+    f.plan.options.threads = 3;
+    float *y = fx_merged(&f, "w", &n);
+    for (uint64_t i = 0; i < n; i++) {
+        n_nonzero += step_at(i) != 0.0f;
+        n_above += step_at(i) > one;
+    }
+    uint64_t left = (uint64_t)((double)n_nonzero * 0.5) - n_above;
+    for (uint64_t i = 0; i < n; i++) {
+        const float v = step_at(i);
+        const bool in = v > one || (v == one && left > 0);
+        left -= v == one && left > 0;
+        if (y[i] != (in ? v : 0.0f))
+            fail_msg("element %llu of %g: %g", (unsigned long long)i, (double)v,
+                     (double)y[i]);
+    }
+    tv_free(y);
+    fx_close(&f);
+}
+
+static void sce_of_equal_variances(void **state)
+{
+    (void)state;
+    check_steps(1.0f, 1.0f);
+    check_steps(1.1f, 1.0f);     /* no atom (select.h) */
+    check_steps(1.0f, 0x1p-10f); /* a sample that misleads */
+}
+
 static void model_stock_by_tensor_and_row(void **state)
 {
     /* Two donors. Tensor: <d1, d2> = 1 + 4, norms sqrt 14 and sqrt 22. Rows:
@@ -843,6 +901,7 @@ int main(void)
         cmocka_unit_test(ramplus_raises_what_is_alone),
         cmocka_unit_test(sce_selects_weighs_and_erases),
         cmocka_unit_test(sce_weighs_by_energy),
+        cmocka_unit_test(sce_of_equal_variances),
         cmocka_unit_test(model_stock_by_tensor_and_row),
         cmocka_unit_test(nuslerp_by_tensor_row_and_column),
         cmocka_unit_test(nuslerp_of_opposite_columns_stays_between),

@@ -242,6 +242,9 @@ struct tvk_table {
      * lanes as in dots. */
     double (*abs_sum)(const float *x, const float *b, const uint64_t *mask,
                       size_t n);
+    /* The same of the squares of fp32(x-b). */
+    double (*square_sum)(const float *x, const float *b, const uint64_t *mask,
+                         size_t n);
     /* Elements that are NaN or infinite. */
     uint64_t (*count_nonfinite)(const float *x, size_t n);
     /* One leaf; sums in lanes as in dots. */

@@ -86,8 +86,32 @@ static double abs_sum(const float *x, const float *b, const uint64_t *mask,
     return lanes_total(sum);
 }
 
+static double square_sum(const float *x, const float *b, const uint64_t *mask,
+                         size_t n)
+{
+    __m256d sum[4];
+
+    assert(n <= TVK_LEAF);
+    for (size_t v = 0; v < 4; v++)
+        sum[v] = _mm256_setzero_pd();
+    for (size_t i = 0; i < n; i += 8) {
+        const size_t count = n - i < 8 ? n - i : 8;
+        __m256 d = load8(count, x + i);
+        if (b != NULL)
+            d = _mm256_sub_ps(d, load8(count, b + i));
+        if (mask != NULL)
+            d = _mm256_and_ps(
+                d, _mm256_castsi256_ps(spread8(tvk_mask_8(mask, i))));
+        __m256d *const s = sum + (i & 8) / 4;
+        s[0] = add_product(s[0], low4(d), low4(d));
+        s[1] = add_product(s[1], high4(d), high4(d));
+    }
+    return lanes_total(sum);
+}
+
 void tvk_avx2_dots(struct tvk_table *t)
 {
+    t->square_sum = square_sum;
     t->dots = dots;
     t->abs_sum = abs_sum;
 }

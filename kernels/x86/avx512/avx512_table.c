@@ -15,4 +15,5 @@ void tvk_row_avx512(struct tvk_table *t)
     tvk_avx512_stats(t);
     tvk_avx512_lowrank(t);
     tvk_avx512_rank(t);
+    tvk_avx512_variance(t);
 }

@@ -60,8 +60,28 @@ static double abs_sum(const float *x, const float *b, const uint64_t *mask,
     return lanes_total(lo, hi);
 }
 
+static double square_sum(const float *x, const float *b, const uint64_t *mask,
+                         size_t n)
+{
+    __m512d lo = _mm512_setzero_pd(), hi = lo;
+
+    assert(n <= TVK_LEAF);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        __m512 d = _mm512_maskz_loadu_ps(lanes, x + i);
+        if (b != NULL)
+            d = _mm512_sub_ps(d, _mm512_maskz_loadu_ps(lanes, b + i));
+        if (mask != NULL)
+            d = _mm512_maskz_mov_ps(tvk_mask_16(mask, i), d);
+        lo = _mm512_fmadd_pd(low8(d), low8(d), lo);
+        hi = _mm512_fmadd_pd(high8(d), high8(d), hi);
+    }
+    return lanes_total(lo, hi);
+}
+
 void tvk_avx512_dots(struct tvk_table *t)
 {
+    t->square_sum = square_sum;
     t->dots = dots;
     t->abs_sum = abs_sum;
 }
