@@ -282,7 +282,8 @@ TV_NODISCARD enum tv_err tve_walk_admit(tve_model *m,
                                         uint64_t reserve, struct tv_error *err);
 struct tve_scratch; /* tv/calibrate.h */
 /* At most so many bytes of scratch files, for n windows of `context` ids, also
- * where less is reserved: residual streams, and one batch beside them. `look`:
+ * where less is reserved: residual streams, and one batch beside them; bytes of
+ * heap for all that takes, the reserve counted. `look`:
  * there will be calls of tve_walk_look. */
 void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
                       uint64_t reserve, uint64_t most, bool look,

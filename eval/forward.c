@@ -964,6 +964,13 @@ void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
         h > most ? budget : budget - (h < budget / 2 ? h : budget / 2);
     out->streams = h > budget / 2 || h > most ? whole_pages(h) : 0;
     out->batch = group > rest ? whole_pages(group) : 0;
+    /* As many whole groups as there is room for. */
+    const uint64_t rows = n < BATCH_ROWS / context ? n * context : BATCH_ROWS;
+    const uint64_t batch = rows < rest / row ? rows * row : rest;
+    const uint64_t workers = m->memory_bytes - all;
+    out->heap = reserve < all ? reserve : all;
+    out->heap += workers + (group > rest ? 0 : batch > group ? batch : group);
+    out->heap += out->streams > 0 ? 0 : h;
 }
 
 enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,

@@ -291,7 +291,7 @@ static void add_pass(struct pass *all, size_t *n, const struct pass *one)
 }
 
 enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
-                                   struct tv_error *err)
+                                   uint64_t *heap, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct pass *all = NULL;
@@ -302,7 +302,7 @@ enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
     uint64_t together = 0;
     struct tvm_trim_rule r;
 
-    *bytes = 0;
+    *bytes = *heap = 0;
     for (size_t i = 0; i < p->n_tensors; i++)
         n += p->tensors[i].n_sources;
     all = tv_calloc(n + 1, sizeof *all);
@@ -338,9 +338,14 @@ enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
             memory > all[i].entry ? memory - all[i].entry : 1, NULL, err, &x));
         if (x.streams + x.batch > *bytes)
             *bytes = x.streams + x.batch;
+        if (x.heap + all[i].entry > *heap)
+            *heap = x.heap + all[i].entry;
     }
     TV_TRY(tvm_sequential_scratch(p, texts, n_texts, reserve, &together, err));
     *bytes = together > *bytes ? together : *bytes;
+    /* Models that walk together share what there is. */
+    if (n_texts > 0 || *heap > p->options.memory_bytes)
+        *heap = p->options.memory_bytes;
 out:
     tv_free(texts);
     tv_free(all);

@@ -35,10 +35,10 @@ bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
 /* Does the plan need any? Then *needed: least bytes of memory. */
 bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
                            uint64_t *disk);
-/* Bytes of scratch files with the activations of calibrated models, at most, at
- * one moment. Reads no weights. */
+/* Bytes of scratch files with the activations of calibrated models, and of heap
+ * while these run, at most, at one moment. Reads no weights. */
 TV_NODISCARD enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p,
-                                                uint64_t *bytes,
+                                                uint64_t *bytes, uint64_t *heap,
                                                 struct tv_error *err);
 /* Input of the plan whose calibration text counts for a source; n_inputs: none.
  * *model: the one that runs over it. */

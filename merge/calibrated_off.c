@@ -55,8 +55,9 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
 }
 
 enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
-                                   struct tv_error *err)
+                                   uint64_t *heap, struct tv_error *err)
 {
+    *heap = 0;
     (void)p;
     (void)err;
     *bytes = 0;

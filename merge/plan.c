@@ -782,6 +782,7 @@ static enum tv_err check_room(struct planner *pl)
     uint64_t needed = 0;
     uint64_t calibration = 0;
     uint64_t scratch = 0;
+    uint64_t heap = 0;
     char a[32];
     char b[32];
 
@@ -797,7 +798,7 @@ static enum tv_err check_room(struct planner *pl)
         tvm_calibrated_wanted(plan, &calibration, &scratch)) {
         uint64_t activations = 0;
         const enum tv_err rc =
-            tvm_calibrated_scratch(plan, &activations, pl->err);
+            tvm_calibrated_scratch(plan, &activations, &heap, pl->err);
         if (rc != TV_OK)
             return rc;
         plan->peak_disk_bytes =
@@ -805,8 +806,8 @@ static enum tv_err check_room(struct planner *pl)
         if (calibration > needed)
             needed = calibration;
         fits = fits && calibration <= plan->options.memory_bytes;
-        /* The model takes what is left. */
-        plan->peak_scratch_bytes = plan->options.memory_bytes;
+        if (heap > plan->peak_scratch_bytes)
+            plan->peak_scratch_bytes = heap;
     }
     if (!fits)
         plan_report(pl, "memory", 1, true, TV_E_BUDGET, "",

@@ -109,8 +109,19 @@ def same_bytes(where):
         first = merge(r, o, "--threads", "1")
         want = first["digest"]
         check(first["calibration"]["models"] > 0, f"{method}: calibrates")
-        cold = merge(r, o + "c", "--store", store, "--threads", "2",
-                     "--memory", "24MiB")
+        for memory in ("24MiB", "64MiB", "512MiB"):
+            cold = merge(r, o + "c", "--store", store, "--threads", "2",
+                         "--memory", memory)
+            plan = run_json(TVMERGE, "plan", r, "--threads", "2", "--memory",
+                            memory, "--json")["peak_scratch_bytes"]
+            check(cold["peak_scratch_bytes"] <= plan <
+                  int(memory[:-3]) * 0.9 * 2 ** 20,
+                  f"{method}: {cold['peak_scratch_bytes']} bytes of {memory}, "
+                  f"planned {plan}")
+            if memory != "512MiB":
+                shutil.rmtree(o + "c")
+                shutil.rmtree(store)
+                run(TVSTORE, "init", store, code=0)
         check(cold["digest"] == want, f"{method}: the same with a store")
         warm = merge(r, o + "w", "--store", store)
         use = warm["calibration"]

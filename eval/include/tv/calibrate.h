@@ -149,8 +149,10 @@ struct tve_sequence_options {
     const atomic_int *cancel; /* not 0: advancing is INTERRUPTED; may be NULL
                                */
 };
-/* What lies in scratch files, at most, also when the model has more memory. */
+/* What lies in scratch files, at most, also when the model has more memory; and
+ * on the heap, as it is. */
 struct tve_scratch {
+    uint64_t heap;    /* bytes: sums, activations, workers; no tokenizer */
     uint64_t streams; /* bytes of residual streams, as long as the pass takes */
     uint64_t batch;   /* bytes of activations, while a batch is computed */
 };
