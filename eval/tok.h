@@ -36,6 +36,8 @@ bool tve_is_numeric(uint32_t cp); /* N* */
 bool tve_is_punct(uint32_t cp);   /* P*, and all ASCII punctuation */
 /* GPT-2's table from bytes to printable characters. */
 uint32_t tve_byte_char(unsigned char b);
+/* Appends the bytes s [n] as characters of that table. */
+void tve_bytes_map(const char *s, size_t n, struct tv_buf *out);
 
 /* ---- regular expressions ------------------------------------------------- */
 
@@ -119,12 +121,53 @@ void tve_bpe_close(tve_bpe *b);
 int32_t tve_bpe_id(const tve_bpe *b, const char *s, size_t n);
 int32_t tve_bpe_max_id(const tve_bpe *b);
 /* Appends the ids of one word. With byte_level the word is raw bytes that still
- * have to go through GPT-2's table. */
+ * have to go through GPT-2's table. `keep`: remember it (the caller does not).
+ */
 TV_NODISCARD enum tv_err tve_bpe_word(tve_bpe *b, const char *s, size_t n,
-                                      struct tve_ids *out,
+                                      bool keep, struct tve_ids *out,
                                       struct tv_error *err);
-TV_NODISCARD enum tv_err tve_ids_add(struct tve_ids *out, const int32_t *ids,
-                                     size_t n, struct tv_error *err);
+
+/* ---- merges -------------------------------------------------------------- */
+
+#define TVE_MERGES_MAX (1u << 24)
+
+typedef struct tve_merges tve_merges;
+/* Room for n pairs, which tve_merges_put adds (a later one replaces its like):
+ * left and right become id, the lower ranks first. */
+TV_NODISCARD enum tv_err tve_merges_open(size_t n, struct tv_error *err,
+                                         tve_merges **out);
+void tve_merges_close(tve_merges *m);
+void tve_merges_put(tve_merges *m, int32_t left, int32_t right, uint32_t rank,
+                    int32_t id);
+/* Merges the symbols ids [*n] of one word in place; *n becomes what is left. */
+TV_NODISCARD enum tv_err tve_merges_run(tve_merges *m, int32_t *ids, size_t *n,
+                                        struct tv_error *err);
+
+/* ---- words seen before --------------------------------------------------- */
+
+#define TVE_WORD_MAX 255u /* bytes of a word worth keeping */
+
+typedef struct tve_words tve_words;
+struct tve_place { /* of a word that was not found */
+    uint64_t hash;
+    size_t n;
+};
+TV_NODISCARD enum tv_err tve_words_open(struct tv_error *err, tve_words **out);
+void tve_words_close(tve_words *w);
+/* Appends the ids of a word that is known; else *place is for tve_words_put. */
+TV_NODISCARD enum tv_err tve_words_get(const tve_words *w, const char *s,
+                                       size_t n, struct tve_place *place,
+                                       bool *found, struct tve_ids *out,
+                                       struct tv_error *err);
+void tve_words_put(tve_words *w, const struct tve_place *place, const char *s,
+                   const int32_t *ids, size_t n_ids);
+
+/* ---- ids ----------------------------------------------------------------- */
+
+TV_NODISCARD enum tv_err tve_ids_room(struct tve_ids *out, size_t n,
+                                      struct tv_error *err);
+TV_NODISCARD enum tv_err tve_ids_add(struct tve_ids *out, int32_t id,
+                                     struct tv_error *err);
 
 /* ---- pre-tokenizers ------------------------------------------------------ */
 
@@ -146,17 +189,24 @@ struct tve_pre {
     enum tve_behavior behavior;
     bool invert;
     tve_regex *regex;              /* SPLIT, owned */
+    bool makes_words;              /* SPLIT: not by a literal text */
     bool (*is_class)(uint32_t cp); /* CLASS */
-    bool prefix_space;             /* BYTE_LEVEL */
-    char rep[5];                   /* METASPACE: replacement */
-    int prepend;                   /* 0 never, 1 first, 2 always */
+    bool ascii[128];               /* CLASS: what is_class says of them */
+    bool maps; /* BYTE_LEVEL: bytes to characters, not left to the BPE */
+    bool prefix_space; /* BYTE_LEVEL */
+    char rep[5];       /* METASPACE: replacement */
+    int prepend;       /* 0 never, 1 first, 2 always */
     bool split;
-    struct tv_buf buf; /* working text of this step */
+    struct tv_buf prefixed, changed; /* working texts of this step */
 };
 struct tve_pres {
     struct tve_pre *items;
     size_t n;
     bool byte_level; /* the last step maps bytes: left to the BPE */
+    /* What comes to this step is a word already and the steps from here on look
+     * at nothing else, so their ids are kept; n: there are no such steps. */
+    size_t cached_step;
+    tve_words *words;
 };
 TV_NODISCARD enum tv_err tve_pres_load(const json_t *j, struct tve_pres *out,
                                        struct tv_error *err);

@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tok_bpe.c - byte pair encoding of one word (Sennrich et al., ACL 2016).
- *
- * A word begins as its characters and the pair with the lowest rank, leftmost
- * of equals, is merged until no pair has a rank. Short words scan for it; long
- * ones keep a heap over a linked list of symbols.
+ * tok_bpe.c - byte pair encoding of one word (Sennrich et al., ACL 2016): the
+ * vocabulary, the characters a word begins as, and where it may be cut. The
+ * merging itself is tok_merge.c.
  *
  * Words that have no spaces at all (SentencePiece-like models take the whole
  * text as one) are first cut where no merge can reach: a token that spans two
@@ -24,41 +22,14 @@
 
 #include "tok.h"
 
-#define SCAN_MAX       48u /* symbols that are scanned, not heaped */
-#define CUT_MIN        32u /* characters from which cutting is tried */
-#define CACHE_SLOTS    (1u << 16)
-#define CACHE_WORDS    (1u << 15)
-#define CACHE_WORD_MAX 255u /* bytes of a word worth keeping */
-#define CACHE_BYTES    (4u << 20)
-#define CACHE_IDS      (1u << 19)
-#define WORD_MAX       (1u << 30)
+#define CUT_MIN  32u /* bytes from which cutting is tried */
+#define WORD_MAX (1u << 30)
+#define PAGE     256u /* characters of a page */
+#define N_PAGES  (0x110000u / PAGE)
 
 struct vocab_entry {
     uint32_t at, n; /* in chars */
     int32_t id;
-};
-
-struct merge {
-    uint64_t pair; /* left << 32 | right */
-    uint32_t rank;
-    int32_t id; /* -1: empty slot */
-};
-
-struct cache_entry {
-    uint32_t key_at, ids_at;
-    uint32_t tag; /* upper half of the hash */
-    uint16_t n_key, n_ids;
-    uint32_t stamp; /* of the generation that wrote it */
-};
-
-struct symbol {
-    int32_t id; /* -1: gone */
-    int32_t prev, next;
-};
-
-struct heap_item {
-    uint32_t rank;
-    int32_t at, id;
 };
 
 struct tve_bpe {
@@ -68,28 +39,23 @@ struct tve_bpe {
     int32_t unk;           /* -1: none */
     int32_t byte_ids[256]; /* "<0xNN>" */
     bool all_bytes;
-    int32_t first_ids[256]; /* byte-level: of the byte; else of ASCII */
+    int32_t byte_symbols[256]; /* byte-level: of the byte */
     int32_t max_id;
 
     char *chars;
     struct vocab_entry *entries;
     uint32_t *slots; /* index + 1 */
     size_t n_entries, n_slots;
-    struct merge *merges;
-    size_t n_merge_slots;
+    tve_merges *merges;
     uint64_t *pairs; /* neighbours inside merged tokens; 0: empty slot */
     size_t n_pair_slots;
+    /* Ids of tokens of one character: pages[page_of[c / PAGE]][c % PAGE]. Page
+     * 0 has none. */
+    uint16_t *page_of;
+    int32_t (*pages)[PAGE];
 
-    struct cache_entry *cache;
-    char *cache_keys;
-    int32_t *cache_ids;
-    size_t n_cached, n_cache_keys, n_cache_ids;
-    uint32_t generation;
-
-    struct symbol *symbols;
-    struct heap_item *heap;
-    size_t cap_symbols, cap_heap;
-    struct tv_buf mapped;
+    tve_words *words;
+    struct tv_buf mapped, affixed;
 };
 
 /* ---- tables -------------------------------------------------------------- */
@@ -133,20 +99,6 @@ static inline size_t mix(uint64_t key)
     /* Fibonacci hashing of small integers; the upper bits are good. */
     key *= UINT64_C(0x9e3779b97f4a7c15);
     return (size_t)(key >> 29);
-}
-
-static const struct merge *find_merge(const tve_bpe *b, int32_t left,
-                                      int32_t right)
-{
-    const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    size_t i = mix(pair) & (b->n_merge_slots - 1);
-
-    while (b->merges[i].id >= 0) {
-        if (b->merges[i].pair == pair)
-            return &b->merges[i];
-        i = (i + 1) & (b->n_merge_slots - 1);
-    }
-    return NULL;
 }
 
 /* Character pairs are never 0: no token holds two NULs that a merge made
@@ -271,18 +223,11 @@ static enum tv_err load_merges(tve_bpe *b, const json_t *merges,
     size_t n_pairs = 0;
 
     tv_buf_init(&text, 1u << 20);
-    if (n > INT32_MAX) {
+    if (n > TVE_MERGES_MAX) {
         rc = malformed(err, "too many merges");
         goto out;
     }
-    b->n_merge_slots = slots_for(n);
-    b->merges = tv_alloc(b->n_merge_slots * sizeof(*b->merges));
-    if (!b->merges) {
-        rc = nomem(err);
-        goto out;
-    }
-    for (size_t i = 0; i < b->n_merge_slots; i++)
-        b->merges[i].id = -1;
+    TV_TRY(tve_merges_open(n, err, &b->merges));
     for (int pass = 0; pass < 2; pass++) {
         for (size_t i = 0; i < n; i++) {
             const char *left = NULL, *right = NULL;
@@ -315,11 +260,7 @@ static enum tv_err load_merges(tve_bpe *b, const json_t *merges,
                 goto out;
             }
             n_pairs += text.n_bytes;
-            const uint64_t pair = (uint64_t)(uint32_t)l << 32 | (uint32_t)r;
-            size_t slot = mix(pair) & (b->n_merge_slots - 1);
-            while (b->merges[slot].id >= 0 && b->merges[slot].pair != pair)
-                slot = (slot + 1) & (b->n_merge_slots - 1);
-            b->merges[slot] = (struct merge){pair, (uint32_t)i, id};
+            tve_merges_put(b->merges, l, r, (uint32_t)i, id);
         }
         if (pass == 0) {
             /* Distinct pairs are far fewer than characters of all tokens, but
@@ -337,6 +278,41 @@ out:
     return rc;
 }
 
+static enum tv_err load_pages(tve_bpe *b, struct tv_error *err)
+{
+    uint16_t n = 1;
+
+    b->page_of = tv_calloc(N_PAGES, sizeof(*b->page_of));
+    if (!b->page_of)
+        return nomem(err);
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < b->n_entries; i++) {
+            const struct vocab_entry *const e = &b->entries[i];
+            const char *const s = b->chars + e->at;
+            uint32_t c = 0;
+
+            if (e->n == 0 || e->n != tve_char(s, &c))
+                continue;
+            if (pass == 1)
+                b->pages[b->page_of[c / PAGE]][c % PAGE] = e->id;
+            else if (!b->page_of[c / PAGE])
+                b->page_of[c / PAGE] = n++;
+        }
+        if (pass == 1)
+            break;
+        b->pages = tv_alloc(n * sizeof(*b->pages));
+        if (!b->pages)
+            return nomem(err);
+        memset(b->pages, 0xff, n * sizeof(*b->pages)); /* -1 */
+    }
+    return TV_OK;
+}
+
+static int32_t char_id(const tve_bpe *b, uint32_t c)
+{
+    return b->pages[b->page_of[c / PAGE]][c % PAGE];
+}
+
 static void load_bytes(tve_bpe *b)
 {
     static const char hex[] = "0123456789ABCDEF";
@@ -344,15 +320,10 @@ static void load_bytes(tve_bpe *b)
     b->all_bytes = true;
     for (unsigned i = 0; i < 256; i++) {
         const char name[6] = {'<', '0', 'x', hex[i >> 4], hex[i & 15], '>'};
-        char text[4] = {(char)i, 0, 0, 0};
-        size_t n = 1;
 
         b->byte_ids[i] = tve_bpe_id(b, name, sizeof(name));
-        if (b->byte_level)
-            n = tve_char_put(tve_byte_char((unsigned char)i), text);
-        b->first_ids[i] =
-            i < 0x80 || b->byte_level ? tve_bpe_id(b, text, n) : -1;
-        if (b->first_ids[i] < 0)
+        b->byte_symbols[i] = char_id(b, tve_byte_char((unsigned char)i));
+        if (b->byte_symbols[i] < 0)
             b->all_bytes = false;
     }
 }
@@ -387,9 +358,9 @@ enum tv_err tve_bpe_open(const json_t *j, bool byte_level, struct tv_error *err,
         goto out;
     }
     tv_buf_init(&b->mapped, WORD_MAX);
+    tv_buf_init(&b->affixed, WORD_MAX);
     b->byte_level = byte_level;
     b->unk = b->max_id = -1;
-    b->generation = 1;
     if (!json_is_object(j)) {
         rc = malformed(err, "there is no model");
         goto out;
@@ -423,6 +394,7 @@ enum tv_err tve_bpe_open(const json_t *j, bool byte_level, struct tv_error *err,
     TV_TRY(get_affix(j, "end_of_word_suffix", &b->suffix, &b->n_suffix, err));
     TV_TRY(load_vocab(b, vocab, err));
     TV_TRY(load_merges(b, merges, err));
+    TV_TRY(load_pages(b, err));
     load_bytes(b);
     TV_TRY(tve_json_str(j, "unk_token", &unk, &n, err));
     if (unk) {
@@ -435,13 +407,7 @@ enum tv_err tve_bpe_open(const json_t *j, bool byte_level, struct tv_error *err,
             goto out;
         }
     }
-    b->cache = tv_calloc(CACHE_SLOTS, sizeof(*b->cache));
-    b->cache_keys = tv_alloc(CACHE_BYTES);
-    b->cache_ids = tv_alloc(CACHE_IDS * sizeof(*b->cache_ids));
-    if (!b->cache || !b->cache_keys || !b->cache_ids) {
-        rc = nomem(err);
-        goto out;
-    }
+    TV_TRY(tve_words_open(err, &b->words));
     *out = b;
     b = NULL;
 out:
@@ -458,49 +424,39 @@ void tve_bpe_close(tve_bpe *b)
     tv_free(b->chars);
     tv_free(b->entries);
     tv_free(b->slots);
-    tv_free(b->merges);
+    tve_merges_close(b->merges);
     tv_free(b->pairs);
-    tv_free(b->cache);
-    tv_free(b->cache_keys);
-    tv_free(b->cache_ids);
-    tv_free(b->symbols);
-    tv_free(b->heap);
+    tv_free(b->page_of);
+    tv_free(b->pages);
+    tve_words_close(b->words);
     tv_buf_free(&b->mapped);
+    tv_buf_free(&b->affixed);
     tv_free(b);
 }
 
 /* ---- symbols of a word --------------------------------------------------- */
 
-static enum tv_err room(tve_bpe *b, size_t n_symbols, struct tv_error *err)
-{
-    if (n_symbols > b->cap_symbols) {
-        const size_t cap = n_symbols + n_symbols / 2 + 64;
-        struct symbol *const p = tv_realloc(b->symbols, cap * sizeof(*p));
-        if (!p)
-            return nomem(err);
-        b->symbols = p;
-        b->cap_symbols = cap;
-    }
-    return TV_OK;
-}
-
-struct unk_state {
-    bool pending;
+/* Where symbols go: the end of the caller's ids, which has room. */
+struct symbols {
+    int32_t *ids;
+    size_t n;
+    bool unk_pending;
 };
 
-/* Appends the symbols of one character s [n] as the vocabulary spells it. */
-static void add_char(tve_bpe *b, const char *s, size_t n, size_t *count,
-                     struct unk_state *unk)
+static void put(struct symbols *y, int32_t id)
 {
-    const int32_t id = n == 1 && !b->byte_level && (unsigned char)s[0] < 0x80
-                           ? b->first_ids[(unsigned char)s[0]]
-                           : tve_bpe_id(b, s, n);
+    y->ids[y->n++] = id;
+}
 
+/* Appends the symbols of the character s [n] with the given id or -1. */
+static void add_char(const tve_bpe *b, const char *s, size_t n, int32_t id,
+                     struct symbols *y)
+{
     if (id >= 0) {
-        if (unk->pending)
-            b->symbols[(*count)++].id = b->unk;
-        unk->pending = false;
-        b->symbols[(*count)++].id = id;
+        if (y->unk_pending)
+            put(y, b->unk);
+        y->unk_pending = false;
+        put(y, id);
         return;
     }
     if (b->byte_fallback) {
@@ -508,192 +464,70 @@ static void add_char(tve_bpe *b, const char *s, size_t n, size_t *count,
         for (size_t i = 0; i < n; i++)
             all = all && b->byte_ids[(unsigned char)s[i]] >= 0;
         for (size_t i = 0; all && i < n; i++)
-            b->symbols[(*count)++].id = b->byte_ids[(unsigned char)s[i]];
+            put(y, b->byte_ids[(unsigned char)s[i]]);
         if (all)
             return;
     }
     if (b->unk < 0)
         return;
-    if (unk->pending && !b->fuse_unk)
-        b->symbols[(*count)++].id = b->unk;
-    unk->pending = true;
+    if (y->unk_pending && !b->fuse_unk)
+        put(y, b->unk);
+    y->unk_pending = true;
 }
 
-/* s: characters (byte-level words are mapped already). */
-static enum tv_err char_symbols(tve_bpe *b, const char *s, size_t n,
-                                size_t *count, struct tv_error *err)
+static enum tv_err add_affixed(const tve_bpe *b, const char *s, size_t n,
+                               bool with_prefix, bool with_suffix,
+                               struct tv_buf *text, struct symbols *y,
+                               struct tv_error *err)
 {
-    enum tv_err rc = TV_OK;
-    struct unk_state unk = {false};
-    struct tv_buf text;
-
-    tv_buf_init(&text, WORD_MAX);
-    *count = 0;
-    /* A character gives at most one symbol per byte, affixes included, plus
-     * one unknown token. */
-    TV_TRY(room(b, 2 * (n + b->n_prefix * n + b->n_suffix) + 2, err));
-    for (size_t i = 0; i < n;) {
-        const size_t len = tve_char_bytes((unsigned char)s[i]);
-        const bool with_prefix = b->prefix && i > 0;
-        const bool with_suffix = b->suffix && i + len == n;
-
-        if (with_prefix || with_suffix) {
-            text.n_bytes = 0;
-            if (with_prefix)
-                tv_buf_add(&text, b->prefix, b->n_prefix);
-            tv_buf_add(&text, s + i, len);
-            if (with_suffix)
-                tv_buf_add(&text, b->suffix, b->n_suffix);
-            TV_TRY(tv_buf_ok(&text, err));
-            add_char(b, text.data, text.n_bytes, count, &unk);
-        } else {
-            add_char(b, s + i, len, count, &unk);
-        }
-        i += len;
-    }
-    if (unk.pending)
-        b->symbols[(*count)++].id = b->unk;
-out:
-    tv_buf_free(&text);
+    text->n_bytes = 0;
+    if (with_prefix)
+        tv_buf_add(text, b->prefix, b->n_prefix);
+    tv_buf_add(text, s, n);
+    if (with_suffix)
+        tv_buf_add(text, b->suffix, b->n_suffix);
+    const enum tv_err rc = tv_buf_ok(text, err);
+    if (rc == TV_OK)
+        add_char(b, text->data, text->n_bytes,
+                 tve_bpe_id(b, text->data, text->n_bytes), y);
     return rc;
 }
 
-/* ---- merging ------------------------------------------------------------- */
-
-static size_t merge_by_scan(const tve_bpe *b, size_t n)
+/* s: characters (byte-level words are mapped already). *n_out symbols are put
+ * behind what *out has, and not counted there yet. */
+static enum tv_err char_symbols(tve_bpe *b, const char *s, size_t n,
+                                struct tve_ids *out, size_t *n_out,
+                                struct tv_error *err)
 {
-    const struct merge *found[SCAN_MAX];
-    struct symbol *const s = b->symbols;
+    enum tv_err rc = TV_OK;
+    struct symbols y = {NULL, 0, false};
+    struct tv_buf *const text = &b->affixed;
 
-    for (size_t i = 0; i + 1 < n; i++)
-        found[i] = find_merge(b, s[i].id, s[i + 1].id);
-    while (n > 1) {
-        size_t best = n;
-        uint32_t rank = UINT32_MAX;
+    /* A character gives at most one symbol per byte, affixes included, plus
+     * one unknown token. */
+    TV_TRY(tve_ids_room(out, 2 * (n + b->n_prefix * n + b->n_suffix) + 2, err));
+    y.ids = out->ids + out->n;
+    for (size_t i = 0; i < n;) {
+        uint32_t c = 0;
+        const size_t len = tve_char(s + i, &c);
+        const bool with_prefix = b->prefix && i > 0;
+        const bool with_suffix = b->suffix && i + len == n;
 
-        for (size_t i = 0; i + 1 < n; i++) {
-            if (found[i] && found[i]->rank < rank) {
-                rank = found[i]->rank;
-                best = i;
-            }
-        }
-        if (best == n)
-            break;
-        s[best].id = found[best]->id;
-        n--;
-        for (size_t i = best + 1; i < n; i++)
-            s[i].id = s[i + 1].id;
-        for (size_t i = best + 1; i + 1 < n; i++)
-            found[i] = found[i + 1];
-        if (best + 1 < n)
-            found[best] = find_merge(b, s[best].id, s[best + 1].id);
-        if (best > 0)
-            found[best - 1] = find_merge(b, s[best - 1].id, s[best].id);
+        if (with_prefix || with_suffix)
+            TV_TRY(add_affixed(b, s + i, len, with_prefix, with_suffix, text,
+                               &y, err));
+        else
+            add_char(b, s + i, len, char_id(b, c), &y);
+        i += len;
     }
-    return n;
+    if (y.unk_pending)
+        put(&y, b->unk);
+    *n_out = y.n;
+out:
+    return rc;
 }
 
-static bool heap_before(const struct heap_item *a, const struct heap_item *b)
-{
-    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
-}
-
-static void heap_push(tve_bpe *b, size_t *n, struct heap_item x)
-{
-    size_t i = (*n)++;
-
-    while (i > 0 && heap_before(&x, &b->heap[(i - 1) / 2])) {
-        b->heap[i] = b->heap[(i - 1) / 2];
-        i = (i - 1) / 2;
-    }
-    b->heap[i] = x;
-}
-
-static struct heap_item heap_pop(tve_bpe *b, size_t *n)
-{
-    const struct heap_item top = b->heap[0];
-    const struct heap_item x = b->heap[--*n];
-    size_t i = 0;
-
-    for (;;) {
-        size_t child = 2 * i + 1;
-        if (child >= *n)
-            break;
-        if (child + 1 < *n && heap_before(&b->heap[child + 1], &b->heap[child]))
-            child++;
-        if (!heap_before(&b->heap[child], &x))
-            break;
-        b->heap[i] = b->heap[child];
-        i = child;
-    }
-    b->heap[i] = x;
-    return top;
-}
-
-static void push_pair(tve_bpe *b, size_t *n_heap, int32_t at)
-{
-    const struct symbol *const s = &b->symbols[at];
-    const struct merge *m = NULL;
-
-    if (s->next < 0)
-        return;
-    m = find_merge(b, s->id, b->symbols[s->next].id);
-    if (m)
-        heap_push(b, n_heap, (struct heap_item){m->rank, at, m->id});
-}
-
-static enum tv_err merge_by_heap(tve_bpe *b, size_t *n, struct tv_error *err)
-{
-    struct symbol *const s = b->symbols;
-    size_t n_heap = 0, kept = 0;
-
-    if (*n > INT32_MAX / 4)
-        return tv_error_set(err, TV_E_UNSUPPORTED,
-                            "a word of %zu characters is too long", *n);
-    /* Each merge pushes at most two pairs. */
-    if (*n * 3 > b->cap_heap) {
-        struct heap_item *const p = tv_realloc(b->heap, *n * 3 * sizeof(*p));
-        if (!p)
-            return nomem(err);
-        b->heap = p;
-        b->cap_heap = *n * 3;
-    }
-    for (size_t i = 0; i < *n; i++) {
-        s[i].prev = (int32_t)i - 1;
-        s[i].next = i + 1 < *n ? (int32_t)i + 1 : -1;
-    }
-    for (size_t i = 0; i + 1 < *n; i++)
-        push_pair(b, &n_heap, (int32_t)i);
-    while (n_heap > 0) {
-        const struct heap_item top = heap_pop(b, &n_heap);
-        struct symbol *const left = &s[top.at];
-        const struct merge *m = NULL;
-
-        if (left->id < 0 || left->next < 0)
-            continue;
-        /* Stale unless the pair still gives what it promised. */
-        m = find_merge(b, left->id, s[left->next].id);
-        if (!m || m->id != top.id)
-            continue;
-        struct symbol *const right = &s[left->next];
-        left->id = m->id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next >= 0)
-            s[left->next].prev = top.at;
-        if (left->prev >= 0)
-            push_pair(b, &n_heap, left->prev);
-        push_pair(b, &n_heap, top.at);
-    }
-    for (size_t i = 0; i < *n; i++)
-        if (s[i].id >= 0)
-            s[kept++].id = s[i].id;
-    *n = kept;
-    return TV_OK;
-}
-
-enum tv_err tve_ids_add(struct tve_ids *out, const int32_t *ids, size_t n,
-                        struct tv_error *err)
+enum tv_err tve_ids_room(struct tve_ids *out, size_t n, struct tv_error *err)
 {
     if (n > out->cap - out->n) {
         const size_t cap = out->cap + out->cap / 2 + n + 256;
@@ -707,109 +541,87 @@ enum tv_err tve_ids_add(struct tve_ids *out, const int32_t *ids, size_t n,
         out->ids = p;
         out->cap = cap;
     }
-    if (n > 0)
-        memcpy(out->ids + out->n, ids, n * sizeof(*ids));
-    out->n += n;
     return TV_OK;
 }
 
-/* ---- cache --------------------------------------------------------------- */
-
-static const struct cache_entry *cache_find(const tve_bpe *b, uint64_t hash,
-                                            const char *s, size_t n,
-                                            size_t *slot)
+enum tv_err tve_ids_add(struct tve_ids *out, int32_t id, struct tv_error *err)
 {
-    size_t i = (size_t)hash & (CACHE_SLOTS - 1);
+    const enum tv_err rc = tve_ids_room(out, 1, err);
 
-    while (b->cache[i].stamp == b->generation) {
-        const struct cache_entry *const e = &b->cache[i];
-        if (e->tag == (uint32_t)(hash >> 32) && e->n_key == n &&
-            !memcmp(b->cache_keys + e->key_at, s, n))
-            return e;
-        i = (i + 1) & (CACHE_SLOTS - 1);
-    }
-    *slot = i;
-    return NULL;
-}
-
-static void cache_put(tve_bpe *b, uint64_t hash, size_t slot, const char *s,
-                      size_t n, const int32_t *ids, size_t n_ids)
-{
-    if (b->n_cached == CACHE_WORDS || b->n_cache_keys + n > CACHE_BYTES ||
-        b->n_cache_ids + n_ids > CACHE_IDS) {
-        b->generation++;
-        b->n_cached = b->n_cache_keys = b->n_cache_ids = 0;
-        slot = (size_t)hash & (CACHE_SLOTS - 1);
-    }
-    memcpy(b->cache_keys + b->n_cache_keys, s, n);
-    if (n_ids > 0)
-        memcpy(b->cache_ids + b->n_cache_ids, ids, n_ids * sizeof(*ids));
-    b->cache[slot] = (struct cache_entry){
-        (uint32_t)b->n_cache_keys, (uint32_t)b->n_cache_ids,
-        (uint32_t)(hash >> 32),    (uint16_t)n,
-        (uint16_t)n_ids,           b->generation};
-    b->n_cached++;
-    b->n_cache_keys += n;
-    b->n_cache_ids += n_ids;
+    if (rc == TV_OK)
+        out->ids[out->n++] = id;
+    return rc;
 }
 
 /* ---- words --------------------------------------------------------------- */
 
+/* Bytes as the characters of GPT-2's table, in b->mapped. */
+static enum tv_err map_word(tve_bpe *b, const char *s, size_t n,
+                            struct tv_error *err)
+{
+    b->mapped.n_bytes = 0;
+    tve_bytes_map(s, n, &b->mapped);
+    return tv_buf_ok(&b->mapped, err);
+}
+
 /* Merges the symbols of s, which no cut divides any more. */
-static enum tv_err merge_word(tve_bpe *b, const char *s, size_t n, bool keep,
+static enum tv_err merge_word(tve_bpe *b, const char *s, size_t n,
                               struct tve_ids *out, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    size_t count = 0, slot = 0, before = out->n;
-    uint64_t hash = 0;
+    size_t count = 0;
 
-    keep = keep && n <= CACHE_WORD_MAX;
-    if (keep) {
-        hash = tv_hash64(s, n);
-        const struct cache_entry *const e = cache_find(b, hash, s, n, &slot);
-        if (e)
-            return tve_ids_add(out, b->cache_ids + e->ids_at, e->n_ids, err);
-    }
     if (b->byte_level && b->all_bytes && !b->prefix && !b->suffix) {
-        TV_TRY(room(b, n, err));
+        TV_TRY(tve_ids_room(out, n, err));
         for (size_t i = 0; i < n; i++)
-            b->symbols[i].id = b->first_ids[(unsigned char)s[i]];
+            out->ids[out->n + i] = b->byte_symbols[(unsigned char)s[i]];
         count = n;
     } else if (b->byte_level) {
-        b->mapped.n_bytes = 0;
-        for (size_t i = 0; i < n; i++) {
-            char text[4];
-            const uint32_t cp = tve_byte_char((unsigned char)s[i]);
-            tv_buf_add(&b->mapped, text, tve_char_put(cp, text));
-        }
-        TV_TRY(tv_buf_ok(&b->mapped, err));
-        TV_TRY(char_symbols(b, b->mapped.data, b->mapped.n_bytes, &count, err));
+        TV_TRY(map_word(b, s, n, err));
+        TV_TRY(char_symbols(b, b->mapped.data, b->mapped.n_bytes, out, &count,
+                            err));
     } else {
-        TV_TRY(char_symbols(b, s, n, &count, err));
+        TV_TRY(char_symbols(b, s, n, out, &count, err));
     }
-    if (count <= SCAN_MAX)
-        count = merge_by_scan(b, count);
-    else
-        TV_TRY(merge_by_heap(b, &count, err));
-    for (size_t i = 0; i < count; i++)
-        TV_TRY(tve_ids_add(out, &b->symbols[i].id, 1, err));
-    if (keep)
-        cache_put(b, hash, slot, s, n, out->ids + before, count);
+    TV_TRY(tve_merges_run(b->merges, out->ids + out->n, &count, err));
+    out->n += count;
 out:
     return rc;
 }
 
-static bool is_known(const tve_bpe *b, const char *s, size_t n)
+/* A part of a word, kept by itself. */
+static enum tv_err merge_part(tve_bpe *b, const char *s, size_t n,
+                              struct tve_ids *out, struct tv_error *err)
 {
-    return b->byte_level ? b->all_bytes : tve_bpe_id(b, s, n) >= 0;
+    enum tv_err rc = TV_OK;
+    struct tve_place place;
+    bool found = false;
+    const size_t before = out->n;
+
+    /* Parts are no words: ignore_merges does not look at them, so they may not
+     * stand in its cache. */
+    if (b->ignore_merges)
+        return merge_word(b, s, n, out, err);
+    TV_TRY(tve_words_get(b->words, s, n, &place, &found, out, err));
+    if (found)
+        goto out;
+    TV_TRY(merge_word(b, s, n, out, err));
+    tve_words_put(b->words, &place, s, out->ids + before, out->n - before);
+out:
+    return rc;
+}
+
+static bool is_known(const tve_bpe *b, uint32_t c)
+{
+    return b->byte_level ? b->all_bytes : char_id(b, c) >= 0;
 }
 
 /* Next character as merges see it. */
-static size_t next_char(const tve_bpe *b, const char *s, uint32_t *cp)
+static size_t next_char(const tve_bpe *b, const char *s, uint32_t *c)
 {
     if (!b->byte_level)
-        return tve_char(s, cp);
-    *cp = tve_byte_char((unsigned char)*s);
+        return tve_char(s, c);
+    *c = tve_byte_char((unsigned char)*s);
     return 1;
 }
 
@@ -819,67 +631,66 @@ static enum tv_err cut_word(tve_bpe *b, const char *s, size_t n,
     enum tv_err rc = TV_OK;
     uint32_t left = 0, right = 0;
     size_t start = 0, len = 0;
-    /* Parts are no words: ignore_merges does not look at them, so they may not
-     * stand in its cache. */
-    const bool keep = !b->ignore_merges;
 
-    for (size_t i = 0, before = 0; i < n; before = i, i += len, left = right) {
+    for (size_t i = 0; i < n; i += len, left = right) {
         len = next_char(b, s + i, &right);
         /* Unknown characters are dropped or fused with others of their kind,
          * so that more than the neighbour counts: no cut beside them. */
-        if (i > start && !neighbours(b, left, right) &&
-            is_known(b, s + i, len) && is_known(b, s + before, i - before)) {
-            TV_TRY(merge_word(b, s + start, i - start, keep, out, err));
+        if (i > start && !neighbours(b, left, right) && is_known(b, right) &&
+            is_known(b, left)) {
+            TV_TRY(merge_part(b, s + start, i - start, out, err));
             start = i;
         }
     }
-    TV_TRY(merge_word(b, s + start, n - start, keep, out, err));
+    TV_TRY(merge_part(b, s + start, n - start, out, err));
 out:
     return rc;
 }
 
-enum tv_err tve_bpe_word(tve_bpe *b, const char *s, size_t n,
+/* The word itself, when ignore_merges lets it stand for its merges: -1 when it
+ * is no token. */
+static enum tv_err whole_word(tve_bpe *b, const char *s, size_t n, int32_t *id,
+                              struct tv_error *err)
+{
+    *id = -1;
+    if (b->byte_level) {
+        const enum tv_err rc = map_word(b, s, n, err);
+        if (rc != TV_OK)
+            return rc;
+        s = b->mapped.data;
+        n = b->mapped.n_bytes;
+    }
+    *id = tve_bpe_id(b, s, n);
+    return TV_OK;
+}
+
+enum tv_err tve_bpe_word(tve_bpe *b, const char *s, size_t n, bool keep,
                          struct tve_ids *out, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    const bool cuts = n >= CUT_MIN && !b->prefix && !b->suffix;
+    const size_t before = out->n;
+    struct tve_place place;
+    bool found = false;
+    int32_t id = -1;
 
-    if (b->ignore_merges) {
-        const char *text = s;
-        size_t n_text = n, slot = 0;
-        int32_t id = 0;
-        const bool keep = n <= CACHE_WORD_MAX;
-        const uint64_t hash = keep ? tv_hash64(s, n) : 0;
-        const struct cache_entry *const e =
-            keep ? cache_find(b, hash, s, n, &slot) : NULL;
-
-        if (e) {
-            rc = tve_ids_add(out, b->cache_ids + e->ids_at, e->n_ids, err);
+    /* Parts of long words repeat, the words themselves hardly. */
+    keep = keep && (!cuts || b->ignore_merges);
+    if (keep) {
+        TV_TRY(tve_words_get(b->words, s, n, &place, &found, out, err));
+        if (found)
             goto out;
-        }
-
-        if (b->byte_level) {
-            b->mapped.n_bytes = 0;
-            for (size_t i = 0; i < n; i++) {
-                char one[4];
-                const uint32_t cp = tve_byte_char((unsigned char)s[i]);
-                tv_buf_add(&b->mapped, one, tve_char_put(cp, one));
-            }
-            TV_TRY(tv_buf_ok(&b->mapped, err));
-            text = b->mapped.data;
-            n_text = b->mapped.n_bytes;
-        }
-        id = tve_bpe_id(b, text, n_text);
-        if (id >= 0) {
-            if (keep)
-                cache_put(b, hash, slot, s, n, &id, 1);
-            rc = tve_ids_add(out, &id, 1, err);
-            goto out;
-        }
     }
-    if (n >= CUT_MIN && !b->prefix && !b->suffix)
-        rc = cut_word(b, s, n, out, err);
+    if (b->ignore_merges)
+        TV_TRY(whole_word(b, s, n, &id, err));
+    if (id >= 0)
+        TV_TRY(tve_ids_add(out, id, err));
+    else if (cuts)
+        TV_TRY(cut_word(b, s, n, out, err));
     else
-        rc = merge_word(b, s, n, true, out, err);
+        TV_TRY(merge_word(b, s, n, out, err));
+    if (keep)
+        tve_words_put(b->words, &place, s, out->ids + before, out->n - before);
 out:
     return rc;
 }

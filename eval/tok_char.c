@@ -111,6 +111,29 @@ uint32_t tve_byte_char(unsigned char b)
     return 0x100u + 67u; /* 173 */
 }
 
+void tve_bytes_map(const char *s, size_t n, struct tv_buf *out)
+{
+    char part[128];
+    size_t used = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t c = tve_byte_char((unsigned char)s[i]);
+
+        if (used + 2 > sizeof(part)) {
+            tv_buf_add(out, part, used);
+            used = 0;
+        }
+        /* none is above U+0143 */
+        if (c < 0x80) {
+            part[used++] = (char)c;
+        } else {
+            part[used++] = (char)(0xc0 | c >> 6);
+            part[used++] = (char)(0x80 | (c & 0x3f));
+        }
+    }
+    tv_buf_add(out, part, used);
+}
+
 enum tv_err tve_json_bool(const json_t *o, const char *key, bool otherwise,
                           bool *out, struct tv_error *err)
 {

@@ -41,7 +41,8 @@ static enum tv_err add_step(struct tve_pres *out, enum tve_pre_kind kind,
     *p = &out->items[out->n++];
     (*p)->kind = kind;
     (*p)->behavior = TVE_ISOLATED;
-    tv_buf_init(&(*p)->buf, TEXT_MAX);
+    tv_buf_init(&(*p)->prefixed, TEXT_MAX);
+    tv_buf_init(&(*p)->changed, TEXT_MAX);
     return TV_OK;
 }
 
@@ -92,6 +93,7 @@ static enum tv_err load_split(const json_t *j, struct tve_pres *out,
     TV_TRY(add_step(out, TVE_PRE_SPLIT, &p, err));
     TV_TRY(load_behavior(j, "Split", TVE_ISOLATED, &p->behavior, err));
     TV_TRY(tve_json_bool(j, "invert", false, &p->invert, err));
+    p->makes_words = !literal;
     TV_TRY(tve_regex_open(text, literal, err, &p->regex));
 out:
     return rc;
@@ -110,11 +112,13 @@ static enum tv_err load_byte_level(const json_t *j, struct tve_pres *out,
     if (use_regex) {
         TV_TRY(add_step(out, TVE_PRE_SPLIT, &p, err));
         p->prefix_space = prefix_space;
+        p->makes_words = true;
         TV_TRY(tve_regex_open(GPT2_PATTERN, false, err, &p->regex));
         prefix_space = false;
     }
     TV_TRY(add_step(out, TVE_PRE_BYTE_LEVEL, &p, err));
     p->prefix_space = prefix_space;
+    p->maps = true;
 out:
     return rc;
 }
@@ -172,6 +176,8 @@ static enum tv_err load_class(const json_t *j, const char *type,
         p->is_class = tve_is_space;
         p->behavior = TVE_REMOVED;
     }
+    for (uint32_t c = 0; c < 128; c++)
+        p->ascii[c] = p->is_class(c);
 out:
     return rc;
 }
@@ -185,6 +191,7 @@ static enum tv_err load_whitespace(struct tve_pres *out, struct tv_error *err)
         return rc;
     p->behavior = TVE_REMOVED;
     p->invert = true;
+    p->makes_words = true;
     /* Words of Rust's dialect, where the join controls belong to \\w. */
     return tve_regex_open("[\\w\\x{200C}\\x{200D}]+|"
                           "[^\\w\\s\\x{200C}\\x{200D}]+",
@@ -232,6 +239,22 @@ out:
     return rc;
 }
 
+/* The step behind the first that makes words, when there is one and no later
+ * step asks whether its piece begins the text. */
+static size_t find_cached_step(const struct tve_pres *p)
+{
+    size_t step = 0;
+
+    while (step < p->n && !p->items[step].makes_words)
+        step++;
+    if (step == p->n)
+        return p->n;
+    for (size_t i = step + 1; i < p->n; i++)
+        if (p->items[i].kind == TVE_PRE_METASPACE && p->items[i].prepend == 1)
+            return p->n;
+    return step + 1;
+}
+
 enum tv_err tve_pres_load(const json_t *j, struct tve_pres *out,
                           struct tv_error *err)
 {
@@ -244,6 +267,15 @@ enum tv_err tve_pres_load(const json_t *j, struct tve_pres *out,
         TV_TRY(load_one(j, out, 0, err));
     out->byte_level =
         out->n > 0 && out->items[out->n - 1].kind == TVE_PRE_BYTE_LEVEL;
+    if (out->byte_level) {
+        struct tve_pre *const last = &out->items[out->n - 1];
+        last->maps = false;
+        if (!last->prefix_space)
+            out->n--; /* nothing else is left of it */
+    }
+    out->cached_step = find_cached_step(out);
+    if (out->cached_step < out->n)
+        TV_TRY(tve_words_open(err, &out->words));
 out:
     return rc;
 }
@@ -252,9 +284,11 @@ void tve_pres_free(struct tve_pres *p)
 {
     for (size_t i = 0; i < p->n; i++) {
         tve_regex_close(p->items[i].regex);
-        tv_buf_free(&p->items[i].buf);
+        tv_buf_free(&p->items[i].prefixed);
+        tv_buf_free(&p->items[i].changed);
     }
     tv_free(p->items);
+    tve_words_close(p->words);
     memset(p, 0, sizeof(*p));
 }
 
@@ -359,7 +393,7 @@ out:
     return rc;
 }
 
-static enum tv_err split_class(struct cutter *c, bool (*is_class)(uint32_t),
+static enum tv_err split_class(struct cutter *c, const struct tve_pre *p,
                                size_t n)
 {
     enum tv_err rc = TV_OK;
@@ -369,7 +403,7 @@ static enum tv_err split_class(struct cutter *c, bool (*is_class)(uint32_t),
         uint32_t cp = 0;
         const size_t len = tve_char(c->s + i, &cp);
 
-        if (is_class(cp)) {
+        if (cp < 128 ? p->ascii[cp] : p->is_class(cp)) {
             if (i > gap)
                 TV_TRY(cut_part(c, gap, i, false));
             TV_TRY(cut_part(c, i, i + len, true));
@@ -411,51 +445,34 @@ static void metaspace_text(struct tve_pre *p, const char *s, size_t n,
 {
     const size_t len = strlen(p->rep);
 
-    p->buf.n_bytes = 0;
+    p->changed.n_bytes = 0;
     if ((p->prepend == 2 || (p->prepend == 1 && first)) && s[0] != ' ' &&
         (n < len || memcmp(s, p->rep, len)))
-        tv_buf_add(&p->buf, p->rep, len);
+        tv_buf_add(&p->changed, p->rep, len);
     for (size_t i = 0; i < n;) {
         const char *const space = memchr(s + i, ' ', n - i);
         const size_t end = space ? (size_t)(space - s) : n;
 
-        tv_buf_add(&p->buf, s + i, end - i);
+        tv_buf_add(&p->changed, s + i, end - i);
         if (space)
-            tv_buf_add(&p->buf, p->rep, len);
+            tv_buf_add(&p->changed, p->rep, len);
         i = end + 1;
     }
 }
 
-static void map_bytes(struct tv_buf *out, const char *s, size_t n)
-{
-    out->n_bytes = 0;
-    for (size_t i = 0; i < n; i++) {
-        char text[4];
-        const uint32_t cp = tve_byte_char((unsigned char)s[i]);
-        tv_buf_add(out, text, tve_char_put(cp, text));
-    }
-}
-
-static enum tv_err run_step(const struct run *r, size_t step, const char *s,
-                            size_t n, bool first)
+static enum tv_err take_step(const struct run *r, size_t step, const char *s,
+                             size_t n, bool first)
 {
     enum tv_err rc = TV_OK;
-    struct tve_pre *p = NULL;
+    struct tve_pre *const p = &r->pres->items[step];
 
-    if (n == 0)
-        goto out;
-    if (step == r->pres->n) {
-        rc = tve_bpe_word(r->bpe, s, n, r->out, r->err);
-        goto out;
-    }
-    p = &r->pres->items[step];
     if (p->prefix_space && s[0] != ' ') {
-        p->buf.n_bytes = 0;
-        tv_buf_str(&p->buf, " ");
-        tv_buf_add(&p->buf, s, n);
-        TV_TRY(tv_buf_ok(&p->buf, r->err));
-        s = p->buf.data;
-        n = p->buf.n_bytes;
+        p->prefixed.n_bytes = 0;
+        tv_buf_str(&p->prefixed, " ");
+        tv_buf_add(&p->prefixed, s, n);
+        TV_TRY(tv_buf_ok(&p->prefixed, r->err));
+        s = p->prefixed.data;
+        n = p->prefixed.n_bytes;
     }
     struct cutter c = {.run = r,
                        .step = step + 1,
@@ -468,32 +485,59 @@ static enum tv_err run_step(const struct run *r, size_t step, const char *s,
         rc = split_regex(r, &c, p->regex, n);
         break;
     case TVE_PRE_CLASS:
-        rc = split_class(&c, p->is_class, n);
+        rc = split_class(&c, p, n);
         break;
     case TVE_PRE_METASPACE:
         metaspace_text(p, s, n, first);
-        TV_TRY(tv_buf_ok(&p->buf, r->err));
-        c.s = p->buf.data;
+        TV_TRY(tv_buf_ok(&p->changed, r->err));
+        c.s = p->changed.data;
+        n = p->changed.n_bytes;
         if (p->split)
-            rc = split_metaspace(&c, p->rep, p->buf.n_bytes);
+            rc = split_metaspace(&c, p->rep, n);
         else
-            rc = run_step(r, step + 1, c.s, p->buf.n_bytes, first);
+            rc = run_step(r, step + 1, c.s, n, first);
         break;
     case TVE_PRE_BYTE_LEVEL:
-        if (step + 1 < r->pres->n) {
-            /* the prefix may already be in the buffer: map from a copy */
-            struct tv_buf mapped;
-            tv_buf_init(&mapped, TEXT_MAX);
-            map_bytes(&mapped, s, n);
-            rc = tv_buf_ok(&mapped, r->err);
-            if (rc == TV_OK)
-                rc = run_step(r, step + 1, mapped.data, mapped.n_bytes, first);
-            tv_buf_free(&mapped);
-        } else {
-            rc = run_step(r, step + 1, s, n, first);
+        if (p->maps) {
+            p->changed.n_bytes = 0;
+            tve_bytes_map(s, n, &p->changed);
+            TV_TRY(tv_buf_ok(&p->changed, r->err));
+            s = p->changed.data;
+            n = p->changed.n_bytes;
         }
+        rc = run_step(r, step + 1, s, n, first);
         break;
     }
+out:
+    return rc;
+}
+
+static enum tv_err run_step(const struct run *r, size_t step, const char *s,
+                            size_t n, bool first)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_pres *const p = r->pres;
+    struct tve_place place;
+    const size_t before = r->out->n;
+    bool found = false;
+
+    if (n == 0)
+        goto out;
+    if (step == p->n) {
+        /* Words are kept once: here or by the BPE. */
+        rc = tve_bpe_word(r->bpe, s, n, !p->words, r->out, r->err);
+        goto out;
+    }
+    if (step != p->cached_step) {
+        rc = take_step(r, step, s, n, first);
+        goto out;
+    }
+    TV_TRY(tve_words_get(p->words, s, n, &place, &found, r->out, r->err));
+    if (found)
+        goto out;
+    TV_TRY(take_step(r, step, s, n, first));
+    tve_words_put(p->words, &place, s, r->out->ids + before,
+                  r->out->n - before);
 out:
     return rc;
 }

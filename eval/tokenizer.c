@@ -343,7 +343,7 @@ static enum tv_err at_added(tve_tokenizer *t, const struct tve_trie *trie,
         tve_trie_next(trie, t->added, s, n, &at, from, &start, &end, &token)) {
         if (start > from)
             TV_TRY(fn(t, s + from, start - from, first && from == 0, out, err));
-        TV_TRY(tve_ids_add(out, &t->added[token].id, 1, err));
+        TV_TRY(tve_ids_add(out, t->added[token].id, err));
         from = end;
     }
     if (from < n)
@@ -410,7 +410,7 @@ enum tv_err tve_tokenizer_encode(tve_tokenizer *t, const char *text, size_t n,
         if (t->post[i] == POST_TEXT)
             TV_TRY(at_added(t, &t->raw, text, n, true, raw_piece, out, err));
         else if (special)
-            TV_TRY(tve_ids_add(out, &t->post[i], 1, err));
+            TV_TRY(tve_ids_add(out, t->post[i], err));
     }
 out:
     return rc;

@@ -10,11 +10,13 @@
 
 #include <jansson.h>
 
+#include "rng.h"
 #include "test.h"
 
 #include "tv/alloc.h"
 #include "tv/eval.h"
 #include "tv/sys.h"
+#include "tv/text.h"
 
 static const char *const kinds[] = {
     "gpt2",   "gpt2-prefix", "llama3", "qwen2",   "bloom",
@@ -124,6 +126,149 @@ static void test_long_words(void **state)
     tve_tokenizer_close(t);
     tv_free(text);
     tv_free(json);
+}
+
+/* ---- merging against the plainest way to do it ---- */
+
+enum { LETTERS = 4, TOKENS_MAX = 120, TOKEN_LEN = 10, MERGES = 100 };
+
+struct plain {
+    char token[TOKENS_MAX][TOKEN_LEN + 1];
+    size_t n_tokens;
+    int32_t left[MERGES], right[MERGES];
+    int32_t rank[TOKENS_MAX][TOKENS_MAX], into[TOKENS_MAX][TOKENS_MAX];
+};
+
+static int32_t plain_token(struct plain *p, const char *content)
+{
+    size_t i = 0;
+
+    while (i < p->n_tokens && strcmp(p->token[i], content) != 0)
+        i++;
+    if (i == p->n_tokens)
+        snprintf(p->token[p->n_tokens++], sizeof(p->token[0]), "%s", content);
+    return (int32_t)i;
+}
+
+/* Random merges; several make the same token. */
+static void plain_make(struct plain *p, struct rng *r)
+{
+    memset(p, 0, sizeof(*p));
+    memset(p->rank, 0xff, sizeof(p->rank));
+    for (char c = 'a'; c < 'a' + LETTERS; c++)
+        plain_token(p, (char[2]){c, '\0'});
+    for (int32_t k = 0; k < MERGES;) {
+        const size_t left = rng_below(r, p->n_tokens);
+        const size_t right = rng_below(r, p->n_tokens);
+        char both[2 * TOKEN_LEN + 1];
+
+        snprintf(both, sizeof(both), "%s%s", p->token[left], p->token[right]);
+        if (strlen(both) > TOKEN_LEN || p->rank[left][right] >= 0)
+            continue;
+        p->left[k] = (int32_t)left;
+        p->right[k] = (int32_t)right;
+        p->into[left][right] = plain_token(p, both);
+        p->rank[left][right] = k++;
+    }
+}
+
+static char *plain_json(const struct plain *p, const char *pre_tokenizer)
+{
+    struct tv_buf b;
+
+    tv_buf_init(&b, 1u << 20);
+    tv_buf_fmt(&b, "{\"pre_tokenizer\":%s,\"model\":{\"type\":\"BPE\",",
+               pre_tokenizer);
+    for (size_t i = 0; i < p->n_tokens; i++)
+        tv_buf_fmt(&b, "%s\"%s\":%zu", i ? "," : "\"vocab\":{", p->token[i], i);
+    for (size_t i = 0; i < MERGES; i++)
+        tv_buf_fmt(&b, "%s[\"%s\",\"%s\"]", i ? "," : "},\"merges\":[",
+                   p->token[p->left[i]], p->token[p->right[i]]);
+    tv_buf_str(&b, "]}}");
+    assert_false(b.failed);
+    return b.data;
+}
+
+/* Appends the ids of one word. */
+static void plain_word(const struct plain *p, const char *s, size_t n,
+                       int32_t *ids, size_t *n_ids)
+{
+    int32_t *const y = ids + *n_ids;
+
+    for (size_t i = 0; i < n; i++)
+        y[i] = s[i] - 'a';
+    for (;;) {
+        size_t best = n;
+        for (size_t i = 0; i + 1 < n; i++)
+            if (p->rank[y[i]][y[i + 1]] >= 0 &&
+                (best == n ||
+                 p->rank[y[i]][y[i + 1]] < p->rank[y[best]][y[best + 1]]))
+                best = i;
+        if (best == n)
+            break;
+        y[best] = p->into[y[best]][y[best + 1]];
+        n--;
+        memmove(y + best + 1, y + best + 2, (n - best - 1) * sizeof(*y));
+    }
+    *n_ids += n;
+}
+
+/* n bytes of text, of words of 1 to `longest` letters. */
+static void check_plain(const struct plain *p, struct rng *r, tve_tokenizer *t,
+                        size_t n, size_t longest)
+{
+    struct tv_error err = {0};
+    struct tve_ids got = {NULL, 0, 0};
+    char *const text = tv_alloc(n + longest);
+    int32_t *const want = tv_alloc((n + longest) * sizeof(*want));
+    size_t used = 0, n_want = 0;
+
+    while (used < n) {
+        const size_t len = 1 + rng_below(r, longest);
+        if (used > 0)
+            text[used++] = ' ';
+        for (size_t i = 0; i < len; i++)
+            text[used + i] = (char)('a' + rng_below(r, LETTERS));
+        plain_word(p, text + used, len, want, &n_want);
+        used += len;
+    }
+    assert_ok(tve_tokenizer_encode(t, text, used, false, &got, &err), &err);
+    assert_int_equal(got.n, n_want);
+    assert_memory_equal(got.ids, want, n_want * sizeof(*want));
+    tve_ids_free(&got);
+    tv_free(text);
+    tv_free(want);
+}
+
+/* Words of every length, and more different ones than are kept: what is
+ * scanned, heaped, cut, remembered and forgotten must not show. */
+static void test_merges(void **state)
+{
+    (void)state;
+    static const char *const pre_tokenizers[] = {
+        "{\"type\":\"WhitespaceSplit\"}",
+        /* words are kept between these two, not by the model */
+        "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Whitespace\"},"
+        "{\"type\":\"Digits\"}]}",
+    };
+    struct rng r;
+
+    rng_open(&r, 1);
+    for (size_t k = 0; k < 10; k++) {
+        struct tv_error err = {0};
+        static struct plain p;
+        tve_tokenizer *t = NULL;
+
+        plain_make(&p, &r);
+        char *const json = plain_json(&p, pre_tokenizers[k % 2]);
+        assert_ok(tve_tokenizer_open(json, strlen(json), &err, &t), &err);
+        for (size_t longest = 1; longest < 300; longest += 1 + longest / 8)
+            check_plain(&p, &r, t, 2000, longest);
+        if (k < 2)
+            check_plain(&p, &r, t, 1000000, 12);
+        tve_tokenizer_close(t);
+        tv_free(json);
+    }
 }
 
 static void test_not_utf8(void **state)
@@ -256,9 +401,9 @@ static void test_allocations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kinds),       cmocka_unit_test(test_long_words),
-        cmocka_unit_test(test_not_utf8),    cmocka_unit_test(test_refused),
-        cmocka_unit_test(test_allocations),
+        cmocka_unit_test(test_kinds),   cmocka_unit_test(test_long_words),
+        cmocka_unit_test(test_merges),  cmocka_unit_test(test_not_utf8),
+        cmocka_unit_test(test_refused), cmocka_unit_test(test_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
