@@ -88,43 +88,13 @@ out:
 static void document(struct tvc *c, const struct tve_ids *ids)
 {
     const struct opts *o = c->opt;
-    json_t *list = json_array();
-    for (size_t i = 0; i < ids->n; i++)
-        (void)json_array_append_new(list, json_integer(ids->ids[i]));
-    tvc_out_json(&c->out,
-                 json_pack("{s:s, s:o, s:o, s:b, s:o, s:o}", "schema",
-                           "tveval.tokenize/1", "model",
-                           tvc_json_string(c->pos[0]), "file",
-                           o->text ? tvc_json_string(o->text) : json_null(),
-                           "special", o->special, "n_tokens",
-                           tvc_json_u64(ids->n), "ids", list));
-}
-
-/* printf would take longer than the tokenizer: digits by hand. */
-static void put_ids(struct tvc *c, const struct tve_ids *ids)
-{
-    char line[8192];
-    size_t at = 0;
-
-    for (size_t i = 0; i < ids->n && tvc_out_open(&c->out); i++) {
-        char digits[12];
-        size_t k = sizeof digits;
-        uint32_t id = (uint32_t)ids->ids[i]; /* never negative */
-
-        do
-            digits[--k] = (char)('0' + id % 10);
-        while ((id /= 10) > 0);
-        if (i > 0)
-            digits[--k] = ' ';
-        if (at + sizeof digits > sizeof line) {
-            tvc_out_bytes(&c->out, line, at);
-            at = 0;
-        }
-        memcpy(line + at, digits + k, sizeof digits - k);
-        at += sizeof digits - k;
-    }
-    tvc_out_bytes(&c->out, line, at);
-    tvc_out(&c->out, "\n");
+    tvc_out_json_ids(
+        &c->out,
+        json_pack("{s:s, s:o, s:o, s:b, s:o}", "schema", "tveval.tokenize/1",
+                  "model", tvc_json_string(c->pos[0]), "file",
+                  o->text ? tvc_json_string(o->text) : json_null(), "special",
+                  o->special, "n_tokens", tvc_json_u64(ids->n)),
+        "ids", ids->ids, ids->n);
 }
 
 static int run(struct tvc *c)
@@ -155,7 +125,8 @@ static int run(struct tvc *c)
     if (c->out.json) {
         document(c, &ids);
     } else {
-        put_ids(c, &ids);
+        tvc_out_ids(&c->out, ids.ids, ids.n, " ");
+        tvc_out(&c->out, "\n");
     }
 out:
     tve_ids_free(&ids);

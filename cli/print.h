@@ -58,6 +58,14 @@ void tvc_out(struct tvc_print *p, const char *fmt, ...) TV_PRINTF(2, 3);
 void tvc_out_bytes(struct tvc_print *p, const void *data, size_t n);
 /* One JSON document and a newline; takes over the reference. */
 void tvc_out_json(struct tvc_print *p, json_t *doc);
+/* Numbers of 0 and more in decimal with `between` (at most 16 bytes) between
+ * them. printf and jansson take longer for each than the tokenizer does. */
+void tvc_out_ids(struct tvc_print *p, const int32_t *ids, size_t n,
+                 const char *between);
+/* tvc_out_json of doc with ids as its last member `key`, the same bytes: only
+ * the numbers are not jansson's. */
+void tvc_out_json_ids(struct tvc_print *p, json_t *doc, const char *key,
+                      const int32_t *ids, size_t n);
 /* False when nobody can receive more output: long printing may stop. */
 bool tvc_out_open(const struct tvc_print *p);
 /* Writes what is buffered. IO (with the reason) when output was lost, but OK

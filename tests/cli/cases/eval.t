@@ -38,6 +38,24 @@ $ printf 'Hello world\n' | tveval tokenize $DATA/base
 39 283 603 1553 500 198
 $ printf 'Hello world\n' > t.txt; tveval tokenize $DATA/base --text t.txt --special
 2045 39 283 603 1553 500 198
+$ for n in 0 1 2 30000; do yes '1 Hello world' | head -n $n > j.txt; tveval tokenize $DATA/base --text j.txt --json > j; tr -d ' \n' < j | sed 's/.*"ids":\[\(.*\)\]}$/\1/' | tr , ' ' > a; tveval tokenize $DATA/base --text j.txt | tr -d '\n' | cmp - a; done && wc -w < a
+210000
+$ printf 'Hi' | tveval tokenize $DATA/base --json
+{
+  "schema": "tveval.tokenize/1",
+  "model": "<*>base",
+  "file": null,
+  "special": false,
+  "n_tokens": 2,
+  "ids": [
+    39,
+    72
+  ]
+}
+$ tveval tokenize $DATA/base --json < /dev/null | tail -n 3; rm a j j.txt
+  "n_tokens": 0,
+  "ids": []
+}
 $ printf '\223NUMPY\001\000\166\000%-117s\n\001\000\000\000\000\000\000\000\002\000\000\000\000\000\000\000' "{'descr': '<i8', 'fortran_order': False, 'shape': (1, 2), }" > ids.npy; tveval logits $DATA/base --ids ids.npy -o l.npy && head -c 72 l.npy | tail -c 62; echo; wc -c < l.npy
 {'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 2048)
 16512
