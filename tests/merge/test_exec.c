@@ -102,11 +102,69 @@ static void digest_is_of_the_files(void **state)
     fx_close(&f);
 }
 
+/* ---- steady state ---------------------------------------------------------
+ */
+
+static float cheap(size_t model, size_t tensor, uint64_t i)
+{
+    (void)tensor;
+    return (float)((i * 2654435761u + model * 40503u) % 8191u) / 8192.0f - 0.5f;
+}
+
+/* Allocations of a whole run, of three models that hold one tensor. */
+static uint64_t allocations(const char *method, uint64_t rows)
+{
+    static const char *const no_base[] = {"linear", "karcher"};
+    const struct fx_tensor one = {
+        "model.layers.0.mlp.up_proj.weight", TV_BF16, 2, {rows, 1024}};
+    int base = 0;
+    struct fx f;
+
+    for (size_t i = 0; i < sizeof no_base / sizeof *no_base; i++)
+        if (strcmp(method, no_base[i]) == 0)
+            base = -1;
+    fx_open(&f);
+    for (int i = 0; i < 3; i++)
+        fx_model(&f, &one, 1, cheap);
+    fx_plan(&f, method, base, half, 4, TV_DTYPE_NONE);
+    fx_out(&f, "out");
+    f.plan.options.threads = 1;
+    f.plan.options.memory_bytes = 512u << 20;
+    const uint64_t before = tv_alloc_calls();
+    struct tv_error err;
+    struct tvm_result r;
+    assert_ok(tvm_run(&f.plan, NULL, &r, &err), &err);
+    const uint64_t n = tv_alloc_calls() - before;
+    fx_close(&f);
+    return n;
+}
+
+/* What a merge allocates, it allocates for a tensor or once: tiles none. */
+static void tiles_allocate_nothing(void **state)
+{
+    static const char *const methods[] = {
+        "linear",      "task_arithmetic", "dare_ties",   "ties",
+        "breadcrumbs", "della",           "consensus",   "ram",
+        "nuslerp",     "karcher",         "model_stock", "sce"};
+
+    (void)state;
+    for (size_t m = 0; m < sizeof methods / sizeof *methods; m++) {
+        const uint64_t small = allocations(methods[m], 512); /* one tile */
+        const uint64_t large = allocations(methods[m], 4096);
+        assert_true(small > 0);
+        if (large != small)
+            fail_msg("%s: %llu allocations for one tile, %llu for several",
+                     methods[m], (unsigned long long)small,
+                     (unsigned long long)large);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(digest_is_invariant),
         cmocka_unit_test(digest_is_of_the_files),
+        cmocka_unit_test(tiles_allocate_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
