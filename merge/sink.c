@@ -862,16 +862,30 @@ out:
     return rc;
 }
 
-static enum tv_err write_file(struct dir_sink *s, const char *name,
-                              const char *data, size_t n, struct tv_error *err)
+/* A file of OUT; its name is durable after the next sync of OUT. */
+static enum tv_err replace_file(struct dir_sink *s, const char *name,
+                                const char *data, size_t n,
+                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     char *path = tv_path_join(s->out, name);
 
     if (!path)
         return no_memory(err);
-    rc = tv_file_write_atomic(path, data, n, s->sync, err);
+    rc = tv_file_replace(path, data, n, s->sync, err);
     tv_free(path);
+    return rc;
+}
+
+static enum tv_err write_file(struct dir_sink *s, const char *name,
+                              const char *data, size_t n, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(replace_file(s, name, data, n, err));
+    if (s->sync)
+        rc = tv_dir_sync(s->out, err);
+out:
     return rc;
 }
 
@@ -881,13 +895,15 @@ static enum tv_err write_side_files(struct dir_sink *s, struct tv_error *err)
     const struct tvm_plan *p = s->base.plan;
 
     if (p->shards->index_json)
-        TV_TRY(write_file(s, INDEX_FILE, p->shards->index_json,
-                          p->shards->index_bytes, err));
+        TV_TRY(replace_file(s, INDEX_FILE, p->shards->index_json,
+                            p->shards->index_bytes, err));
     for (size_t i = 0; i < p->n_files; i++) {
         const struct tvm_side_file *f = &p->files[i];
         if (strcmp(f->name, CONFIG_FILE) != 0)
-            TV_TRY(write_file(s, f->name, f->data, f->n, err));
+            TV_TRY(replace_file(s, f->name, f->data, f->n, err));
     }
+    if (s->sync)
+        rc = tv_dir_sync(s->out, err);
 out:
     return rc;
 }

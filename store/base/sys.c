@@ -223,16 +223,15 @@ static char *parent_of(const char *path)
     return tv_strndup(path, (size_t)(slash - path));
 }
 
-enum tv_err tv_file_write_atomic(const char *path, const void *data, size_t n,
-                                 bool do_sync, struct tv_error *err)
+enum tv_err tv_file_replace(const char *path, const void *data, size_t n,
+                            bool do_sync, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     int fd = -1;
     bool made = false;
-    char *dir = parent_of(path);
     char *tmp = tv_asprintf("%s.tmp", path);
 
-    if (!dir || !tmp) {
+    if (!tmp) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory writing %s", path);
         goto out;
     }
@@ -259,13 +258,28 @@ enum tv_err tv_file_write_atomic(const char *path, const void *data, size_t n,
         goto out;
     }
     made = false;
-    if (do_sync)
-        TV_TRY(tv_dir_sync(dir, err));
 out:
     close_quietly(fd);
     if (made)
         (void)tv_sys()->unlink(tmp);
     tv_free(tmp);
+    return rc;
+}
+
+enum tv_err tv_file_write_atomic(const char *path, const void *data, size_t n,
+                                 bool do_sync, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *dir = parent_of(path);
+
+    if (!dir) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory writing %s", path);
+        goto out;
+    }
+    TV_TRY(tv_file_replace(path, data, n, do_sync, err));
+    if (do_sync)
+        rc = tv_dir_sync(dir, err);
+out:
     tv_free(dir);
     return rc;
 }

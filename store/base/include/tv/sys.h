@@ -89,7 +89,12 @@ TV_NODISCARD enum tv_err tv_file_read(const char *path, uint64_t max_bytes,
 TV_NODISCARD enum tv_err tv_pwrite_all(int fd, const void *data, size_t n,
                                        uint64_t off, const char *path,
                                        struct tv_error *err);
-/* Writes path via path+".tmp", fsync, rename, fsync of the directory. */
+/* Writes path via path+".tmp", fsync and rename: the old or the new content is
+ * there. Which one is certain after tv_dir_sync of its directory. */
+TV_NODISCARD enum tv_err tv_file_replace(const char *path, const void *data,
+                                         size_t n, bool do_sync,
+                                         struct tv_error *err);
+/* The same, with the fsync of the directory. */
 TV_NODISCARD enum tv_err tv_file_write_atomic(const char *path,
                                               const void *data, size_t n,
                                               bool do_sync,
