@@ -25,6 +25,7 @@ static uint64_t count_nonfinite(const float *x, size_t n)
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
+        tvk_read_ahead(x + i);
         n_finite += tvk_popcount(finite_lanes(lanes, v));
     }
     return n - n_finite;

@@ -42,6 +42,9 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
         size_t n_buckets = 0;
         for (size_t i = at; i < end; i += 16) {
             const __mmask16 lanes = lanes16(i, end);
+            tvk_read_ahead(x + i);
+            if (b != NULL)
+                tvk_read_ahead(b + i);
             const __m512i hi = _mm512_srli_epi32(
                 magnitude16(lanes, x + i, b != NULL ? b + i : NULL), 15);
             const __mmask16 some = _mm512_test_epi32_mask(hi, hi);
