@@ -561,24 +561,6 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
                   st->n_donors, n);
 }
 
-/* With the roundings of is_compat(); which of equal variances are kept is
- * torch's affair there. */
-static const struct tvm_method compat = {
-    .name = "sce",
-    .base = TVM_BASE_REQUIRED,
-    .min_donors = 0,
-    .max_donors = TVK_DONORS_MAX,
-    .params = params,
-    .n_params = N_PARAMS,
-    .check = check,
-    .fold = fold,
-    .state_bytes = state_bytes,
-    .next_phase = next_phase,
-    .tile_begin = tile_begin,
-    .measure = measure,
-    .combine = combine,
-};
-
 const struct tvm_method tvm_method_sce = {
     .name = "sce",
     .summary = "positions that differ most, weighed by energy, majority signs",
@@ -595,5 +577,7 @@ const struct tvm_method tvm_method_sce = {
     .tile_begin = tile_begin,
     .measure = measure,
     .combine = combine,
-    .compat = &compat,
+    /* is_compat() says how; which of equal variances are kept is torch's affair
+     * there. */
+    .compat = &tvm_method_sce,
 };
