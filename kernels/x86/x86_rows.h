@@ -36,5 +36,7 @@ void tvk_avx512_stats(struct tvk_table *t);
 void tvk_avx512_lowrank(struct tvk_table *t);
 void tvk_avx512_rank(struct tvk_table *t);
 void tvk_avx512_variance(struct tvk_table *t);
+void tvk_avx512_swap(struct tvk_table *t);
+void tvk_avx512_divergence(struct tvk_table *t);
 
 #endif

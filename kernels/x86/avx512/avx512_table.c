@@ -16,4 +16,6 @@ void tvk_row_avx512(struct tvk_table *t)
     tvk_avx512_lowrank(t);
     tvk_avx512_rank(t);
     tvk_avx512_variance(t);
+    tvk_avx512_swap(t);
+    tvk_avx512_divergence(t);
 }
