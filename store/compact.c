@@ -110,10 +110,19 @@ static enum tv_err check_copy(tv_store *s, const char *path,
     MDB_env *env = NULL;
     MDB_txn *txn = NULL;
     struct txn t = {.s = s, .mdb = NULL};
+    struct stat st;
     TV_TRY(txn_begin(s, MDB_RDONLY, &t.mdb, err));
+    if (tv_sys()->stat(path, &st) != 0) {
+        rc = tv_error_sys(err, errno, "cannot look at %s", path);
+        goto out;
+    }
     int e = tv_lmdb()->env_create(&env);
     if (e == 0)
         e = tv_lmdb()->env_set_maxdbs(env, DB_COUNT + 1);
+    /* Not the map that the copy's meta page asks for, which is the store's: two
+     * of that size may be more than the address space that we have. */
+    if (e == 0)
+        e = tv_lmdb()->env_set_mapsize(env, (size_t)st.st_size);
     if (e == 0)
         e = tv_lmdb()->env_open(env, path,
                                 MDB_NOSUBDIR | MDB_RDONLY | MDB_NOLOCK, 0600);

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -72,6 +73,34 @@ static void free_pages_go(void **state)
     assert_int_equal(n, 0);
     tv_dir_list_free(names, n);
     tv_free(scratch);
+}
+
+/* Of a store that was made where there was no limit. */
+static void works_in_a_limited_address_space(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    skip(); /* sanitizers need more address space than the limit */
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+    skip();
+#endif
+#endif
+    half_empty(f);
+    fx_close(f);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        const struct rlimit lim = {(rlim_t)1 << 31, (rlim_t)1 << 31};
+        struct tv_compact r;
+        _exit(setrlimit(RLIMIT_AS, &lim) == 0 &&
+                      tv_store_compact(f->path, NULL, 100, &r, NULL) == TV_OK
+                  ? 0
+                  : 1);
+    }
+    int status = 0;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_int_equal(status, 0);
+    check_here(f);
 }
 
 static void nobody_else_may_have_it_open(void **state)
@@ -313,8 +342,11 @@ int main(void)
 {
 #define T(fn) cmocka_unit_test_setup_teardown(fn, fx_setup, fx_teardown)
     const struct CMUnitTest tests[] = {
-        T(free_pages_go),         T(nobody_else_may_have_it_open),
-        T(quota_counts_the_copy), T(killed_anywhere),
+        T(free_pages_go),
+        T(works_in_a_limited_address_space),
+        T(nobody_else_may_have_it_open),
+        T(quota_counts_the_copy),
+        T(killed_anywhere),
         T(a_lost_copy_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
