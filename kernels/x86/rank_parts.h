@@ -33,7 +33,8 @@
  * sorting costs. */
 #define RANK_LOOKS   128u
 
-_Static_assert(TVK_RANK_FIXED >= 5 * RANK_BUCKETS * sizeof(uint32_t) + 4096,
+_Static_assert(TVK_RANK_FIXED >= 5 * RANK_BUCKETS * sizeof(uint32_t) + 1024 &&
+                   TVK_RANK_EACH >= 2 * sizeof(uint32_t) + 1,
                "see struct rank_row");
 
 struct rank_row {
@@ -42,12 +43,12 @@ struct rank_row {
     size_t n, looks; /* looks: left */
     uint32_t first;  /* upper bits of bucket 1, less one */
     float by, from, slack;
-    uint32_t *hist;   /* [2][RANK_BUCKETS], to be added */
+    uint32_t *hist;   /* [2][RANK_BUCKETS], to be cleared, then added */
     uint32_t *before; /* [RANK_BUCKETS + 1] entries of lower buckets */
     /* Of the key of a bucket whose lower bits are zeros: entries counted among
      * the first so many. */
-    uint32_t *n_equal, *counted; /* [RANK_BUCKETS] */
-    uint32_t *key, *word, *at;   /* [n + 16] of the candidates */
+    uint32_t *n_equal, *counted; /* [RANK_BUCKETS], n_equal where counted */
+    unsigned char *rest;         /* of scratch, aligned to 64 */
 };
 
 /* Number of n keys that equal `key`, which is not 0; that are below it. */
@@ -88,12 +89,7 @@ TVK_INLINE struct rank_row rank_row_of(const uint32_t *keys,
     r.before = rank_part(&at, RANK_BUCKETS + 1);
     r.n_equal = rank_part(&at, RANK_BUCKETS);
     r.counted = rank_part(&at, RANK_BUCKETS);
-    r.key = rank_part(&at, n + 16);
-    r.word = rank_part(&at, n + 16);
-    r.at = rank_part(&at, n + 16);
-    memset(r.hist, 0, 2 * RANK_BUCKETS * sizeof *r.hist);
-    memset(r.n_equal, 0, RANK_BUCKETS * sizeof *r.n_equal);
-    memset(r.counted, 0, RANK_BUCKETS * sizeof *r.counted);
+    r.rest = at;
     return r;
 }
 
@@ -117,6 +113,8 @@ TVK_INLINE int rank_stays(struct rank_row *r, size_t i)
         looks = i - from;
         if (looks > r->looks)
             return -1;
+        if (from == 0)
+            r->n_equal[b] = 0;
         r->n_equal[b] += (uint32_t)count_equal(r->keys + from, key, looks);
         r->counted[b] = (uint32_t)i;
         rank = r->before[b] + r->n_equal[b];

@@ -78,6 +78,8 @@ TVK_INLINE size_t fill_buckets(const struct rank_row *r)
     size_t n_zero = 0;
     uint32_t counted = 0; /* zeros that went into bucket 0 */
 
+    memset(r->hist, 0, 2 * RANK_BUCKETS * sizeof *r->hist);
+    memset(r->counted, 0, RANK_BUCKETS * sizeof *r->counted);
     for (size_t at = 0; at < r->n; at += ROUND) {
         const size_t end = r->n - at < ROUND ? r->n : at + ROUND;
         size_t n_buckets = 0;

@@ -71,6 +71,8 @@ TVK_INLINE size_t fill_buckets(const struct rank_row *r)
     uint16_t bucket[ROUND + 16];
     size_t n_zero = r->n;
 
+    for (size_t b = 0; b < 2 * RANK_BUCKETS; b += 16)
+        _mm512_store_si512(r->hist + b, _mm512_setzero_si512());
     for (size_t at = 0; at < r->n; at += ROUND) {
         const size_t end = r->n - at < ROUND ? r->n : at + ROUND;
         size_t n_buckets = 0;
@@ -106,6 +108,7 @@ TVK_INLINE void add_up(const struct rank_row *r, size_t n_zero)
         v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 14));
         v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 12));
         v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 8));
+        _mm512_store_si512(r->counted + b, zero);
         _mm512_storeu_si512(r->before + b,
                             _mm512_add_epi32(sum, _mm512_sub_epi32(v, here)));
         sum = _mm512_add_epi32(sum, _mm512_permutexvar_epi32(last, v));
@@ -113,19 +116,24 @@ TVK_INLINE void add_up(const struct rank_row *r, size_t n_zero)
     r->before[RANK_BUCKETS] = (uint32_t)r->n;
 }
 
-/* What stays whatever its rank; the candidates go to lists and to `maybe`.
- * Returns their number. */
-TVK_INLINE size_t find_candidates(const struct rank_row *r, uint64_t *mask,
-                                  uint64_t low, uint64_t high)
+/* Words whose fate the rank decides, in order. */
+struct candidates {
+    uint32_t *key, *word; /* [n + 16], key: then all ones for what stays */
+    uint64_t *of;         /* which elements, as a mask */
+    size_t n;
+};
+
+/* The candidates, and in mask what stays whatever its rank. */
+TVK_INLINE void find_candidates(const struct rank_row *r, struct candidates *c,
+                                uint64_t *mask, uint64_t low, uint64_t high)
 {
     const __m512i under = _mm512_set1_epi32((int)(uint32_t)low);
     const __m512i last = _mm512_set1_epi32((int)(uint32_t)(high - 1));
-    __m512i at =
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     size_t n = 0;
 
     for (size_t i = 0; i < r->n; i += 64) {
         uint64_t word = 0;
+        uint64_t open = 0;
         for (unsigned q = 0; q < 64 && i + q < r->n; q += 16) {
             const __mmask16 lanes = lanes16(i + q, r->n);
             const __m512i k = _mm512_maskz_loadu_epi32(lanes, r->keys + i + q);
@@ -135,18 +143,73 @@ TVK_INLINE size_t find_candidates(const struct rank_row *r, uint64_t *mask,
             const __mmask16 maybe =
                 (__mmask16)(_mm512_mask_cmple_epu32_mask(some, w, last) & ~in);
             word |= (uint64_t)in << q;
-            _mm512_storeu_si512(r->key + n,
+            open |= (uint64_t)maybe << q;
+            _mm512_storeu_si512(c->key + n,
                                 _mm512_maskz_compress_epi32(maybe, k));
-            _mm512_storeu_si512(r->word + n,
+            _mm512_storeu_si512(c->word + n,
                                 _mm512_maskz_compress_epi32(maybe, w));
-            _mm512_storeu_si512(r->at + n,
-                                _mm512_maskz_compress_epi32(maybe, at));
             n += tvk_popcount(maybe);
-            at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
         }
         mask[i >> 6] = word;
+        c->of[i >> 6] = open;
     }
-    return n;
+    c->n = n;
+}
+
+/* The element that a candidate is; *word and *before say where the one before
+ * was found. */
+TVK_INLINE size_t element_of(const struct candidates *c, size_t candidate,
+                             size_t *word, size_t *before)
+{
+    uint64_t left = c->of[*word];
+
+    for (size_t n = tvk_popcount(left); candidate - *before >= n;
+         n = tvk_popcount(left)) {
+        *before += n;
+        left = c->of[++*word];
+    }
+    for (size_t n = candidate - *before; n > 0; n--)
+        left &= left - 1;
+    return 64 * *word + (size_t)__builtin_ctzll(left);
+}
+
+/* Decides the candidates; 0 where sorting is faster. */
+TVK_INLINE int decide(struct rank_row *r, const struct candidates *c)
+{
+    const __m512 by = _mm512_set1_ps(r->by);
+    const __m512 from = _mm512_set1_ps(r->from);
+    const __m512 slack = _mm512_set1_ps(r->slack);
+    size_t word = 0;
+    size_t before = 0;
+
+    for (size_t i = 0; i < c->n; i += 16) {
+        const __mmask16 lanes = lanes16(i, c->n);
+        const __m512i b = _mm512_maskz_mov_epi32(
+            lanes, buckets16(r, _mm512_loadu_si512(c->key + i)));
+        const __m512 rank = _mm512_add_ps(
+            _mm512_mul_ps(by,
+                          _mm512_cvtepu32_ps(_mm512_loadu_si512(c->word + i))),
+            from);
+        const __m512 least =
+            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r->before, 4));
+        const __m512 beyond =
+            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r->before + 1, 4));
+        uint32_t stay = _mm512_mask_cmp_ps_mask(
+            lanes, least, _mm512_add_ps(rank, slack), _CMP_GT_OQ);
+        const __mmask16 go = _mm512_mask_cmp_ps_mask(
+            lanes, beyond, _mm512_sub_ps(rank, slack), _CMP_LT_OQ);
+        for (uint32_t open = lanes & ~(stay | go); open != 0;
+             open &= open - 1) {
+            const unsigned lane = (unsigned)__builtin_ctz(open);
+            const int stays =
+                rank_stays(r, element_of(c, i + lane, &word, &before));
+            if (stays < 0)
+                return 0;
+            stay |= (uint32_t)stays << lane;
+        }
+        _mm512_storeu_si512(c->key + i, _mm512_movm_epi32((__mmask16)stay));
+    }
+    return 1;
 }
 
 static void rank_mask(uint64_t *TVK_RESTRICT mask, const uint32_t *keys,
@@ -162,42 +225,28 @@ static void rank_mask(uint64_t *TVK_RESTRICT mask, const uint32_t *keys,
         return;
     }
     struct rank_row r = rank_row_of(keys, words, odds, scratch, most, n);
-    const __m512 by = _mm512_set1_ps(r.by);
-    const __m512 from = _mm512_set1_ps(r.from);
-    const __m512 slack = _mm512_set1_ps(r.slack);
+    struct candidates c = {.n = 0};
 
+    c.key = rank_part(&r.rest, n + 16);
+    c.word = rank_part(&r.rest, n + 16);
+    c.of = rank_part(&r.rest, 2 * ((n + 63) / 64));
     add_up(&r, fill_buckets(&r));
-    const size_t n_maybe = find_candidates(&r, mask, low, high);
-    for (size_t c = 0; c < n_maybe; c += 16) {
-        const __mmask16 lanes = lanes16(c, n_maybe);
-        const __m512i b = _mm512_maskz_mov_epi32(
-            lanes, buckets16(&r, _mm512_loadu_si512(r.key + c)));
-        const __m512 rank = _mm512_add_ps(
-            _mm512_mul_ps(by,
-                          _mm512_cvtepu32_ps(_mm512_loadu_si512(r.word + c))),
-            from);
-        const __m512 least =
-            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r.before, 4));
-        const __m512 beyond =
-            _mm512_cvtepi32_ps(_mm512_i32gather_epi32(b, r.before + 1, 4));
-        uint32_t stay = _mm512_mask_cmp_ps_mask(
-            lanes, least, _mm512_add_ps(rank, slack), _CMP_GT_OQ);
-        const __mmask16 go = _mm512_mask_cmp_ps_mask(
-            lanes, beyond, _mm512_sub_ps(rank, slack), _CMP_LT_OQ);
-        for (uint32_t open = lanes & ~(stay | go); open != 0;
-             open &= open - 1) {
-            const unsigned lane = (unsigned)__builtin_ctz(open);
-            const int stays = rank_stays(&r, r.at[c + lane]);
-            if (stays < 0) {
-                tvk_rank_mask(mask, keys, words, odds, scratch, most, n);
-                return;
-            }
-            stay |= (uint32_t)stays << lane;
+    find_candidates(&r, &c, mask, low, high);
+    if (!decide(&r, &c)) {
+        tvk_rank_mask(mask, keys, words, odds, scratch, most, n);
+        return;
+    }
+    const uint32_t *at = c.key;
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t stay = 0;
+        for (unsigned q = 0; q < 64; q += 16) {
+            const __mmask16 of = (__mmask16)(c.of[i >> 6] >> q);
+            const __m512i v =
+                _mm512_maskz_expand_epi32(of, _mm512_loadu_si512(at));
+            stay |= (uint64_t)_mm512_movepi32_mask(v) << q;
+            at += tvk_popcount(of);
         }
-        for (; stay != 0; stay &= stay - 1) {
-            const uint32_t i = r.at[c + (unsigned)__builtin_ctz(stay)];
-            mask[i >> 6] |= UINT64_C(1) << (i & 63);
-        }
+        mask[i >> 6] |= stay;
     }
 }
 
