@@ -806,14 +806,13 @@ static bool is_first(const struct slot *s)
     return s->first && s->job.sample == 0;
 }
 
-/* Values of one source in a block, and what is known of its mask. NULL when
- * nobody will look at them. */
+/* Values of one source in a block, at `at` [n] or where they are, and what is
+ * known of its mask. NULL when nobody will look at them. */
 static const float *read_block(struct exec *ex, struct worker *w,
                                struct slot *s, size_t source, uint64_t start,
-                               size_t n, uint64_t *bad)
+                               size_t n, float *at, uint64_t *bad)
 {
     const struct tvk_table *k = ex->k;
-    float *at = w->src + source * TVM_BLOCK;
     const uint64_t *mask = tvm_cached_mask(
         &s->cached, source, start, n, w->known_words + source * BLOCK_WORDS);
 
@@ -868,11 +867,13 @@ static void run_rows(struct exec *ex, struct worker *w, struct slot *s,
         for (uint64_t done = 0; done < len; done += TVM_BLOCK) {
             const size_t n =
                 len - done < TVM_BLOCK ? (size_t)(len - done) : TVM_BLOCK;
-            for (size_t i = 0; i < t->n_sources; i++)
-                memcpy(rows + i * stride + done,
-                       read_block(ex, w, s, i, at + done, n,
-                                  own ? bad_in : &unused),
-                       n * sizeof(float));
+            for (size_t i = 0; i < t->n_sources; i++) {
+                float *to = rows + i * stride + done;
+                const float *from = read_block(ex, w, s, i, at + done, n, to,
+                                               own ? bad_in : &unused);
+                if (from != to)
+                    memcpy(to, from, n * sizeof *to);
+            }
         }
         tile->start = at;
         if (!combine) {
@@ -952,7 +953,8 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
             n = job->sample;
         tile.start = tile.first + done;
         for (size_t i = 0; i < t->n_sources; i++)
-            x[i] = read_block(ex, w, s, i, tile.start, n, &bad_in);
+            x[i] = read_block(ex, w, s, i, tile.start, n,
+                              w->src + i * TVM_BLOCK, &bad_in);
         if (!combine) {
             t->method->measure(job, &tile, x, n);
             continue;

@@ -762,6 +762,14 @@ static void one_reduction(const struct tvk_table *k, const struct place *p)
     ref()->dots(&expected, px, px, p->n);
     same_dots(k, p, &got, &expected);
 
+    for (unsigned masked = 0; masked < 2; masked++) {
+        double all = 0.0, kept = 0.0;
+        k->abs_sums(&all, &kept, x, b, masked ? mask : NULL, p->n);
+        same_double("abs_sums all", k, p, all,
+                    ref()->abs_sum(px, pb, NULL, p->n));
+        same_double("abs_sums kept", k, p, kept,
+                    ref()->abs_sum(px, pb, masked ? pm : NULL, p->n));
+    }
     same_double("square_sum", k, p, k->square_sum(x, b, NULL, p->n),
                 ref()->square_sum(px, pb, NULL, p->n));
     same_double("square_sum mask", k, p, k->square_sum(x, NULL, mask, p->n),

@@ -242,7 +242,10 @@ struct tvk_table {
      * lanes as in dots. */
     double (*abs_sum)(const float *x, const float *b, const uint64_t *mask,
                       size_t n);
-    /* The same of the squares of fp32(x-b). */
+    /* Both, of all and of what the mask has. */
+    void (*abs_sums)(double *all, double *kept, const float *x, const float *b,
+                     const uint64_t *mask, size_t n);
+    /* As abs_sum, of the squares of fp32(x-b). */
     double (*square_sum)(const float *x, const float *b, const uint64_t *mask,
                          size_t n);
     /* Elements that are NaN or infinite. */

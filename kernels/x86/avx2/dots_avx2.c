@@ -86,6 +86,13 @@ static double abs_sum(const float *x, const float *b, const uint64_t *mask,
     return lanes_total(sum);
 }
 
+static void abs_sums(double *all, double *kept, const float *x, const float *b,
+                     const uint64_t *mask, size_t n)
+{
+    *all = abs_sum(x, b, NULL, n);
+    *kept = abs_sum(x, b, mask, n);
+}
+
 static double square_sum(const float *x, const float *b, const uint64_t *mask,
                          size_t n)
 {
@@ -111,6 +118,7 @@ static double square_sum(const float *x, const float *b, const uint64_t *mask,
 
 void tvk_avx2_dots(struct tvk_table *t)
 {
+    t->abs_sums = abs_sums;
     t->square_sum = square_sum;
     t->dots = dots;
     t->abs_sum = abs_sum;

@@ -60,6 +60,33 @@ static double abs_sum(const float *x, const float *b, const uint64_t *mask,
     return lanes_total(lo, hi);
 }
 
+static void abs_sums(double *all, double *kept, const float *x, const float *b,
+                     const uint64_t *mask, size_t n)
+{
+    const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
+    __m512d lo = _mm512_setzero_pd(), hi = lo, kept_lo = lo, kept_hi = lo;
+
+    assert(n <= TVK_LEAF);
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        __m512 d = _mm512_maskz_loadu_ps(lanes, x + i);
+        if (b != NULL)
+            d = _mm512_sub_ps(d, _mm512_maskz_loadu_ps(lanes, b + i));
+        const __mmask16 in =
+            mask != NULL ? (__mmask16)(lanes & tvk_mask_16(mask, i)) : lanes;
+        d = _mm512_castsi512_ps(
+            _mm512_and_epi32(_mm512_castps_si512(d), no_sign));
+        const __m512d l = low8(d);
+        const __m512d h = high8(d);
+        lo = _mm512_add_pd(lo, l);
+        hi = _mm512_add_pd(hi, h);
+        kept_lo = _mm512_mask_add_pd(kept_lo, (__mmask8)in, kept_lo, l);
+        kept_hi = _mm512_mask_add_pd(kept_hi, (__mmask8)(in >> 8), kept_hi, h);
+    }
+    *all = lanes_total(lo, hi);
+    *kept = lanes_total(kept_lo, kept_hi);
+}
+
 static double square_sum(const float *x, const float *b, const uint64_t *mask,
                          size_t n)
 {
@@ -81,6 +108,7 @@ static double square_sum(const float *x, const float *b, const uint64_t *mask,
 
 void tvk_avx512_dots(struct tvk_table *t)
 {
+    t->abs_sums = abs_sums;
     t->square_sum = square_sum;
     t->dots = dots;
     t->abs_sum = abs_sum;
