@@ -100,6 +100,17 @@ static const struct tvm_node *given(const struct tvm_node *map, const char *key)
     return tvm_node_is_null(e) ? NULL : e;
 }
 
+/* Two of what a recipe has one of: for mergekit an empty one is not there. */
+static void leave_filled(const struct tvm_node **a, const struct tvm_node **b)
+{
+    if (*a == NULL || *b == NULL)
+        return;
+    if ((*b)->kind != TVM_NODE_SCALAR && (*b)->n == 0)
+        *b = NULL;
+    else if ((*a)->kind != TVM_NODE_SCALAR && (*a)->n == 0)
+        *a = NULL;
+}
+
 /* ---- pieces ---------------------------------------------------------------
  */
 
@@ -593,10 +604,11 @@ static size_t count_slices(const struct tvm_node *map)
 static void read_parts(struct reader *rd, const struct tvm_node *map,
                        const char *what)
 {
-    const struct tvm_node *const models = given(map, "models");
-    const struct tvm_node *const slices = given(map, "slices");
+    const struct tvm_node *models = given(map, "models");
+    const struct tvm_node *slices = given(map, "slices");
     char message[80];
 
+    leave_filled(&models, &slices);
     if (models != NULL && slices != NULL) {
         (void)snprintf(message, sizeof(message),
                        "a %s has either 'models' or 'slices', not both", what);
@@ -649,19 +661,22 @@ static void read_modules(struct reader *rd, const struct tvm_node *modules)
 static void read_what(struct reader *rd, const struct tvm_node *root)
 {
     struct tvm_recipe *const r = rd->r;
-    const struct tvm_node *const modules = given(root, "modules");
+    const struct tvm_node *modules = given(root, "modules");
+    const struct tvm_node *models = given(root, "models");
+    const struct tvm_node *slices = given(root, "slices");
 
+    leave_filled(&models, &slices);
+    leave_filled(&models, &modules);
+    leave_filled(&slices, &modules);
     if (modules != NULL) {
-        const struct tvm_node *const other = given(root, "models") != NULL
-                                                 ? given(root, "models")
-                                                 : given(root, "slices");
+        const struct tvm_node *const other = models != NULL ? models : slices;
         if (other != NULL)
             error_key(rd, TV_E_USAGE, other,
                       "a recipe has either 'modules' or 'models' or 'slices'");
         read_modules(rd, modules);
         return;
     }
-    r->whole_models = given(root, "models") != NULL;
+    r->whole_models = models != NULL;
     r->slices =
         tvm_arena_get(&r->arena, count_slices(root), sizeof(*r->slices));
     if (r->slices == NULL)
@@ -866,6 +881,18 @@ static void read_method(struct reader *rd, const struct tvm_node *root)
     char name[64];
     char where[TVM_WHERE_MAX];
     const char *like = NULL;
+    if (m == NULL && given(root, "experts") != NULL) {
+        error_node(rd, root,
+                   "this is a recipe for mergekit-moe: mixtures of experts are "
+                   "not made here");
+        return;
+    }
+    if (m == NULL && given(root, "genome") != NULL) {
+        error_node(rd, root,
+                   "this is a recipe for mergekit-evolve: there is no search "
+                   "for parameters here");
+        return;
+    }
     if (m == NULL) {
         error_node(rd, root, "'merge_method' is missing");
         return;

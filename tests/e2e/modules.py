@@ -303,7 +303,8 @@ WRONG = {
     "range": ("merge_method: passthrough\nmodules:\n  vision_tower:\n"
               "    slices:\n    - sources: [{model: a, layer_range: [0, 3]}]\n",
               4, "r.yml:5:", "2 layers of vision_tower"),
-    "both": (TEXT + "    slices: []\n", 2, "r.yml:7:5", "not both"),
+    "both": (TEXT + "    slices:\n    - sources: [{model: a, layer_range: "
+             "[0, 2]}]\n", 2, "r.yml:7:5", "not both"),
     "neither": ("merge_method: linear\nmodules:\n  text_decoder: "
                 "{parameters: {}}\n", 2, "r.yml:3:", "missing"),
     "models beside": (TEXT + "models: [{model: a}]\n", 2, "r.yml:7:1",

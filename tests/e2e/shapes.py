@@ -70,6 +70,34 @@ SHAPES = {
     "numbers that YAML 1.1 calls text":
         TIES + "models:\n" + CODE + "{weight: 1e-4, density: '0.5'}\n"
         "parameters: {normalize: 'off'}\n",
+    "what is empty or null is not there":
+        TIES + "models:\n" + CODE + "{weight: 1}\nslices: []\n"
+        "modules: {}\ntokenizer: null\nparameters: ~\nout_dtype: null\n",
+    "anchors and merge keys":
+        "merge_method: passthrough\nscale: &s\n  parameters:\n    scale:\n"
+        "    - {filter: q_proj, value: 0.7071}\n    - {value: 1.0}\n"
+        "slices:\n- sources:\n  - {model: base, layer_range: [0, 2]}\n"
+        "- sources:\n  - model: base\n    layer_range: [1, 4]\n"
+        "    <<: *s\n",
+    "the one module by name, flags as numbers, an empty tokenizer":
+        "merge_method: della_linear\nbase_model: base\nmodules:\n"
+        "  default:\n    slices:\n    - sources:\n"
+        "      - layer_range: [0, 4]\n        model: ft-code\n"
+        "        parameters: {density: 0.5, epsilon: 0.4, weight: [1, 0.2]}\n"
+        "      - {layer_range: [0, 4], model: base}\n"
+        "parameters: {lambda: 1.0, normalize: 1.0, int8_mask: 1.0}\n"
+        "tokenizer: {}\n",
+    "an adapter of the base":
+        "merge_method: task_arithmetic\nbase_model: base+lora-jargon\n"
+        "models:\n- {model: ft-code, parameters: {weight: 1}}\n",
+    "other people's parameters":
+        "merge_method: model_stock\nbase_model: base\nmodels:\n"
+        "- {model: ft-code, parameters: {weight: [2, 1]}}\n"
+        "- {model: ft-prose}\nparameters: {random_seed: 145}\n"
+        "dtype: float32\nout_dtype: bfloat16\nchat_template: chatml\n",
+    "tiny tolerances":
+        "merge_method: karcher\nmodels: [{model: base}, {model: ft-code}]\n"
+        "parameters: {tol: 1e-10, max_iter: 1200}\ndtype: torch.float32\n",
     "dead keys":
         TIES + "name: it\nmodels:\n" + CODE + "{weight: 1}\n"
         "input_model_parameters: {}\nconsensus_method: sum\n",

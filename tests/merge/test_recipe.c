@@ -265,6 +265,9 @@ static void test_methods(void **state)
             "known: linear, slerp");
     refused("merge_method: [linear]\n" AB, TV_E_USAGE, "1:15", "a name");
     refused(AB, TV_E_USAGE, "1:1", "'merge_method' is missing");
+    refused("base_model: a\nexperts: [{source_model: b}]\n", TV_E_USAGE, "1:1",
+            "mergekit-moe");
+    refused("genome: {models: [a, b]}\n", TV_E_USAGE, "1:1", "mergekit-evolve");
 }
 
 static void test_dtypes(void **state)
