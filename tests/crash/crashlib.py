@@ -142,6 +142,15 @@ def recipe(path, models, method="ties", density=0.4, prefix=None):
     return path
 
 
+def calibrated(path, models, statistics="own"):
+    """Both donors by SparseGPT, with random tokens for want of a tokenizer."""
+    with open(recipe(path, models, "sparsegpt_linear"), "a") as f:
+        f.write("calibration: {random: true, samples: 4, context: 16}\n"
+                f"parameters: {{statistics: {statistics}, embeddings: counts}}"
+                "\n")
+    return path
+
+
 # ---- programs under the recorder ----
 
 class Recorder:

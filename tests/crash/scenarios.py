@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 
-from crashlib import (GROUP, SHARD, check, copy_tree, make_models, objects,
-                      recipe, run, weights_of)
+from crashlib import (GROUP, SHARD, calibrated, check, copy_tree, make_models,
+                      objects, recipe, run, weights_of)
 
 ENV = {"TV_GROUP_BYTES": GROUP, "TV_PROGRESS": "none"}
 SMALL = ["--memory", "256KiB"]  # of import: a batch is at least 64 KiB
@@ -30,6 +30,9 @@ class World:
                            "dare_ties")
         self.stored = recipe(os.path.join(work, "stored.yml"), self.models,
                              prefix="store:")
+        self.masks = calibrated(os.path.join(work, "masks.yml"), self.models)
+        self.merged = calibrated(os.path.join(work, "merged.yml"), self.models,
+                                 "merged")
         self.scenarios = self.make_scenarios()
 
     # ---- commands ----
@@ -91,6 +94,8 @@ class World:
         }
         if os.path.exists(self.tools.tveval):
             out["calibrate"] = ([self.init()], [self.calibrate()])
+            out["masks"] = ([], [self.merge(self.masks, self.out, *SHARD)])
+            out["merged"] = ([], [self.merge(self.merged, self.out, *SHARD)])
         if "compact" in run(self.tools.tvstore, "--help").stdout:
             out["compact"] = (
                 [self.init(), self.imported("base"), self.imported("ft1"),
