@@ -113,8 +113,12 @@ const char *tv_quantized_by(const struct tv_config *c,
             return said ? said : marks[m].method;
         }
     }
-    *before = said && !nested && n > 0 && all_floats(names, n);
-    return *before ? NULL : said;
+    if (!said || nested || n == 0 || !all_floats(names, n))
+        return said;
+    /* BitNet's forward pass rounds weights that are stored as floats: the key
+     * says so, and stays. */
+    *before = strcmp(said, "bitnet") != 0;
+    return NULL;
 }
 
 enum tv_err tv_arch_check_plain(const struct tv_arch *a, const char *label,

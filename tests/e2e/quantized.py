@@ -235,11 +235,25 @@ def plain():
     merge(pair(RECIPES["linear"], "a", "b"), 0)
 
 
+def rounded_in_use():
+    """BitNet's weights are floats, and its config has to say how they are
+    used."""
+    said = {"quant_method": "bitnet", "quantization_mode": "online"}
+    save("a", 1, {}, said)
+    save("b", 2, {}, said)
+    p, _ = merge(pair(RECIPES["linear"], "a", "b"), 0)
+    with open("out/config.json") as f:
+        check(json.load(f).get("quantization_config") == said and
+              not any("quantis" in x["message"] for x in p["problems"]),
+              f"bitnet: {p['problems']}")
+
+
 def main():
     os.chdir(temp())
     plain()
     refused()
     left_behind()
+    rounded_in_use()
     equal_codes()
     mixed()
     stacked()
