@@ -8,6 +8,8 @@
 
 /* Keys of one round, whose buckets stay in the L1 cache. */
 #define ROUND 1024u
+/* More zeros than that among 32 would wait for each other in bucket 0. */
+#define ZEROS 8u
 
 TVK_INLINE size_t count_equal(const uint32_t *keys, uint32_t key, size_t n)
 {
@@ -65,30 +67,62 @@ TVK_INLINE __m512i buckets16(const struct rank_row *r, __m512i keys)
         _mm512_max_epu32(_mm512_srli_epi32(keys, RANK_SHIFT), first), first);
 }
 
-/* Counts the keys by bucket, but those that are 0: returns how many. */
+/* Appends the buckets of up to 16 keys but for zeros; returns how many. */
+TVK_INLINE size_t append_some(const struct rank_row *r, uint16_t *bucket,
+                              __m512i keys)
+{
+    const __mmask16 some = _mm512_test_epi32_mask(keys, keys);
+
+    _mm256_storeu_si256((__m256i *)(void *)bucket,
+                        _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(
+                            some, buckets16(r, keys))));
+    return tvk_popcount(some);
+}
+
+/* Counts the keys by bucket, but those that are 0: returns how many. As hist_hi
+ * of topk_avx512.c. */
 TVK_INLINE size_t fill_buckets(const struct rank_row *r)
 {
-    uint16_t bucket[ROUND + 16];
-    size_t n_zero = r->n;
+    uint16_t bucket[ROUND + 32];
+    size_t n_zero = 0;
+    uint32_t counted = 0; /* zeros that went into bucket 0 */
 
     for (size_t b = 0; b < 2 * RANK_BUCKETS; b += 16)
         _mm512_store_si512(r->hist + b, _mm512_setzero_si512());
     for (size_t at = 0; at < r->n; at += ROUND) {
         const size_t end = r->n - at < ROUND ? r->n : at + ROUND;
         size_t n_buckets = 0;
-        for (size_t i = at; i < end; i += 16) {
-            const __m512i k =
-                _mm512_maskz_loadu_epi32(lanes16(i, end), r->keys + i);
-            const __mmask16 some = _mm512_test_epi32_mask(k, k);
-            _mm256_storeu_si256(
-                (__m256i *)(void *)(bucket + n_buckets),
-                _mm512_cvtepi32_epi16(
-                    _mm512_maskz_compress_epi32(some, buckets16(r, k))));
-            n_buckets += tvk_popcount(some);
+        size_t i = at;
+        for (; i + 32 <= end; i += 32) {
+            const __m512i first = _mm512_loadu_si512(r->keys + i);
+            const __m512i second = _mm512_loadu_si512(r->keys + i + 16);
+            const uint32_t zeros =
+                _mm512_testn_epi32_mask(first, first) |
+                (uint32_t)_mm512_testn_epi32_mask(second, second) << 16;
+            const uint32_t n_here = tvk_popcount(zeros);
+            n_zero += n_here;
+            if (n_here > ZEROS) {
+                n_buckets += append_some(r, bucket + n_buckets, first);
+                n_buckets += append_some(r, bucket + n_buckets, second);
+                continue;
+            }
+            counted += n_here;
+            _mm512_storeu_si512(
+                bucket + n_buckets,
+                _mm512_or_si512(buckets16(r, first),
+                                _mm512_slli_epi32(buckets16(r, second), 16)));
+            n_buckets += 32;
+        }
+        for (; i < end; i += 16) {
+            const size_t some = append_some(
+                r, bucket + n_buckets,
+                _mm512_maskz_loadu_epi32(lanes16(i, end), r->keys + i));
+            n_buckets += some;
+            n_zero += (end - i < 16 ? end - i : 16) - some;
         }
         count_buckets(r->hist, bucket, n_buckets);
-        n_zero -= n_buckets;
     }
+    r->hist[0] -= counted; /* modulo 2^32: the other part may hold them */
     return n_zero;
 }
 
