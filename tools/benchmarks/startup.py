@@ -6,10 +6,14 @@
    same with an empty store (goal: milliseconds)
  - planning: `tvmerge plan` of a ties merge of three models of the Llama-3.1
    405B shape (goal: a second). The files are sparse: headers and no data.
+ - tiny merges: `tvmerge run` of 10 KB on a tmpfs by every method that needs no
+   text (goal: 50 ms); the method with the longest of its runs is shown
 """
 import json
 import os
 import shutil
+import subprocess
+import tempfile
 
 from benchmarks import common
 
@@ -18,6 +22,8 @@ ORDER = 30
 SMOKE = {"tensors": 5000, "rounds": 2}
 ALL = {"share": 3}
 
+TINY = {"layers": 2, "hidden": 16, "kv": 16, "inter": 24, "vocab": 16,
+        "heads": 2}
 BIG = {"layers": 126, "hidden": 16384, "kv": 1024, "inter": 53248,
        "vocab": 128256, "heads": 128}
 
@@ -102,6 +108,59 @@ def many_tensors(bench, tvstore):
     return stores
 
 
+def tiny_recipes(tvmerge, d):
+    """{method: its recipe} for those that merge models and nothing else."""
+    methods = json.loads(subprocess.run(
+        [tvmerge, "methods", "--json"], check=True, capture_output=True).stdout)
+    recipes = {}
+    for m in methods["methods"]:
+        if m["needs_statistics"] or m["name"] == "fisher":
+            continue
+        given = {p["name"] for p in m["parameters"]}
+        own = ", ".join(f"{k}: 0.5" for k in ("weight", "density")
+                        if k in given)
+        path = os.path.join(d, m["name"] + ".yml")
+        for donors in (("ft1", "ft2"), ("ft1",)):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(f"merge_method: {m['name']}\n")
+                if m["base"] == "required":
+                    f.write(f"base_model: {d}/base\n")
+                if "t" in given:
+                    f.write("parameters: {t: 0.4}\n")
+                f.write("models:\n" + "".join(
+                    f"- {{model: {d}/{x}, parameters: {{{own}}}}}\n"
+                    for x in donors))
+            if not subprocess.run([tvmerge, "plan", path],
+                                  capture_output=True).returncode:
+                recipes[m["name"]] = path
+                break
+    return recipes
+
+
+def tiny_merges(bench, tvmerge):
+    """(how many methods, the slowest, its runs)"""
+    d = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK)
+                         else bench.path())
+    out = os.path.join(d, "out")
+    for i, name in enumerate(("base", "ft1", "ft2")):
+        where = os.path.join(d, name)
+        write_model(where, TINY)
+        values = b"".join((0x3c00 + (k * 37 + i * (k % 5)) % 0x300)
+                          .to_bytes(2, "little") for k in range(1 << 13))
+        write_sparse(common.weights_of(where), llama(TINY), values)
+    runs = {}
+    for name, recipe in tiny_recipes(tvmerge, d).items():
+        runs[name] = []
+        for _ in range(bench.options.rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            runs[name].append(common.Timed([tvmerge, "run", recipe, out, "-q"],
+                                           watch=False))
+    shutil.rmtree(d)
+    slowest = max(runs, key=lambda m: max(t.seconds for t in runs[m]))
+    return (len(runs), slowest, ([t.seconds for t in runs[slowest]],
+                                 [t.cpu for t in runs[slowest]]))
+
+
 def run(bench):
     rounds = bench.options.rounds
     rows = []
@@ -137,6 +196,9 @@ def run(bench):
                          'grep -q bytes_written "$3"', tvmerge, recipe,
                          bench.path("big-out"), bench.path("plan.json")]))
     shutil.rmtree(big)
+    n, slowest, runs = tiny_merges(bench, tvmerge)
+    add(f"tvmerge run, 10 KB on a tmpfs, {slowest} (slowest of {n} methods)",
+        runs)
     return rows
 
 
