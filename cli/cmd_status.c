@@ -48,8 +48,9 @@ static json_t *calibration(const struct tvm_status *s, json_t *damped)
         json_decref(damped);
         return json_null();
     }
-    return json_pack("{s:o, s:o, s:o}", "masks", tvc_json_u64(s->n_masks),
-                     "made", tvc_json_u64(s->n_masks_made), "damped", damped);
+    return json_pack("{s:o, s:o, s:b, s:o}", "masks", tvc_json_u64(s->n_masks),
+                     "made", tvc_json_u64(s->n_masks_made), "random", s->random,
+                     "damped", damped);
 }
 
 static void document(struct tvc *c, const struct tvm_status *s, json_t *damped)
@@ -66,8 +67,10 @@ static void document(struct tvc *c, const struct tvm_status *s, json_t *damped)
                            calibration(s, damped)));
 }
 
-static void damping(struct tvc *c, const struct tvm_status *s)
+static void notes(struct tvc *c, const struct tvm_status *s)
 {
+    if (s->random)
+        tvc_out(&c->out, "calibrated with random tokens\n");
     if (s->n_damped > 0)
         tvc_out(&c->out, "%zu layers took more damping, up to %g\n",
                 s->n_damped, s->most_damping);
@@ -87,7 +90,7 @@ static void lines(struct tvc *c, const struct tvm_status *s)
     if (s->state == TVM_FINISHED) {
         tvc_out(&c->out, "%s: finished, %zu tensors, digest %s\n", c->pos[0],
                 s->n_tensors, tv_hash_hex(s->digest, hex));
-        damping(c, s);
+        notes(c, s);
         return;
     }
     if (s->state == TVM_ABSENT)
@@ -99,7 +102,7 @@ static void lines(struct tvc *c, const struct tvm_status *s)
             c->pos[0], s->running ? ", running now" : "", masks, s->n_done,
             s->n_tensors, tv_format_bytes(s->bytes_done, done, sizeof done),
             tv_format_bytes(s->bytes_total, total, sizeof total));
-    damping(c, s);
+    notes(c, s);
 }
 
 static int run(struct tvc *c)

@@ -55,6 +55,7 @@ struct entry { /* a line of the table */
     const char *recipe;    /* borrowed from the command line */
     const char *as_method; /* merge_method instead of the recipe's, or NULL */
     const char *as_sparsify;
+    bool random;    /* calibrated with random tokens */
     bool keeps_all; /* named after a way to sparsify, but density is 1 */
     struct tv_hash plan, key;
     json_t *record; /* NULL: nothing is known yet */

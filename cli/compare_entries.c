@@ -314,6 +314,9 @@ static enum tv_err add_merge(struct tvc_compare *p, const char *recipe,
         goto out;
     }
     (void)label_of(m.plan, label, sizeof label);
+    for (size_t i = 0; i < m.plan->n_inputs; i++)
+        e->random = e->random || (m.plan->inputs[i].calibrated &&
+                                  m.plan->inputs[i].calibration->random);
     e->keeps_all = strcmp(label, m.plan->method_name) != 0 && keeps_all(m.plan);
     if (name_taken(p, label)) {
         char *stem = stem_of(recipe);

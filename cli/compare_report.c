@@ -51,6 +51,7 @@ static json_t *row_json(const struct tvc_compare *p, const struct entry *e)
         (void)json_object_set_new(row, "out",
                                   kept ? tvc_json_string(e->dir) : json_null());
         (void)json_object_set_new(row, "keeps_all", json_boolean(e->keeps_all));
+        (void)json_object_set_new(row, "random", json_boolean(e->random));
     }
     (void)json_object_update(row, e->record);
     (void)json_object_del(row, "key");
@@ -127,9 +128,11 @@ static void line(struct tv_buf *b, const struct entry *e)
         cell(b, e->ref);
     } else if (e->kind == ENTRY_DONOR) {
         cell(b, e->ref);
-    } else if (e->keeps_all) {
-        char both[160];
-        (void)snprintf(both, sizeof both, "%.140s (density 1)", e->name);
+    } else if (e->keeps_all || e->random) {
+        char both[200];
+        (void)snprintf(both, sizeof both, "%.140s%s%s", e->name,
+                       e->keeps_all ? " (density 1)" : "",
+                       e->random ? " (random calibration)" : "");
         cell(b, both);
     } else {
         cell(b, e->name);

@@ -221,6 +221,12 @@ static char *about_of(const struct tvm_plan *p, const struct tvm_cache_entry *e)
     json_t *doc =
         json_pack("{s:s, s:s, s:s, s:f}", "rule", tvm_rule_name(&e->rule),
                   "donor", donor, "base", base, "density", e->rule.density);
+    if (doc && e->rule.calibrated &&
+        tvm_calibrated_random(p, t, e->source, &e->rule) &&
+        json_object_set_new(doc, "random", json_true()) != 0) {
+        json_decref(doc);
+        doc = NULL;
+    }
     char *text = doc ? tv_json_text(doc, JSON_COMPACT) : NULL;
     json_decref(doc);
     return text;

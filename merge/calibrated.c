@@ -148,6 +148,15 @@ size_t tvm_calibration_owner(const struct tvm_plan *p,
     return p->n_inputs;
 }
 
+bool tvm_calibrated_random(const struct tvm_plan *p, const struct tvm_tensor *t,
+                           size_t source, const struct tvm_trim_rule *r)
+{
+    size_t model = 0;
+    const size_t owner = tvm_calibration_owner(p, t, source, r, &model);
+
+    return owner < p->n_inputs && p->inputs[owner].calibration->random;
+}
+
 enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
                                const struct tvm_tensor *t, size_t source,
                                const struct tvm_trim_rule *r, struct tv_buf *to,
@@ -628,6 +637,7 @@ out:
 }
 
 static enum tv_err fill_state(struct tvm_calibrated *c,
+                              const struct tvm_plan *p,
                               const struct tvm_sink *sink,
                               struct tvm_calibration_state *s,
                               struct tv_error *err)
@@ -639,6 +649,9 @@ static enum tv_err fill_state(struct tvm_calibrated *c,
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     for (size_t i = 0; i < c->n; i++) {
         const struct entry *e = &c->entries[i];
+        s->random =
+            s->random || tvm_calibrated_random(p, &p->tensors[e->tensor],
+                                               e->source, &e->rule);
         s->n_made += e->made || sink->done[e->tensor].done;
         if (e->damped.tensor)
             s->damped[s->n_damped++] = e->damped;
@@ -672,7 +685,7 @@ static enum tv_err tell_journal(struct work *w, bool at_once,
 
     if (!at_once && (!w->news || now() - w->t_noted < NOTE_SECONDS))
         return TV_OK;
-    TV_TRY(fill_state(w->c, w->sink, &s, err));
+    TV_TRY(fill_state(w->c, w->p, w->sink, &s, err));
     text = tvm_calibration_state_make(&s);
     if (!text) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");

@@ -45,6 +45,9 @@ TV_NODISCARD enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p,
 size_t tvm_calibration_owner(const struct tvm_plan *p,
                              const struct tvm_tensor *t, size_t source,
                              const struct tvm_trim_rule *r, size_t *model);
+/* Are the statistics of a source those of random tokens? */
+bool tvm_calibrated_random(const struct tvm_plan *p, const struct tvm_tensor *t,
+                           size_t source, const struct tvm_trim_rule *r);
 /* Can the model be run at all, in the way that the rule asks for? Reads no
  * weights. UNSUPPORTED, INPUT. */
 TV_NODISCARD enum tv_err tvm_calibrated_check(const struct tvm_plan *p,

@@ -54,6 +54,16 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
     return false;
 }
 
+bool tvm_calibrated_random(const struct tvm_plan *p, const struct tvm_tensor *t,
+                           size_t source, const struct tvm_trim_rule *r)
+{
+    (void)p;
+    (void)t;
+    (void)source;
+    (void)r;
+    return false;
+}
+
 enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
                                    uint64_t *heap, struct tv_error *err)
 {

@@ -47,9 +47,9 @@ char *tvm_calibration_state_make(const struct tvm_calibration_state *s)
     for (size_t i = 0; ok && i < s->n_kept; i++)
         ok = json_array_append_new(kept, kept_json(&s->kept[i])) == 0;
     if (ok)
-        doc = json_pack("{s:I, s:I, s:O, s:O}", "masks", (json_int_t)s->n_masks,
-                        "made", (json_int_t)s->n_made, "damped", damped, "kept",
-                        kept);
+        doc = json_pack("{s:I, s:I, s:b, s:O, s:O}", "masks",
+                        (json_int_t)s->n_masks, "made", (json_int_t)s->n_made,
+                        "random", s->random, "damped", damped, "kept", kept);
     text = doc ? tv_json_text(doc, JSON_COMPACT) : NULL;
     json_decref(doc);
     json_decref(kept);
@@ -120,6 +120,7 @@ enum tv_err tvm_calibration_state_parse(const char *text,
     /* A finished merge does not say it again. */
     if (!get_size(doc, "made", &out->n_made))
         out->n_made = out->n_masks;
+    out->random = json_is_true(json_object_get(doc, "random"));
     out->damped = tv_calloc(json_array_size(damped) + 1, sizeof *out->damped);
     out->kept = tv_calloc(json_array_size(kept) + 1, sizeof *out->kept);
     out->storage = doc;

@@ -6,8 +6,9 @@
  * A member "calibration" of the journal's state while a merge is unfinished,
  * and of tvmerge.json afterwards:
  *
- *   {"masks": n, "made": n, "damped": [{"tensor", "donor", "damping" (null:
- * none was enough), "raised", "unseen_inputs"}], "kept": [{"entry", ...}]}
+ *   {"masks": n, "made": n, "random": bool, "damped": [{"tensor", "donor",
+ * "damping" (null: none was enough), "raised", "unseen_inputs"}], "kept":
+ * [{"entry", ...}]}
  *
  * `kept` (journal only) are masks and values in OUT/.tvmerge/calibrated, with a
  * checksum: a run that goes on need not make them again.
@@ -35,6 +36,7 @@ struct tvm_kept_mask {
 
 struct tvm_calibration_state { /* owned: tvm_calibration_state_free */
     size_t n_masks, n_made;
+    bool random; /* tokens in place of a text, for one at least */
     struct tvm_damped *damped;
     size_t n_damped;
     struct tvm_kept_mask *kept;

@@ -42,6 +42,7 @@ static enum tv_err read_calibration(const char *text, struct tvm_status *out,
     TV_TRY(tvm_calibration_state_parse(text, &s, err));
     out->n_masks = s.n_masks;
     out->n_masks_made = s.n_made;
+    out->random = s.random;
     for (size_t i = 0; i < s.n_damped; i++) {
         const struct tvm_damped *d = &s.damped[i];
         out->n_damped += d->damping > 0;

@@ -284,8 +284,8 @@ def damped(where):
                ("code", "prose"))
     first = merge(r, f"{where}/dn")
     rec = record(f"{where}/dn")
-    check(rec == {"masks": first["calibration"]["masks_made"], "damped": []},
-          f"{rec}")
+    check(rec == {"masks": first["calibration"]["masks_made"],
+                  "random": False, "damped": []}, f"{rec}")
     goes_on(where, "di", r, {"digest": first["digest"], "record": rec,
                              "n": rec["masks"]})
 
@@ -384,6 +384,31 @@ def gathered(where, name, base, ft):
     differ = (np.abs(got - want) > 1e-6)[:n].sum()
     check(differ <= 2, f"gathered rows: {differ} of {n * got.shape[1]}")
     shutil.rmtree(f"{where}/eg")
+
+
+def random_tokens(where):
+    """Statistics that describe no task are told wherever they count."""
+    r = recipe(f"{where}/rt.yml", "ties", 0.2, 0.5, "sparsify: importance",
+               ("code", "prose"), calibrated=False)
+    with open(r, "a") as f:
+        f.write("calibration: {random: true, samples: 4, context: 32}\n")
+    out, store = f"{where}/rt", f"{where}/rts"
+    run(TVSTORE, "init", store, code=0)
+    e = run(TVMERGE, "run", r, out, "--store", store, code=0)
+    check("random tokens" in e.stderr, e.stderr)
+    check(record(out)["random"], f"{record(out)}")
+    check(run_json(TVMERGE, "status", out, "--json")["calibration"]["random"]
+          and "random tokens" in run(TVMERGE, "status", out, code=0).stdout,
+          "status")
+    info = run(TVSTORE, "mask", "ls", store, "--json", code=0).stdout
+    check("random" in info, info)
+    argv = [TVMERGE, "compare", r, "-o", f"{where}/rtc", "--text",
+            TEXT["code"], "--context", "64", "--methods"]
+    doc = run_json(*argv, "ties,sparsegpt_ties", "--json")
+    check([x["random"] for x in doc["rows"] if x["kind"] == "merge"] ==
+          [False, False, True], f"{doc['rows']}")
+    with open(f"{where}/rtc/compare.md") as f:
+        check("| ties_sparsegpt (random calibration) |" in f.read(), "table")
 
 
 def bounded(where):
@@ -592,6 +617,7 @@ def main():
     killed(where)
     damped(where)
     embeddings(where)
+    random_tokens(where)
     bounded(where)
     finish("calibrated")
 

@@ -419,6 +419,7 @@ struct tvm_status {
      * more damping, or were not corrected in the end. */
     size_t n_masks, n_masks_made, n_damped, n_uncorrected;
     double most_damping;
+    bool random; /* some were made with random tokens */
 };
 TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
                                     struct tv_error *err);
