@@ -736,6 +736,18 @@ static uint64_t bytes_there(const struct tvm_plan *plan)
     return bytes;
 }
 
+/* UINT64_MAX when nobody can tell. */
+static uint64_t room_in_quota(tv_store *store)
+{
+    tv_read *r = NULL;
+    struct tv_derived_room room = {.user = UINT64_MAX};
+    if (tv_read_begin(store, NULL, &r) != TV_OK ||
+        tv_derived_room(r, &room, NULL) != TV_OK)
+        room.user = UINT64_MAX;
+    tv_read_end(r);
+    return room.user;
+}
+
 static enum tv_err check_store(struct planner *pl)
 {
     const struct tvm_plan *const plan = pl->plan;
@@ -759,15 +771,11 @@ static enum tv_err check_store(struct planner *pl)
     const uint64_t there = bytes_there(plan);
     need = need > there ? need - there : 0;
     if (st.quota_bytes != 0) {
-        /* Derived data make room for a merge. */
-        const uint64_t spare =
-            add_capped(st.free_bytes, add_capped(st.masks, st.task_vectors));
-        const uint64_t live =
-            add_capped(st.used_bytes > spare ? st.used_bytes - spare : 0,
-                       st.charged_bytes);
-        const uint64_t room = st.quota_bytes > live ? st.quota_bytes - live : 0;
-        if (need > room)
-            report_space(pl, "quota of the store", need, room);
+        /* Derived data make room for a merge; pages are never used up whole. */
+        const uint64_t room = room_in_quota(plan->options.store);
+        const uint64_t pages = add_capped(need, need / 64 + 4096);
+        if (need > 0 && pages > room)
+            report_space(pl, "quota of the store", pages, room);
     }
     if (tv_disk_free(tv_store_path(plan->options.store), &disk, &e) == TV_OK &&
         need > add_capped(disk, st.free_bytes))

@@ -102,6 +102,8 @@ uint64_t tvm_room_left(const struct tvm_plan *p,
     for (size_t i = 0; p->options.into && i < p->n_tensors; i++)
         if (!done[i].done)
             bytes += p->tensors[i].bytes + 4096;
+    for (size_t i = 0; bytes > 0 && i < p->n_files; i++)
+        bytes += ((uint64_t)p->files[i].n + 4095) & ~(uint64_t)4095;
     return bytes;
 }
 

@@ -548,7 +548,9 @@ static uint64_t shortage(const tv_batch *b, struct space *sp,
         space_growth(sp, w->pages, w->n, w->n_single + TREE_PAGES);
     const uint64_t singles = w->n_single + TREE_PAGES;
     const uint64_t left = sp->n_free > singles ? sp->n_free - singles : 0;
-    const uint64_t keep = w->keep > left ? w->keep - left : 0;
+    /* Pages past the limit, of a quota that was lowered, are never used. */
+    const uint64_t over = sp->end > limit ? sp->end - limit : 0;
+    const uint64_t keep = w->keep + over > left ? w->keep + over - left : 0;
     const uint64_t may_grow = limit > sp->end ? limit - sp->end : 0;
     sp->end += growth;
     sp->n_free = left;
@@ -650,6 +652,8 @@ enum tv_err derived_batch(tv_store *s, const uint64_t *pages, size_t n,
 struct adding {
     const struct derived_pins *pins;
     struct tv_derived_room *out;
+    const tv_store *s;
+    uint64_t pages; /* that eviction frees, at least */
 };
 
 static enum tv_err add_room(void *arg, enum tv_derived_kind kind,
@@ -664,11 +668,34 @@ static enum tv_err add_room(void *arg, enum tv_derived_kind kind,
     (void)err;
     if (r == NULL)
         return TV_OK;
-    if (derived_pinned(a->pins, r->id))
+    const struct evict e = {.all = true};
+    if (!may_go(a->s, &e, a->pins, r)) {
         a->out->pinned += r->bytes;
-    else
-        a->out->evictable += r->bytes;
+        return TV_OK;
+    }
+    a->out->evictable += r->bytes;
+    a->pages += r->bytes / a->s->page_bytes;
     return TV_OK;
+}
+
+/* The counterpart of shortage(): the limit, less what stays. */
+static enum tv_err user_room(const struct txn *t, uint64_t gone,
+                             uint64_t *bytes, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t page_bytes = t->s->page_bytes;
+    uint64_t quota = 0, bound = 0, end = 0, unused = 0;
+    *bytes = UINT64_MAX;
+    TV_TRY(quota_bound(t, &quota, &bound, err));
+    if (quota == 0)
+        goto out;
+    TV_TRY(space_read(t->s, t->mdb, &end, &unused, err));
+    const uint64_t limit = quota_limit(quota, bound, page_bytes);
+    const uint64_t full = (end - (unused < end ? unused : end)) / page_bytes;
+    const uint64_t stays = (full > gone ? full - gone : 0) + TREE_PAGES;
+    *bytes = limit > stays ? (limit - stays) * page_bytes : 0;
+out:
+    return rc;
 }
 
 enum tv_err tv_derived_room(tv_read *r, struct tv_derived_room *out,
@@ -676,10 +703,11 @@ enum tv_err tv_derived_room(tv_read *r, struct tv_derived_room *out,
 {
     enum tv_err rc = TV_OK;
     struct derived_pins pins = {.ids = NULL};
-    struct adding a = {.pins = &pins, .out = out};
+    struct adding a = {.pins = &pins, .out = out, .s = r->t.s};
     memset(out, 0, sizeof *out);
     TV_TRY(derived_pins_read(&r->t, &pins, err));
     TV_TRY(derived_each_kind(&r->t, add_room, &a, err));
+    rc = user_room(&r->t, a.pages, &out->user, err);
 out:
     derived_pins_free(&pins);
     return rc;

@@ -433,15 +433,19 @@ uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
     return growth + (n_single > sp->n_free ? n_single - sp->n_free : 0);
 }
 
+uint64_t quota_limit(uint64_t quota, uint64_t bound, size_t page_bytes)
+{
+    if (bound == 0)
+        return UINT64_MAX;
+    const uint64_t max = quota_file_max(bound, page_bytes);
+    const uint64_t reserve =
+        reserve_of(bound) + (bound != quota ? 2 * CHARGE_SLACK : 0);
+    return max > reserve ? (max - reserve) / page_bytes : 0;
+}
+
 uint64_t quota_pages(const tv_batch *b)
 {
-    if (b->bound == 0)
-        return UINT64_MAX;
-    const size_t page_bytes = b->t.s->page_bytes;
-    const uint64_t max = quota_file_max(b->bound, page_bytes);
-    const uint64_t reserve =
-        reserve_of(b->bound) + (b->bound != b->quota ? 2 * CHARGE_SLACK : 0);
-    return max > reserve ? (max - reserve) / page_bytes : 0;
+    return quota_limit(b->quota, b->bound, b->t.s->page_bytes);
 }
 
 enum tv_err space_read(tv_store *s, MDB_txn *reader, uint64_t *end_bytes,
@@ -553,6 +557,24 @@ enum tv_err tv_store_quota_get(tv_store *s, uint64_t *bytes,
     return rc;
 }
 
+/* A quota little above the size of the file leaves LMDB no pages to write a
+ * removal with, and nothing could go any more. So derived data go before, as
+ * far as the reserve asks. A quota below that size is no such limit
+ * (quota_apply). */
+static enum tv_err room_to_remove(tv_store *s, uint64_t quota,
+                                  struct tv_error *err)
+{
+    MDB_envinfo info;
+    const int e = tv_lmdb()->env_info(s->env, &info);
+    if (e != 0)
+        return tv_lmdb_error(err, e, s->path, "asking for its size");
+    const uint64_t used = ((uint64_t)info.me_last_pgno + 1) * s->page_bytes;
+    const uint64_t max = quota_file_max(quota, s->page_bytes);
+    if (quota == 0 || max < used || max - used >= reserve_of(quota))
+        return TV_OK;
+    return derived_free(s, reserve_of(quota) - (max - used), err);
+}
+
 enum tv_err tv_store_quota_set(tv_store *s, uint64_t bytes,
                                struct tv_error *err)
 {
@@ -565,6 +587,7 @@ enum tv_err tv_store_quota_set(tv_store *s, uint64_t bytes,
                             "a quota of %" PRIu64 " bytes is too small; the "
                             "least is %" PRIu64,
                             bytes, QUOTA_LEAST);
+    TV_TRY(room_to_remove(s, bytes, err));
     TV_TRY(tv_batch_begin(s, false, err, &b));
     key_str(&k, META_QUOTA);
     rec_begin(&buf);

@@ -272,6 +272,7 @@ uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
  * without quota. Less than what user data may have: removal needs room, and so
  * do the records of the next run with an output as large. */
 uint64_t quota_pages(const tv_batch *b);
+uint64_t quota_limit(uint64_t quota, uint64_t bound, size_t page_bytes);
 /* The largest data.mdb that a quota allows; UINT64_MAX without one. */
 uint64_t quota_file_max(uint64_t quota, size_t page_bytes);
 /* Sets the map so that LMDB itself cannot pass the quota. */

@@ -214,9 +214,54 @@ def bounded(tmp):
     run(TVSTORE, "verify", "q", "-q", code=0)
 
 
+def lowered(tmp):
+    """A quota below the size of the file, or little above it: a merge into the
+    store is refused while it is planned, or ends; derived data can go."""
+    os.chdir(tmp)
+    run(SYNTH, "small", "--layers", "2", "--hidden", "256", "--kv", "128",
+        "--inter", "512", "--vocab", "2048", "--donors", "2", code=0)
+    run(TVSTORE, "init", "f", code=0)
+    for m in ("base", "ft1", "ft2"):
+        run(TVSTORE, "import", "f", m, f"small/{m}", "--link", "-q", code=0)
+    refs = [("store:ft1", 0.7), ("store:ft2", 0.5)]
+    for density in (0.2, 0.3, 0.4, 0.5):
+        r = recipe("f.yml", "store:base", [(*d, density) for d in refs])
+        for _ in range(2):  # masks, then task vectors
+            merge(r, "fout", "--store", "f")
+            shutil.rmtree("fout")
+    r = recipe("f.yml", "store:base", [(*d, 0.1) for d in refs])
+    into = [r, "--into", "m", "--store", "g"]
+    stat = run_json(TVSTORE, "stat", "f", "--json")
+    kinds = stat["kinds"]
+    shutil.copytree("f", "g")
+    need = run_json(TVMERGE, "plan", *into, "--json")["peak_disk_bytes"]
+    least = stat["used_bytes"] + need - sum(
+        kinds[k] for k in ("masks", "task_vectors", "free"))
+    check(least + (2 << 20) < stat["file_bytes"], "more goes than is needed")
+    codes = []
+    for quota in [least + k * 200000 for k in range(-1, 10)] + \
+            [stat["file_bytes"] + k * 20000 for k in (-1, 4, 5, 9)]:
+        shutil.rmtree("g")
+        shutil.copytree("f", "g")
+        run(TVSTORE, "quota", "g", quota, code=0)
+        p = run(TVMERGE, "plan", *into)
+        e = run(TVMERGE, "run", *into)
+        codes.append(p.returncode)
+        check(p.returncode in (0, 5) and e.returncode == p.returncode,
+              f"quota {quota}: plan {p.returncode}, run {e.returncode}: "
+              f"{e.stderr[-200:]}")
+        check(p.returncode == 0 or "missing" in e.stderr and
+              len(run_json(TVSTORE, "ls", "g", "--json")["objects"]) == 3,
+              f"quota {quota}: refused before the work: {e.stderr[-200:]}")
+        run(TVSTORE, "gc", "g", "--derived", code=0)
+    check(codes[0] == 5 and codes[-1] == 0 and codes == sorted(codes)[::-1],
+          f"refused, then not: {codes}")
+    run(TVSTORE, "verify", "g", "-q", code=0)
+
+
 def main():
     tmp = temp()
-    for part in (same_bytes, nested, adapters, bounded):
+    for part in (same_bytes, nested, adapters, bounded, lowered):
         t = time.time()
         part(tmp)
         print(f"{part.__name__}: {time.time() - t:.1f} s", flush=True)

@@ -165,6 +165,8 @@ TV_NODISCARD enum tv_err tv_derived_release(tv_store *s,
 struct tv_derived_room {
     uint64_t evictable; /* bytes of items that nobody has pinned */
     uint64_t pinned;
+    uint64_t user; /* of user data that fit the quota when all that is evictable
+                      has gone, by its least pages; UINT64_MAX without quota */
 };
 TV_NODISCARD enum tv_err
 tv_derived_room(tv_read *r, struct tv_derived_room *out, struct tv_error *err);
