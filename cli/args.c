@@ -729,7 +729,8 @@ static enum tv_err device_explain(struct tvc *c)
 {
     tv_error_context(&c->err, "--device cuda:%d", c->device_index);
     if (!c->err.hint[0])
-        tv_error_hint(&c->err, "--device cpu does the same work");
+        tv_error_hint(&c->err, "--device cpu does all that is done there "
+                               "(matrix work within rounding)");
     return c->err.code;
 }
 
@@ -755,6 +756,9 @@ enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
     tvk_cuda_options_init(&o);
     o.index = c->device_index;
     o.memory_bytes = c->device_memory_bytes;
+    /* It is part of --memory. */
+    if (o.staging_bytes > c->memory_bytes / 8)
+        o.staging_bytes = (size_t)(c->memory_bytes / 8);
     if (least && *least) {
         if (tvc_parse_u64(c, "TV_CUDA_LEAST", least, SIZE_MAX, &n))
             return c->err.code;

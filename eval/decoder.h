@@ -250,6 +250,9 @@ TV_NODISCARD enum tv_err tve_device_open(tvk_cuda *cuda, struct tv_error *err,
 void tve_device_close(struct tve_device *d); /* NULL allowed */
 /* Gives back what it keeps between calls. */
 void tve_device_shrink(struct tve_device *d);
+/* Host memory that it pins: two tiles of weights and two of outputs, of 2^21
+ * elements each. */
+#define TVE_DEVICE_PINNED (4u * (8u << 20))
 tvk_cuda_math *tve_device_math(const struct tve_device *d);
 
 /* ---- looking at inputs --------------------------------------------------- */

@@ -159,7 +159,8 @@ static size_t row_floats(const struct tve_spec *s, struct batch *b)
 static uint64_t activation_budget(const tve_model *m)
 {
     const uint64_t per_worker = (8u << 20) + GROUP_ROWS * 1024u * 4u;
-    const uint64_t workers = tv_pool_threads(m->pool) * per_worker;
+    const uint64_t workers = tv_pool_threads(m->pool) * per_worker +
+                             (m->device ? TVE_DEVICE_PINNED : 0);
 
     return m->memory_bytes > 2 * workers ? m->memory_bytes - workers
                                          : m->memory_bytes / 2;

@@ -62,7 +62,7 @@ struct geometry { /* how the memory budget is spent */
     size_t src_floats, mask_words, l_floats; /* of a worker */
     uint64_t worker_bytes; /* everything of a worker but its buffer */
     uint64_t window_bytes; /* for all slots together */
-    uint64_t other_bytes;  /* journal or dirty pages */
+    uint64_t other_bytes;  /* journal or dirty pages, staging */
     uint64_t most_slot_bytes;
     uint64_t cache_bytes; /* masks and task vectors of the store */
 };
@@ -275,6 +275,8 @@ static uint64_t plan_memory(const struct tvm_plan *p, struct geometry *g,
     if (is_into(p) && g->other_bytes > (64u << 20))
         g->other_bytes = 64u << 20;
     g->other_bytes += tvm_mt_stream_bytes(p->n_draws);
+    if (p->options.cuda)
+        g->other_bytes += tvk_cuda_staging(p->options.cuda);
     measure_workers(p, g);
     g->buf_bytes = least > BUF_BYTES_MAX ? least : BUF_BYTES_MAX;
     for (;;) {

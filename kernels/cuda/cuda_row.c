@@ -925,6 +925,11 @@ static void fill(struct tvk_table *t)
     t->lowrank_add = lowrank_add;
 }
 
+size_t tvk_cuda_staging(const tvk_cuda *d)
+{
+    return d->row == NULL ? 0 : tvk_tiles_staging(d->row->tiles);
+}
+
 enum tv_err tvk_cuda_table(tvk_cuda *d, const struct tvk_table *from,
                            struct tv_error *err, const struct tvk_table **out)
 {

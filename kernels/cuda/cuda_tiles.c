@@ -134,6 +134,11 @@ struct tvk_tiles *tvk_tiles_open(tvk_cuda *d)
     return t;
 }
 
+size_t tvk_tiles_staging(const struct tvk_tiles *t)
+{
+    return t->n_lanes * N_SLOTS * t->slot_bytes;
+}
+
 static void slot_shrink(struct tvk_tiles *t, struct slot *s)
 {
     tvk_cuda_free(t->device, s->device, s->bytes);

@@ -404,6 +404,8 @@ int main(int argc, char **argv)
     };
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)
         cuda_open();
+    if (argc > 2)
+        cmocka_set_test_filter(argv[2]);
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     tvk_cuda_close(cuda);
     return failed;

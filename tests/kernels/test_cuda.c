@@ -260,9 +260,16 @@ static void test_tiles(void **state)
     (void)state;
     o.staging_bytes = 200000;
     fake(1u << 24, 0);
-    tvk_cuda *d = device_open(&o, &k);
+    tvk_cuda *d = device_open(&o, NULL);
+    assert_int_equal(tvk_cuda_staging(d), 0);
+    tvk_cuda_close(d);
+    d = device_open(&o, &k);
     gta_is_right(k);
     const struct fake_cuda f = seen();
+    /* What plans count is what is pinned, but for whole pages. */
+    assert_true(tvk_cuda_staging(d) <= 200000);
+    assert_true(f.most_pinned_bytes <= tvk_cuda_staging(d) + 2 * 4096);
+    assert_true(f.most_pinned_bytes > 0);
     /* 17.5 bytes an element, 100,000 a slot at most: cut, and two at a time. */
     assert_true(f.n_launches >= 35);
     assert_int_equal(f.most_streams, 2);

@@ -138,6 +138,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct range *memory, *pinned;
 static size_t n_devices = 1, total_bytes = 64u << 20;
 static size_t used_bytes, most_bytes, n_pinned;
+static size_t pinned_bytes, most_pinned_bytes;
 static unsigned long lose_at, n_launches;
 static unsigned n_streams, most_streams; /* with work waiting */
 static bool is_lost;
@@ -258,6 +259,7 @@ void fake_cuda_set(const struct fake_cuda *f)
     n_launches = 0;
     most_streams = 0;
     most_bytes = used_bytes;
+    most_pinned_bytes = pinned_bytes;
     (void)pthread_mutex_unlock(&mutex);
 }
 
@@ -269,6 +271,8 @@ void fake_cuda_get(struct fake_cuda *f)
                             .used_bytes = used_bytes,
                             .most_bytes = most_bytes,
                             .n_pinned = n_pinned,
+                            .pinned_bytes = pinned_bytes,
+                            .most_pinned_bytes = most_pinned_bytes,
                             .n_launches = n_launches,
                             .most_streams = most_streams};
     (void)pthread_mutex_unlock(&mutex);
@@ -434,14 +438,19 @@ tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
     if (!range_add(&pinned, p, bytes))
         return locked(TVK_CU_NO_MEMORY);
     n_pinned++;
+    pinned_bytes += bytes;
+    if (pinned_bytes > most_pinned_bytes)
+        most_pinned_bytes = pinned_bytes;
     return locked(TVK_CU_OK);
 }
 
 tvk_cu_result cuMemHostUnregister(void *p)
 {
     (void)pthread_mutex_lock(&mutex);
-    if (!range_drop(&pinned, p))
+    const size_t bytes = range_drop(&pinned, p);
+    if (bytes == 0)
         return locked(INVALID);
+    pinned_bytes -= bytes;
     n_pinned--;
     return locked(TVK_CU_OK);
 }

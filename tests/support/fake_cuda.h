@@ -14,6 +14,7 @@ struct fake_cuda {
     unsigned long lose_at; /* lost at this launch, counted from now; 0: never */
     /* Told to the test. */
     size_t used_bytes, most_bytes, n_pinned;
+    size_t pinned_bytes, most_pinned_bytes;
     unsigned long n_launches; /* done, since the last set */
     unsigned most_streams;    /* with work waiting at the same time */
 };

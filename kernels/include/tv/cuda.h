@@ -151,6 +151,8 @@ TV_NODISCARD enum tv_err tvk_cuda_table(tvk_cuda *d,
                                         const struct tvk_table *below,
                                         struct tv_error *err,
                                         const struct tvk_table **out);
+/* Host memory that the table may pin, all in all; 0 before it is made. */
+size_t tvk_cuda_staging(const tvk_cuda *d);
 
 #ifdef __cplusplus
 }

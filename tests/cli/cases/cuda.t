@@ -7,7 +7,7 @@ $ printf 'export LD_LIBRARY_PATH=%s TV_CUDA_LEAST=0\nexec "$@"\n' $FAKE_CUDA > g
 # Without a GPU: refused where one was asked for, silent where not.
 $ export FAKE_CUDA_DEVICES=0; sh gpu tvmerge r.yml none -q --device cuda
 2> tvmerge: error: --device cuda:0: the CUDA driver finds no GPU
-2>   hint: --device cpu does the same work
+2>   hint: --device cpu does all that is done there (matrix work within rounding)
 => 4
 $ export FAKE_CUDA_DEVICES=0; test ! -e none && sh gpu tvmerge r.yml none -q --device auto && cmp none/model.safetensors cpu/model.safetensors
 $ FAKE_CUDA_DEVICES=0 sh gpu tvmerge r.yml none2 --cuda 2>&1 | grep cuda
@@ -18,7 +18,7 @@ $ FAKE_CUDA_DEVICES=0 sh gpu tvstore --version | tail -n 1
 CUDA: none (the CUDA driver finds no GPU)
 $ sh gpu tvmerge r.yml x -q --device cuda:1
 2> tvmerge: error: --device cuda:1: there is no CUDA device 1: 1 found
-2>   hint: --device cpu does the same work
+2>   hint: --device cpu does all that is done there (matrix work within rounding)
 => 4
 # Every operation on the device: the same bytes, whatever its memory.
 $ sh gpu tvmerge r.yml gpu1 -v --device cuda 2>&1 | grep kernels
@@ -27,6 +27,8 @@ $ cmp gpu1/model.safetensors cpu/model.safetensors && grep '"device"' gpu1/tvmer
   "device": "cuda:0",
 $ FAKE_CUDA_DEVICES=2 sh gpu tvmerge ties.yml gpu2 -q --device cuda:1 --device-memory 300k && cmp gpu2/model.safetensors cpu2/model.safetensors
 $ FAKE_CUDA_MEMORY=600000 sh gpu tvmerge ties.yml gpu3 -q --device cuda --device-memory 1G && cmp gpu3/model.safetensors cpu2/model.safetensors
+# What it pins is part of --memory.
+$ sh gpu tvmerge ties.yml gpu3m -q --device cuda --memory 16MiB && cmp gpu3m/model.safetensors cpu2/model.safetensors
 # By default the device gets what it is faster at: none of this.
 $ FAKE_CUDA_LOSE=1 TV_CUDA_LEAST=65536 LD_LIBRARY_PATH=$FAKE_CUDA tvmerge ties.yml gpu4 -q --device cuda && cmp gpu4/model.safetensors cpu2/model.safetensors
 # auto leaves element-wise work to the CPU.

@@ -101,7 +101,7 @@ $ tvstore ls s --device tpu
 => 2
 $ tvstore ls s --device cuda:77
 2> tvstore: error: --device cuda:77: <*>
-2>   hint: --device cpu does the same work
+2>   hint: --device cpu does all that is done there (matrix work within rounding)
 => 4
 $ tvstore ls s --device-memory 0
 2> tvstore: error: --device-memory: 0 bytes are too few
