@@ -6,24 +6,13 @@
  * stack array above; consensus reads them twice. Sums may start from the first
  * term instead of +0: that differs from the reference only in the sign of a
  * zero, and a zero change returns the base.
- *
- * The divisor of an election is one of few: the sum of the weights of those
- * that agree. With up to three donors all of them are known beforehand, and so
- * are their reciprocals y, correctly rounded. The quotient is then found
- * without dividing, but rounded as by a division: q = m y is off by less than
- * two units in the last place, one step q + (m - b q) y makes it one of the two
- * numbers that enclose the quotient, a second one the nearer of those
- * (Markstein, IBM J. Res. Dev. 34(1), 1990). Nothing may overflow or underflow.
  */
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
 
 #include <assert.h>
-#include <math.h>
 
 #define BLOCK 2u /* vectors */
-/* Donors whose agreeing subsets fit a vector. */
-#define FEW   3u
 
 struct job {
     const float *b;
@@ -35,53 +24,14 @@ struct job {
     int normalize;
     int has_lambda;
     double lambda;
-    /* By subset of donors that agree, donor j as bit j: their weight, 1 where
-     * that is 0, and its reciprocal; only with is_few. */
-    int is_few;
-    double divisor[1u << FEW], reciprocal[1u << FEW];
 };
-
-/* Neither products nor their remainders can overflow or underflow. */
-static int is_moderate(double v)
-{
-    return v == 0.0 || (fabs(v) > 0x1p-200 && fabs(v) < 0x1p200);
-}
-
-static void list_divisors(struct job *g, size_t n_donors)
-{
-    g->is_few = n_donors <= FEW && g->normalize;
-    for (size_t j = 0; j < n_donors && g->is_few; j++)
-        g->is_few = is_moderate(g->coef[j]) && is_moderate(g->weight[j]);
-    for (size_t s = 0; s < 1u << FEW && g->is_few; s++) {
-        double sum = 0.0;
-        for (size_t j = 0; j < n_donors; j++)
-            if (s >> j & 1)
-                sum = sum + g->weight[j];
-        g->is_few = is_moderate(sum);
-        g->divisor[s] = sum == 0.0 ? 1.0 : sum;
-        g->reciprocal[s] = 1.0 / g->divisor[s];
-    }
-}
-
-/* m / by, infinities and NaNs included; y is 1 / by. */
-TVK_INLINE __m512d quotient(__m512d m, __m512d by, __m512d y)
-{
-    __m512d q = _mm512_mul_pd(m, y);
-    __m512d rest = _mm512_fnmadd_pd(by, q, m);
-    const __mmask8 finite = _mm512_cmp_pd_mask(rest, rest, _CMP_ORD_Q);
-
-    q = _mm512_mask3_fmadd_pd(rest, y, q, finite);
-    rest = _mm512_fnmadd_pd(by, q, m);
-    return _mm512_mask3_fmadd_pd(rest, y, q, finite);
-}
 
 /* Election and disjoint merge: the sum of those that agree goes to m. */
 TVK_INLINE void elect(const struct job *g, __m512d (*d)[BLOCK], __m512d *m,
-                      size_t n_donors, size_t vectors, int few)
+                      size_t n_donors, size_t vectors)
 {
     const __m512d zero = _mm512_setzero_pd();
     __m512d turn[BLOCK], divisor[BLOCK];
-    __m512i subset[BLOCK];
 
     for (size_t v = 0; v < vectors; v++) {
         /* Turns agreement, above zero or below, into "above" everywhere. */
@@ -90,34 +40,20 @@ TVK_INLINE void elect(const struct job *g, __m512d (*d)[BLOCK], __m512d *m,
                                      zero);
         m[v] = zero;
         divisor[v] = zero;
-        subset[v] = _mm512_setzero_si512();
     }
     for (size_t j = 0; j < n_donors; j++) {
         const __m512d weight = _mm512_set1_pd(g->weight[j]);
-        const __m512i bit = _mm512_set1_epi64((long long)1 << j);
         for (size_t v = 0; v < vectors; v++) {
             const __mmask8 agree = _mm512_cmp_pd_mask(
                 _mm512_xor_pd(d[j][v], turn[v]), zero, _CMP_GT_OQ);
             m[v] = _mm512_mask_add_pd(m[v], agree, m[v], d[j][v]);
-            if (few)
-                subset[v] =
-                    _mm512_mask_or_epi64(subset[v], agree, subset[v], bit);
-            else
-                divisor[v] =
-                    _mm512_mask_add_pd(divisor[v], agree, divisor[v], weight);
+            divisor[v] =
+                _mm512_mask_add_pd(divisor[v], agree, divisor[v], weight);
         }
     }
     if (!g->normalize)
         return;
     for (size_t v = 0; v < vectors; v++) {
-        if (few) {
-            m[v] = quotient(
-                m[v],
-                _mm512_permutexvar_pd(subset[v], _mm512_loadu_pd(g->divisor)),
-                _mm512_permutexvar_pd(subset[v],
-                                      _mm512_loadu_pd(g->reciprocal)));
-            continue;
-        }
         const __mmask8 none = _mm512_cmp_pd_mask(divisor[v], zero, _CMP_EQ_OQ);
         m[v] = _mm512_div_pd(
             m[v], _mm512_mask_mov_pd(divisor[v], none, _mm512_set1_pd(1.0)));
@@ -136,7 +72,7 @@ TVK_INLINE __m512d divide(const struct tvk_divide *div, __m512d m)
 /* `vectors` vectors of 8 elements, the last one cut to `lanes`. */
 TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
                             size_t i, size_t vectors, __mmask8 lanes,
-                            size_t n_donors, int consensus, int masked, int few)
+                            size_t n_donors, int consensus, int masked)
 {
     __m512d d[TVK_DONORS_MAX][BLOCK];
     __m512d b[BLOCK], m[BLOCK];
@@ -166,7 +102,7 @@ TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
         }
     }
     if (consensus)
-        elect(g, d, m, n_donors, vectors, few);
+        elect(g, d, m, n_donors, vectors);
     for (size_t v = 0; v < vectors; v++) {
         if (!consensus && g->normalize)
             m[v] = divide(&g->total, m[v]);
@@ -182,31 +118,23 @@ TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
 }
 
 TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,
-                          size_t n_donors, int consensus, int masked, int few,
-                          size_t n)
+                          size_t n_donors, int consensus, int masked, size_t n)
 {
     size_t i = 0;
 
     for (; i + 8 * BLOCK <= n; i += 8 * BLOCK)
-        merge_block(dst, g, i, BLOCK, 0xff, n_donors, consensus, masked, few);
+        merge_block(dst, g, i, BLOCK, 0xff, n_donors, consensus, masked);
     for (; i < n; i += 8)
-        merge_block(dst, g, i, 1, lanes8(i, n), n_donors, consensus, masked,
-                    few);
+        merge_block(dst, g, i, 1, lanes8(i, n), n_donors, consensus, masked);
 }
 
 TVK_INLINE void merge_donors(float *TVK_RESTRICT dst, const struct job *g,
                              size_t n_donors, int consensus, size_t n)
 {
-    const int few = consensus && n_donors <= FEW && g->is_few;
-
-    if (g->masks != NULL && few)
-        merge_all(dst, g, n_donors, consensus, 1, 1, n);
-    else if (g->masks != NULL)
-        merge_all(dst, g, n_donors, consensus, 1, 0, n);
-    else if (few)
-        merge_all(dst, g, n_donors, consensus, 0, 1, n);
+    if (g->masks != NULL)
+        merge_all(dst, g, n_donors, consensus, 1, n);
     else
-        merge_all(dst, g, n_donors, consensus, 0, 0, n);
+        merge_all(dst, g, n_donors, consensus, 0, n);
 }
 
 static void merge_sum(float *TVK_RESTRICT dst, const struct job *g,
@@ -267,20 +195,15 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
         total = total + p->weight[j];
     if (total > -1e-8 && total < 1e-8)
         total = 1.0;
-    struct job g = {b,
-                    x,
-                    masks,
-                    p->coef,
-                    p->weight,
-                    tvk_divide_by(total),
-                    p->normalize,
-                    p->lambda != 1.0,
-                    p->lambda,
-                    0,
-                    {0},
-                    {0}};
-    if (p->consensus)
-        list_divisors(&g, p->n_donors);
+    const struct job g = {b,
+                          x,
+                          masks,
+                          p->coef,
+                          p->weight,
+                          tvk_divide_by(total),
+                          p->normalize,
+                          p->lambda != 1.0,
+                          p->lambda};
     if (p->consensus)
         merge_consensus(dst, &g, p->n_donors, n);
     else

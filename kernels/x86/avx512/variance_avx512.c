@@ -54,11 +54,41 @@ TVK_INLINE void variance_of(float *TVK_RESTRICT dst,
         variance8(dst, b, x, n_donors, &count, i, lanes8(i, n));
 }
 
+/* Of two: e_0 is 0 and its deviation the mean itself. Where that is not so, of
+ * values that are not finite, the other deviation is a NaN as well. */
+TVK_INLINE void pair8(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                      const float *const *x, size_t i, __mmask8 lanes)
+{
+    const __m512d half = _mm512_set1_pd(0.5);
+    const __m512d vb = load8(lanes, b + i);
+    const __m512d e = _mm512_sub_pd(_mm512_sub_pd(load8(lanes, x[1] + i), vb),
+                                    _mm512_sub_pd(load8(lanes, x[0] + i), vb));
+    const __m512d mean = _mm512_mul_pd(e, half);
+    const __m512d d = _mm512_sub_pd(e, mean);
+    const __m512d sum =
+        _mm512_add_pd(_mm512_mul_pd(mean, mean), _mm512_mul_pd(d, d));
+
+    _mm256_mask_storeu_ps(dst + i, lanes,
+                          _mm512_cvtpd_ps(_mm512_mul_pd(sum, half)));
+}
+
+static void variance_of_pair(float *TVK_RESTRICT dst,
+                             const float *TVK_RESTRICT b, const float *const *x,
+                             size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8)
+        pair8(dst, b, x, i, 0xff);
+    if (i < n)
+        pair8(dst, b, x, i, lanes8(i, n));
+}
+
 static void variance(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
                      const float *const *x, size_t n_donors, size_t n)
 {
     if (n_donors == 2)
-        variance_of(dst, b, x, 2, n);
+        variance_of_pair(dst, b, x, n);
     else
         variance_of(dst, b, x, n_donors, n);
 }
