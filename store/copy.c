@@ -138,22 +138,27 @@ out:
 
 enum tv_err tv_tensor_copy_in(tv_batch **b, uint64_t object_id,
                               const struct tv_tensor_desc *d,
-                              const struct tv_view *from, struct tv_error *err)
+                              const struct tv_view *from,
+                              const struct tv_hash *known, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct tv_hash *leaves = NULL;
+    struct tv_hash *own = NULL;
+    const struct tv_hash *leaves = known;
     struct tv_payload p;
     bool found = false;
     uint64_t id = 0;
     char shown[SHOW_BYTES];
     TV_TRY(view_fits(d, from, err));
     const uint64_t n = tv_leaf_count(from->bytes);
-    leaves = (struct tv_hash *)tv_calloc((size_t)n, sizeof *leaves);
-    if (leaves == NULL) {
-        rc = tv_error_set(err, TV_E_NOMEM, "no memory for checksums");
-        goto out;
+    if (known == NULL) {
+        own = (struct tv_hash *)tv_calloc((size_t)n, sizeof *own);
+        if (own == NULL) {
+            rc = tv_error_set(err, TV_E_NOMEM, "no memory for checksums");
+            goto out;
+        }
+        TV_TRY(hash_leaves(from, own, n, err));
+        leaves = own;
     }
-    TV_TRY(hash_leaves(from, leaves, n, err));
     TV_TRY(tv_payload_lookup(*b, d, tv_leaves_checksum(leaves, (size_t)n), from,
                              &found, &id, err));
     if (!found) {
@@ -168,6 +173,6 @@ out:
             (*b)->failed = true;
         tv_error_context(err, "tensor '%s'", show(d->name, shown));
     }
-    tv_free(leaves);
+    tv_free(own);
     return rc;
 }

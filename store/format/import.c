@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hash_ahead.h"
 #include "hf_dir.h"
 #include "json_util.h"
 #include "tv/alloc.h"
@@ -42,6 +43,8 @@ struct import {
     uint64_t *sources; /* source id per file, 0 until put */
     uint64_t done, total;
     size_t pending; /* links in the batch */
+    size_t *todo;   /* [n_todo] tensors that are not there, in order */
+    size_t n_todo;
 };
 
 static enum tv_err no_memory(struct tv_error *err)
@@ -219,7 +222,8 @@ static enum tv_err check_leaves(const struct import *m,
 }
 
 static enum tv_err copy_tensor(struct import *m,
-                               const struct tv_input_tensor *t)
+                               const struct tv_input_tensor *t,
+                               const struct tv_hash *known)
 {
     enum tv_err rc = TV_OK;
     struct tv_tensor_desc d;
@@ -229,7 +233,7 @@ static enum tv_err copy_tensor(struct import *m,
     TV_TRY(tv_input_view(m->from, t, m->err, &v));
     TV_TRY(check_leaves(m, t, &v));
     describe(t, &d);
-    TV_TRY(tv_tensor_copy_in(&m->batch, m->object, &d, &v, m->err));
+    TV_TRY(tv_tensor_copy_in(&m->batch, m->object, &d, &v, known, m->err));
 out:
     tv_input_release(m->from, &v);
     return rc;
@@ -294,40 +298,76 @@ static bool is_present(const struct tv_tensor_list *list,
     return false;
 }
 
-static enum tv_err put_tensors(struct import *m)
+static enum tv_err interrupted(struct import *m, size_t at)
 {
     enum tv_err rc = TV_OK;
-    tv_read *read = NULL;
-    struct tv_tensor_list *present = NULL;
 
-    TV_TRY(list_present(m, &read, &present));
-    tv_read_end(read);
-    read = NULL;
+    TV_TRY(turn_batch(m));
+    TV_TRY(tv_store_sync(m->store, m->err));
+    rc = tv_error_set(m->err, TV_E_INTERRUPTED,
+                      "import of '%s' interrupted after %zu of %zu tensors",
+                      m->name, at, tv_input_count(m->from));
+    tv_error_hint(m->err, "the same command continues");
+out:
+    return rc;
+}
+
+/* All tensors in order; m->todo are those that are not there yet. */
+static enum tv_err put_all(void *arg, struct tv_hash_ahead *ahead)
+{
+    enum tv_err rc = TV_OK;
+    struct import *m = arg;
+    size_t k = 0;
+
     for (size_t i = 0; i < tv_input_count(m->from); i++) {
         const struct tv_input_tensor *t = tv_input_tensor(m->from, i);
 
         if (m->t->cancel != NULL && *m->t->cancel != 0) {
-            TV_TRY(turn_batch(m));
-            TV_TRY(tv_store_sync(m->store, m->err));
-            rc = tv_error_set(m->err, TV_E_INTERRUPTED,
-                              "import of '%s' interrupted after %zu of %zu "
-                              "tensors",
-                              m->name, i, tv_input_count(m->from));
-            tv_error_hint(m->err, "the same command continues");
+            rc = interrupted(m, i);
             goto out;
         }
-        if (is_present(present, t))
+        if (k == m->n_todo || m->todo[k] != i) {
             m->t->n_resumed++;
-        else if (m->t->link)
-            TV_TRY(link_tensor(m, t));
-        else
-            TV_TRY(copy_tensor(m, t));
+        } else {
+            const struct tv_hash *known = tv_hash_ahead_take(ahead, k++);
+            if (m->t->link)
+                TV_TRY(link_tensor(m, t));
+            else
+                TV_TRY(copy_tensor(m, t, known));
+        }
         m->t->n_tensors++;
         m->t->bytes += t->bytes;
         m->done += t->bytes;
         if (m->t->progress != NULL)
             m->t->progress(m->t->progress_arg, m->done, m->total);
     }
+out:
+    return rc;
+}
+
+static enum tv_err put_tensors(struct import *m)
+{
+    enum tv_err rc = TV_OK;
+    const size_t n = tv_input_count(m->from);
+    tv_read *read = NULL;
+    struct tv_tensor_list *present = NULL;
+
+    m->todo = (size_t *)tv_calloc(n + 1, sizeof *m->todo);
+    if (m->todo == NULL) {
+        rc = no_memory(m->err);
+        goto out;
+    }
+    TV_TRY(list_present(m, &read, &present));
+    for (size_t i = 0; i < n; i++)
+        if (!is_present(present, tv_input_tensor(m->from, i)))
+            m->todo[m->n_todo++] = i;
+    tv_tensor_list_free(present);
+    present = NULL;
+    tv_read_end(read);
+    read = NULL;
+    rc = m->t->link ? put_all(m, NULL)
+                    : tv_hash_ahead_run(m->from, m->todo, m->n_todo, put_all, m,
+                                        m->err);
 out:
     tv_tensor_list_free(present);
     tv_read_end(read);
@@ -607,6 +647,7 @@ out:
         refused(&m);
     if (locked)
         tv_store_unlock(s);
+    tv_free(m.todo);
     tv_free(m.sources);
     tv_free(m.source_path);
     tv_free(m.architecture);

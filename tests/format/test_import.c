@@ -360,6 +360,44 @@ static void test_cancel(void **state)
     verify_store();
 }
 
+/* Enough bytes for a second thread that hashes ahead, some of them shared; the
+ * first run is cancelled while that one is at work. */
+static void test_large(void **state)
+{
+    static const struct ff_tensor large[] = {
+        {"a", TV_BF16, 2, {700, 1024}, 1},  {"b", TV_BF16, 2, {600, 1000}, 2},
+        {"c", TV_BF16, 2, {0, 1000}, 3},    {"d", TV_F32, 2, {700, 1024}, 4},
+        {"e", TV_BF16, 2, {700, 1024}, 1},  {"f", TV_F32, 1, {1}, 5},
+        {"g", TV_BF16, 2, {1000, 1024}, 6}, {"h", TV_BF16, 2, {77, 1024}, 7},
+    };
+    const size_t n = sizeof large / sizeof *large;
+    struct tv_transfer t;
+    struct tv_error err;
+    char *from = tmpdir_make();
+
+    (void)state;
+    ff_write(from, "model.safetensors", large, n);
+    ff_write_text(from, "config.json", "{}");
+    for (int at = 1; at < (int)n; at += 2) {
+        struct watch w = {.cancel_at = at};
+        memset(&t, 0, sizeof t);
+        t.force = true;
+        t.progress = on_bytes;
+        t.progress_arg = &w;
+        t.cancel = &w.cancel;
+        assert_code(import("m", from, &t, &err), TV_E_INTERRUPTED, &err);
+        t.cancel = NULL;
+        t.progress = NULL;
+        import_ok("m", from, &t);
+        assert_int_equal(t.n_resumed, at);
+        tv_input *in = open_object("m");
+        ff_assert_tensors(in, large, n);
+        tv_input_close(in);
+    }
+    verify_store();
+    tmpdir_remove(from);
+}
+
 static bool is_linked(const char *name)
 {
     tv_read *r = NULL;
@@ -576,6 +614,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_bad_adapter, setup, teardown),
         cmocka_unit_test_setup_teardown(test_exists, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cancel, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_large, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_source, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_mode, setup, teardown),
         cmocka_unit_test_setup_teardown(test_changed, setup, teardown),

@@ -110,7 +110,7 @@ enum tv_err fx_copy_in(tv_batch **b, uint64_t object,
         return tv_error_set(err, TV_E_NOMEM, "no memory in a test");
     fx_bytes(seed, bytes, n);
     const struct tv_view v = fx_view(d, bytes, one);
-    const enum tv_err rc = tv_tensor_copy_in(b, object, d, &v, err);
+    const enum tv_err rc = tv_tensor_copy_in(b, object, d, &v, NULL, err);
     tv_free(bytes);
     return rc;
 }

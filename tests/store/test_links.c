@@ -172,10 +172,10 @@ static void digest_equals_that_of_a_copy(void **state)
               &f->err);
     const struct tv_tensor_desc w = fx_desc("w", TV_F32, 100, 50, shape);
     struct tv_view v = fx_view(&w, bytes + HEADER_BYTES + 1, one);
-    assert_ok(tv_tensor_copy_in(&b, id, &w, &v, &f->err), &f->err);
+    assert_ok(tv_tensor_copy_in(&b, id, &w, &v, NULL, &f->err), &f->err);
     const struct tv_tensor_desc e = fx_desc("last", TV_U8, 16, 0, shape);
     v = fx_view(&e, bytes + FILE_BYTES - 16, one);
-    assert_ok(tv_tensor_copy_in(&b, id, &e, &v, &f->err), &f->err);
+    assert_ok(tv_tensor_copy_in(&b, id, &e, &v, NULL, &f->err), &f->err);
     assert_ok(tv_batch_commit(b, &f->err), &f->err);
     tv_read *r = reader(l);
     struct tv_hash x, y, z;

@@ -347,15 +347,22 @@ static void wrong_leaves_are_refused(void **state)
     v.leaves = &lie;
     tv_batch *b = begin(f, false);
     const uint64_t id = create(f, b, "m", TV_KIND_MODEL);
-    assert_code(tv_tensor_copy_in(&b, id, &d, &v, &f->err), TV_E_CORRUPT,
+    assert_code(tv_tensor_copy_in(&b, id, &d, &v, NULL, &f->err), TV_E_CORRUPT,
                 &f->err);
     assert_message(&f->err, "tensor 'w'");
     tv_batch_abort(b);
+    /* The caller's own, of a file that has changed since. */
+    v.leaves = NULL;
+    b = begin(f, false);
+    const uint64_t again = create(f, b, "m", TV_KIND_MODEL);
+    assert_code(tv_tensor_copy_in(&b, again, &d, &v, &lie, &f->err),
+                TV_E_CORRUPT, &f->err);
+    assert_message(&f->err, "changed while they were copied");
+    tv_batch_abort(b);
     const struct tv_tensor_desc other = fx_desc("w", TV_U8, 3999, 0, shape);
     b = begin(f, false);
-    v.leaves = NULL;
-    assert_code(tv_tensor_copy_in(&b, id, &other, &v, &f->err), TV_E_INTERNAL,
-                &f->err);
+    assert_code(tv_tensor_copy_in(&b, id, &other, &v, NULL, &f->err),
+                TV_E_INTERNAL, &f->err);
     tv_batch_abort(b);
 }
 

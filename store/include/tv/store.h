@@ -376,10 +376,12 @@ TV_NODISCARD enum tv_err tv_tensor_checksum_put(tv_batch *b, uint64_t object_id,
 /* Copies one tensor of a view into the object: hashes, shares or writes, in as
  * many batches as the dirty limit needs (*b is committed and begun again, the
  * reason for the double pointer; after an error *b can only be aborted and may
- * be NULL). */
+ * be NULL). `known`: checksums of its leaves when the caller has taken them, or
+ * NULL; they are compared with what is written, like the function's own. */
 TV_NODISCARD enum tv_err tv_tensor_copy_in(tv_batch **b, uint64_t object_id,
                                            const struct tv_tensor_desc *d,
                                            const struct tv_view *from,
+                                           const struct tv_hash *known,
                                            struct tv_error *err);
 
 /* ---- journal --------------------------------------------------------------
