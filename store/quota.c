@@ -60,6 +60,21 @@ enum tv_err quota_read(const struct txn *t, uint64_t *bytes,
 /* ---- charges -------------------------------------------------------------
  */
 
+/* Has a run left its state in that directory, or does the session live? */
+static bool is_unfinished(const tv_store *s, struct rec_text path)
+{
+    uint64_t session = 0;
+    if (session_named(path.s, path.n, &session))
+        return session_alive(s, session);
+    char *dir = tv_strndup(path.s, path.n);
+    char *state = dir != NULL ? tv_path_join(dir, ".tvmerge") : NULL;
+    /* Out of memory: better to count it. */
+    const bool yes = state == NULL || tv_path_exists(state);
+    tv_free(state);
+    tv_free(dir);
+    return yes;
+}
+
 static enum tv_err charges_read(const struct txn *t, uint64_t *bytes,
                                 struct tv_error *err)
 {
@@ -80,10 +95,9 @@ static enum tv_err charges_read(const struct txn *t, uint64_t *bytes,
             rc = rec_damaged(t->s, "a charge to the quota", why, err);
             goto out;
         }
-        /* A scratch file has no name and goes with its process. */
-        uint64_t session = 0;
-        if (session_named(c.path.s, c.path.n, &session) &&
-            !session_alive(t->s, session))
+        /* A scratch file has no name and goes with its process. A run that is
+         * killed when its output is finished leaves its charge behind. */
+        if (!is_unfinished(t->s, c.path))
             continue;
         if (!tv_add_u64(*bytes, c.bytes, bytes))
             *bytes = UINT64_MAX;
@@ -106,21 +120,6 @@ enum tv_err quota_bound(const struct txn *t, uint64_t *quota, uint64_t *bound,
     *bound = charged < *quota ? *quota - charged : 1;
 out:
     return rc;
-}
-
-/* Has a run left its state in that directory, or does the session live? */
-static bool is_unfinished(const tv_store *s, struct rec_text path)
-{
-    uint64_t session = 0;
-    if (session_named(path.s, path.n, &session))
-        return session_alive(s, session);
-    char *dir = tv_strndup(path.s, path.n);
-    char *state = dir != NULL ? tv_path_join(dir, ".tvmerge") : NULL;
-    /* Out of memory: better to count it. */
-    const bool yes = state == NULL || tv_path_exists(state);
-    tv_free(state);
-    tv_free(dir);
-    return yes;
 }
 
 /* Drops charges of directories that are not in the making (any more), and that

@@ -796,9 +796,15 @@ static void charges_count(void **state)
     assert_true(missing > 0);
     assert_code(tv_store_charge_set(f->s, out, quota, &f->err), TV_E_NOSPACE,
                 &f->err);
-    /* The run has ended without saying so: the next charge forgets it. */
+    /* The run has ended without saying so: it does not count any more, and the
+     * next charge forgets it. */
     assert_ok(tv_dir_remove(work, &f->err), &f->err);
+    assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
+    assert_int_equal(st.charged_bytes, 0);
     char *other = tv_path_join(f->dir, "other");
+    char *other_work = tv_path_join(other, ".tvmerge");
+    assert_ok(tv_dir_make(other, &f->err), &f->err);
+    assert_ok(tv_dir_make(other_work, &f->err), &f->err);
     assert_ok(tv_store_charge_set(f->s, other, 1u << 20, &f->err), &f->err);
     assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
     assert_int_equal(st.charged_bytes, 1u << 20);
@@ -806,6 +812,7 @@ static void charges_count(void **state)
     assert_ok(tv_store_stat(f->s, &st, &f->err), &f->err);
     assert_int_equal(st.charged_bytes, 0);
     fx_verify(f);
+    tv_free(other_work);
     tv_free(other);
     tv_free(work);
     tv_free(out);
