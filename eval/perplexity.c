@@ -63,11 +63,15 @@ static enum tv_err cut_pieces(const int32_t *ids, size_t n_ids, size_t take,
     size_t total = 0, bytes = 0;
 
     c->n = n_ids / take;
-    if (c->n == 0)
-        return tv_error_set(err, TV_E_INPUT,
-                            "the text has %zu tokens, too few for one window "
-                            "of %zu",
-                            n_ids, take);
+    if (c->n == 0) {
+        (void)tv_error_set(err, TV_E_INPUT,
+                           "the text has %zu tokens, too few for one window "
+                           "of %zu",
+                           n_ids, take);
+        tv_error_hint(err, "a longer text, or a --context of less than %zu",
+                      len);
+        return TV_E_INPUT;
+    }
     c->w = tv_calloc(c->n, sizeof(*c->w));
     if (bos >= 0 && tv_mul_size(c->n, len, &total) &&
         tv_mul_size(total, sizeof(*c->ids), &bytes))
@@ -113,16 +117,20 @@ static enum tv_err cut_stride(const int32_t *ids, size_t n_ids, size_t context,
     return TV_OK;
 }
 
+static size_t stride_for(const struct tve_ppl_options *opt, size_t context)
+{
+    if (opt->stride)
+        return opt->stride;
+    return context > 2 ? context / 2 : 1;
+}
+
 static enum tv_err cut_text(const int32_t *ids, size_t n_ids,
                             const struct tve_ppl_options *opt, size_t context,
                             struct cut *c, struct tv_error *err)
 {
     const bool has_bos = opt->bos >= 0;
-    size_t stride = opt->stride ? opt->stride : context / 2;
+    const size_t stride = stride_for(opt, context);
 
-    if (context < 2 || context > INT32_MAX)
-        return tv_error_set(err, TV_E_USAGE,
-                            "a context of %zu tokens is impossible", context);
     switch (opt->protocol) {
     case TVE_WINDOWS:
         return cut_pieces(ids, n_ids, has_bos ? context - 1 : context, has_bos,
@@ -131,20 +139,54 @@ static enum tv_err cut_text(const int32_t *ids, size_t n_ids,
         return cut_pieces(ids, n_ids, context, false, -1, 1, c, err);
     case TVE_LLAMACPP:
         /* the id behind the middle is the first whose prediction counts */
-        if (context / 2 + 1 >= context)
-            break;
         return cut_pieces(ids, n_ids, context, false, opt->bos, context / 2 + 1,
                           c, err);
     case TVE_STRIDE:
-        if (stride > context)
-            break;
-        return cut_stride(ids, n_ids, context, stride ? stride : 1, c, err);
+        return cut_stride(ids, n_ids, context, stride, c, err);
     case TVE_PROTOCOL_COUNT:
         break;
     }
-    return tv_error_set(err, TV_E_USAGE,
-                        "impossible context %zu or stride %zu for protocol %s",
-                        context, stride, tve_protocol_name(opt->protocol));
+    return tv_error_set(err, TV_E_USAGE, "unknown protocol");
+}
+
+/* What no text can make right, before the text is looked at. */
+static enum tv_err check_options(const tve_model *m,
+                                 const struct tve_ppl_options *opt,
+                                 size_t context, struct tv_error *err)
+{
+    const size_t least = opt->protocol == TVE_LLAMACPP ? 3 : 2;
+    const size_t stride = stride_for(opt, context);
+    const bool uses_bos =
+        opt->protocol == TVE_WINDOWS || opt->protocol == TVE_LLAMACPP;
+
+    if (context < least || context > INT32_MAX)
+        return tv_error_set(err, TV_E_USAGE,
+                            "a context of %zu tokens: --context takes %zu and "
+                            "more for protocol %s",
+                            context, least, tve_protocol_name(opt->protocol));
+    if (opt->protocol == TVE_STRIDE && stride > context)
+        return tv_error_set(err, TV_E_USAGE,
+                            "--stride %zu is more than the context of %zu "
+                            "tokens",
+                            stride, context);
+    /* A short text may do with less than the context. */
+    if (opt->protocol != TVE_STRIDE && !tve_model_takes(m, context)) {
+        (void)tv_error_set(err, TV_E_INPUT,
+                           "a context of %zu tokens, but the model has %zu "
+                           "positions",
+                           context, tve_model_positions(m));
+        tv_error_hint(err, "--context takes up to %zu for this model",
+                      tve_model_positions(m));
+        return TV_E_INPUT;
+    }
+    if (uses_bos && opt->bos >= 0 && (size_t)opt->bos >= tve_model_vocab(m)) {
+        (void)tv_error_set(err, TV_E_INPUT,
+                           "BOS %ld is outside the vocabulary (%zu)",
+                           (long)opt->bos, tve_model_vocab(m));
+        tv_error_hint(err, "--bos ID|none");
+        return TV_E_INPUT;
+    }
+    return TV_OK;
 }
 
 static double seconds(void)
@@ -170,6 +212,7 @@ enum tv_err tve_perplexity_check(const tve_model *m, const int32_t *ids,
     enum tv_err rc = TV_OK;
     struct cut c = {NULL, 0, NULL};
 
+    TV_TRY(check_options(m, opt, context_for(m, opt), err));
     TV_TRY(cut_text(ids, n_ids, opt, context_for(m, opt), &c, err));
     rc = tve_check_windows(m, c.w, c.n, err);
 out:
@@ -191,6 +234,7 @@ enum tv_err tve_perplexity(tve_model *m, const int32_t *ids, size_t n_ids,
     double sum = 0, squares = 0, mean = 0;
     const double start = seconds();
 
+    TV_TRY(check_options(m, opt, context, err));
     TV_TRY(cut_text(ids, n_ids, opt, context, &c, err));
     for (size_t i = 0; i < c.n; i++)
         n += c.w[i].n - c.w[i].score_from;

@@ -60,8 +60,9 @@ bool tvm_calibrated_walks(const struct tvm_plan *p);
 struct tvm_text_extent { /* of a calibration text */
     size_t window;       /* tokens of one */
     bool fits;           /* into the positions of the model */
-    bool fills;          /* some text has tokens for one, or all are random */
-    size_t n_tokens;     /* else: of all texts */
+    size_t positions;
+    bool fills;      /* some text has tokens for one, or all are random */
+    size_t n_tokens; /* else: of all texts */
 };
 /* The text for a model that runs over it. Reads no weights, and makes tokens of
  * as much text as it takes. INPUT without a tokenizer. */

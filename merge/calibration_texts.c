@@ -191,6 +191,7 @@ enum tv_err tvm_calibrated_texts(const struct tvm_plan *p, size_t model,
     how.positions = tve_model_positions(m);
     out->window = tve_sampling_context(&how);
     out->fits = tve_model_takes(m, out->window);
+    out->positions = how.positions;
     out->fills = cal->random;
     if (cal->random)
         goto out;

@@ -137,9 +137,9 @@ const char *tvm_text_lacks(const struct tvm_text_extent *x, char *dst,
 {
     if (!x->fits)
         (void)snprintf(dst, cap,
-                       "a 'context' of %zu tokens is more than the model has "
+                       "a 'context' of %zu tokens, but the model has %zu "
                        "positions",
-                       x->window);
+                       x->window, x->positions);
     else if (!x->fills)
         (void)snprintf(dst, cap,
                        "%zu tokens do not fill a window of %zu: more text, or "

@@ -555,7 +555,8 @@ def bad_texts(where):
                 "context: 257}\n  parameters: {density: 0.2, weight: 1}\n"
                 "parameters: {sparsify: importance}\n")
     e = run(TVMERGE, "plan", r, code=4)
-    check("257 tokens" in e.stderr and f"{place(r, good)}: " in e.stderr,
+    check("257 tokens, but the model has 256 positions" in e.stderr and
+          f"{place(r, good)}: " in e.stderr,
           f"context: {e.stderr}")
 
 

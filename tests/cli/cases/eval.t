@@ -73,9 +73,23 @@ t.txt
 2> tveval: error: bad.npy is no .npy file
 $ tveval ppl $DATA/base --text t.txt
 2> tveval: error: t.txt: the text has 6 tokens, too few for one window of 255
+2> <*>hint: a longer text, or a --context of less than 256
 => 4
 $ tveval ppl $DATA/base --text t.txt --context 999
-2> tveval: error: t.txt: <*>
+2> tveval: error: t.txt: a context of 999 tokens, but the model has 256 positions
+2> <*>hint: --context takes up to 256 for this model
+=> 4
+$ tveval ppl $DATA/base --text t.txt --context 999 --protocol stride --json -q | grep tokens_scored
+      "tokens_scored": 6,
+$ tveval ppl $DATA/base --text t.txt --context 2 --protocol llamacpp
+2> tveval: error: t.txt: a context of 2 tokens: --context takes 3 and more for protocol llamacpp
+=> 2
+$ tveval ppl $DATA/base --text t.txt --context 4 --stride 5 --protocol stride
+2> tveval: error: t.txt: --stride 5 is more than the context of 4 tokens
+=> 2
+$ tveval ppl $DATA/base --text t.txt --context 4 --bos 2048
+2> tveval: error: t.txt: BOS 2048 is outside the vocabulary (2048)
+2> <*>hint: --bos ID|none
 => 4
 $ printf 'abc\377' > b.txt; tveval ppl $DATA/base --text b.txt
 2> tveval: error: b.txt: the text is not UTF-8 at byte 3
