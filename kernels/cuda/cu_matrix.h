@@ -83,33 +83,51 @@ struct tvk_cu_square {
     uint64_t n;
 };
 
-TVK_HD void tvk_cu_identity(const struct tvk_cu_place *at,
-                            const struct tvk_cu_square *a)
-{
-    const uint64_t n = a->n * a->n;
-
-    for (uint64_t e = tvk_cu_first(at); e < n; e += tvk_cu_step(at))
-        a->dst[e] = e / a->n == e % a->n ? 1.0f : 0.0f;
-}
+struct tvk_cu_wide { /* fp64 out of fp32 */
+    double *dst;
+    const float *src; /* [n, n] */
+    uint64_t n;
+};
 
 /* dst: src with rows and columns from the last. */
 TVK_HD void tvk_cu_flip(const struct tvk_cu_place *at,
-                        const struct tvk_cu_square *a)
+                        const struct tvk_cu_wide *a)
 {
     const uint64_t n = a->n * a->n;
 
     for (uint64_t e = tvk_cu_first(at); e < n; e += tvk_cu_step(at))
-        a->dst[e] = a->src[n - 1 - e];
+        a->dst[e] = (double)a->src[n - 1 - e];
 }
 
-/* The same, 0 below the diagonal. */
-TVK_HD void tvk_cu_flip_upper(const struct tvk_cu_place *at,
-                              const struct tvk_cu_square *a)
+struct tvk_cu_inverse { /* columns [from, to) of R^-1, R upper [n, n] */
+    double *tile;       /* by columns, `to` rows: those below are 0 */
+    float *u;           /* [n, n]: R^-1 with rows and columns from the last */
+    uint64_t n, from, to;
+};
+
+/* The tile of the identity. */
+TVK_HD void tvk_cu_unit(const struct tvk_cu_place *at,
+                        const struct tvk_cu_inverse *a)
 {
-    const uint64_t n = a->n * a->n;
+    const uint64_t n = (a->to - a->from) * a->to;
 
     for (uint64_t e = tvk_cu_first(at); e < n; e += tvk_cu_step(at))
-        a->dst[e] = e % a->n >= e / a->n ? a->src[n - 1 - e] : 0.0f;
+        a->tile[e] = e % a->to == a->from + e / a->to ? 1.0 : 0.0;
+}
+
+/* Its rows of u, 0 left of the diagonal. */
+TVK_HD void tvk_cu_take(const struct tvk_cu_place *at,
+                        const struct tvk_cu_inverse *a)
+{
+    const uint64_t n = (a->to - a->from) * a->n;
+
+    for (uint64_t e = tvk_cu_first(at); e < n; e += tvk_cu_step(at)) {
+        const uint64_t k = e / a->n;
+        const uint64_t j = e % a->n;
+        const uint64_t i = a->n - 1 - (a->from + k);
+        a->u[i * a->n + j] =
+            j >= i ? (float)a->tile[k * a->to + (a->n - 1 - j)] : 0.0f;
+    }
 }
 
 /* dst [n]: the diagonal. */
@@ -485,9 +503,9 @@ TVK_HD void tvk_cu_traces1(const struct tvk_cu_place *at, const double *shared,
 #define TVK_CU_MATRIX_KERNELS(ELEMENTS, BLOCKS2, BLOCKS3)                      \
     ELEMENTS(tv_gram_sum, tvk_cu_gram_sum, tvk_cu_gram_sum_body)               \
     ELEMENTS(tv_unpack, tvk_cu_unpack, tvk_cu_unpack_body)                     \
-    ELEMENTS(tv_identity, tvk_cu_square, tvk_cu_identity)                      \
-    ELEMENTS(tv_flip, tvk_cu_square, tvk_cu_flip)                              \
-    ELEMENTS(tv_flip_upper, tvk_cu_square, tvk_cu_flip_upper)                  \
+    ELEMENTS(tv_flip, tvk_cu_wide, tvk_cu_flip)                                \
+    ELEMENTS(tv_unit, tvk_cu_inverse, tvk_cu_unit)                             \
+    ELEMENTS(tv_take, tvk_cu_inverse, tvk_cu_take)                             \
     ELEMENTS(tv_diagonal, tvk_cu_square, tvk_cu_diagonal)                      \
     ELEMENTS(tv_obs_count, tvk_cu_obs, tvk_cu_obs_count)                       \
     BLOCKS2(tv_obs_find, tvk_cu_obs, uint32_t, TVK_CU_FIND, tvk_cu_obs_find0,  \

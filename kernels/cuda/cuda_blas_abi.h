@@ -48,21 +48,21 @@ typedef void *tvk_cb_solver;
       (tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m, int n, int k,       \
        const float *alpha, const float *a, int lda, const float *b, int ldb,   \
        const float *beta, float *c, int ldc))                                  \
-    F(strsm, cublasStrsm_v2,                                                   \
+    F(dtrsm, cublasDtrsm_v2,                                                   \
       (tvk_cb_handle h, tvk_cb_side side, tvk_cb_fill fill, tvk_cb_op ta,      \
-       tvk_cb_diag diag, int m, int n, const float *alpha, const float *a,     \
-       int lda, float *b, int ldb))
+       tvk_cb_diag diag, int m, int n, const double *alpha, const double *a,   \
+       int lda, double *b, int ldb))
 
 #define TVK_CUDA_CUSOLVER(F)                                                   \
     F(create, cusolverDnCreate, (tvk_cb_solver * h))                           \
     F(destroy, cusolverDnDestroy, (tvk_cb_solver h))                           \
     F(set_stream, cusolverDnSetStream, (tvk_cb_solver h, tvk_cb_stream s))     \
-    F(spotrf_size, cusolverDnSpotrf_bufferSize,                                \
-      (tvk_cb_solver h, tvk_cb_fill fill, int n, float *a, int lda,            \
-       int *work_floats))                                                      \
-    F(spotrf, cusolverDnSpotrf,                                                \
-      (tvk_cb_solver h, tvk_cb_fill fill, int n, float *a, int lda,            \
-       float *work, int work_floats, int *info))
+    F(dpotrf_size, cusolverDnDpotrf_bufferSize,                                \
+      (tvk_cb_solver h, tvk_cb_fill fill, int n, double *a, int lda,           \
+       int *n_work))                                                           \
+    F(dpotrf, cusolverDnDpotrf,                                                \
+      (tvk_cb_solver h, tvk_cb_fill fill, int n, double *a, int lda,           \
+       double *work, int n_work, int *info))
 
 struct tvk_cublas_api {
 #define TVK_CUDA_FIELD(field, symbol, params) tvk_cb_status(*field) params;

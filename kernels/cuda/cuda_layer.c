@@ -4,15 +4,17 @@
  * with it, on the device: see tv/cuda_math.h and kernels/layer.c.
  *
  *   h    [cols, cols]   H, or its factor U
- *   m    the other operand: the packed triangle that becomes H, the identity
- *        that becomes R^-1, T in the loop, the tiles of refinement
+ *   m    the other operand: the packed triangle that becomes H; H in fp64 that
+ *        becomes R, and a tile of R^-1 behind it; T in the loop, the tiles of
+ *        refinement
  *   err  [rows, 512]    of the loop
  *
  * The loop asks nothing of the host: limits are searched, ties are counted and
  * strips are corrected by kernels, and the stream is waited for once, at the
  * end. U is the CPU's by the same reversal: the flat reversal of H is potrf's
- * operand, the triangle is inverted by a solve with the identity (cuBLAS has no
- * trtri for one matrix), and reversed again.
+ * operand, and R is inverted by solves with columns of the identity (cuBLAS has
+ * no trtri for one matrix), which are rounded to fp32 as they are reversed
+ * again. potrf and the solves are in fp64 (see gram_factor.c).
  */
 #include "cuda/cuda_math_parts.h"
 
@@ -234,10 +236,13 @@ struct tvk_cuda_layer {
 #define SOLVER_LEAST ((uint64_t)16 << 20)
 /* A tile of refinement: T, P, residual, direction, its product; keep. */
 #define TILE_ARRAYS  5u
+/* Columns of R^-1 that one solve makes. */
+#define INVERSE_COLS 256u
 
 static uint64_t m_floats(size_t rows, size_t cols)
 {
-    const uint64_t square = (uint64_t)cols * cols;
+    const uint64_t square =
+        2 * ((uint64_t)cols * cols + (uint64_t)INVERSE_COLS * cols);
     const uint64_t t = (uint64_t)rows * cols;
     const uint64_t tile =
         ((uint64_t)TILE_ARRAYS * TVK_CUDA_CG_ROWS + TVK_CUDA_CG_ROWS / 4) *
@@ -382,33 +387,64 @@ static enum tv_err potrf(tvk_cuda_layer *l, int *info, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tvk_cuda_math *const m = l->math;
-    float *const a = tvk_cuda_address(l->h);
+    double *const a = tvk_cuda_address(l->m);
     const int n = (int)l->cols;
-    int floats = 0;
+    int n_work = 0;
     tvk_cuda_ptr work = 0;
 
     *info = 0;
     TV_TRY(tvk_cuda_enter(l->device, err));
     TV_TRY(tvk_cuda_solver_done(m,
-                                (int)m->solver->spotrf_size(m->solver_handle,
+                                (int)m->solver->dpotrf_size(m->solver_handle,
                                                             TVK_CB_UPPER, n, a,
-                                                            n, &floats),
-                                "cusolverDnSpotrf_bufferSize", err));
-    TV_TRY(tvk_cuda_alloc(l->device, (size_t)floats * sizeof(float),
+                                                            n, &n_work),
+                                "cusolverDnDpotrf_bufferSize", err));
+    TV_TRY(tvk_cuda_alloc(l->device, (size_t)n_work * sizeof(double),
                           "the workspace of cuSOLVER", err, &work));
     /* Upper by columns is ours, lower, by rows. */
     TV_TRY(tvk_cuda_solver_done(
         m,
-        (int)m->solver->spotrf(m->solver_handle, TVK_CB_UPPER, n, a, n,
-                               tvk_cuda_address(work), floats,
+        (int)m->solver->dpotrf(m->solver_handle, TVK_CB_UPPER, n, a, n,
+                               tvk_cuda_address(work), n_work,
                                tvk_cuda_address(l->info)),
-        "cusolverDnSpotrf", err));
+        "cusolverDnDpotrf", err));
     TV_TRY(tvk_cuda_download(l->stream, info, l->info, sizeof *info, err));
     TV_TRY(tvk_cuda_sync(l->stream, err));
 out:
     if (rc != TV_OK)
         tvk_cuda_settle(l->stream);
-    tvk_cuda_free(l->device, work, (size_t)floats * sizeof(float));
+    tvk_cuda_free(l->device, work, (size_t)n_work * sizeof(double));
+    return rc;
+}
+
+/* U from R, tile by tile. */
+static enum tv_err invert(tvk_cuda_layer *l, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tvk_cuda_math *const m = l->math;
+    const size_t n = l->cols;
+    const double one = 1.0;
+    struct tvk_cu_inverse a = {
+        .tile = tvk_cuda_address(l->m + n * n * sizeof(double)),
+        .u = tvk_cuda_address(l->h),
+        .n = n};
+
+    for (size_t from = 0; from < n; from += INVERSE_COLS) {
+        const size_t to = min_size(from + INVERSE_COLS, n);
+
+        a.from = from;
+        a.to = to;
+        TV_TRY(over(l->stream, "tv_unit", (to - from) * to, THREADS, &a, err));
+        TV_TRY(tvk_cuda_blas_done(
+            m,
+            (int)m->blas->dtrsm(m->blas_handle, TVK_CB_LEFT, TVK_CB_UPPER,
+                                TVK_CB_N, TVK_CB_NON_UNIT, (int)to,
+                                (int)(to - from), &one, tvk_cuda_address(l->m),
+                                (int)n, a.tile, (int)to),
+            "cublasDtrsm", err));
+        TV_TRY(over(l->stream, "tv_take", (to - from) * n, THREADS, &a, err));
+    }
+out:
     return rc;
 }
 
@@ -416,11 +452,8 @@ enum tv_err tvk_cuda_layer_factor(tvk_cuda_layer *l, bool *definite,
                                   float *u_diagonal, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    tvk_cuda_math *const m = l->math;
     const size_t n = l->cols;
-    const float one = 1.0f;
-    struct tvk_cu_square identity = {.dst = tvk_cuda_address(l->m), .n = n};
-    struct tvk_cu_square flip = {
+    struct tvk_cu_wide flip = {
         .dst = tvk_cuda_address(l->m), .src = tvk_cuda_address(l->h), .n = n};
     float *diagonal = NULL;
     int info = 0;
@@ -432,23 +465,12 @@ enum tv_err tvk_cuda_layer_factor(tvk_cuda_layer *l, bool *definite,
     if (diagonal == NULL)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     TV_TRY(over(l->stream, "tv_flip", n * n, THREADS, &flip, err));
-    TV_TRY(tvk_cuda_copy(l->stream, l->h, l->m, l->h_bytes, err));
     TV_TRY(potrf(l, &info, err));
     if (info != 0) {
         *definite = false;
         goto out;
     }
-    TV_TRY(over(l->stream, "tv_identity", n * n, THREADS, &identity, err));
-    TV_TRY(tvk_cuda_blas_done(
-        m,
-        (int)m->blas->strsm(m->blas_handle, TVK_CB_LEFT, TVK_CB_UPPER, TVK_CB_N,
-                            TVK_CB_NON_UNIT, (int)n, (int)n, &one,
-                            tvk_cuda_address(l->h), (int)n,
-                            tvk_cuda_address(l->m), (int)n),
-        "cublasStrsm", err));
-    flip = (struct tvk_cu_square){
-        .dst = tvk_cuda_address(l->h), .src = tvk_cuda_address(l->m), .n = n};
-    TV_TRY(over(l->stream, "tv_flip_upper", n * n, THREADS, &flip, err));
+    TV_TRY(invert(l, err));
     TV_TRY(take_diagonal(l, err));
     TV_TRY(tvk_cuda_download(l->stream, diagonal, l->diagonal,
                              n * sizeof *diagonal, err));

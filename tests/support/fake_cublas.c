@@ -97,9 +97,10 @@ tvk_cb_status cublasSgemm_v2(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m,
     const struct handle *const x = h;
     const bool is_ta = ta == TVK_CB_T, is_tb = tb == TVK_CB_T;
 
-    if (!is_ready(x) || !is_matrix(a, is_ta ? k : m, is_ta ? m : k, lda) ||
-        !is_matrix(b, is_tb ? n : k, is_tb ? k : n, ldb) ||
-        !is_matrix(c, m, n, ldc))
+    if (!is_ready(x) ||
+        !is_matrix(a, sizeof *a, is_ta ? k : m, is_ta ? m : k, lda) ||
+        !is_matrix(b, sizeof *b, is_tb ? n : k, is_tb ? k : n, ldb) ||
+        !is_matrix(c, sizeof *c, m, n, ldc))
         return INVALID;
     const struct product p = {is_ta,     is_tb,       (size_t)m,   (size_t)n,
                               (size_t)k, (size_t)lda, (size_t)ldb, (size_t)ldc,
@@ -108,15 +109,22 @@ tvk_cb_status cublasSgemm_v2(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m,
     return fake_call(x->stream, multiply, &p, sizeof p) ? FAILED : TVK_CB_OK;
 }
 
+struct solution {
+    size_t m, n, lda, ldb;
+    double alpha;
+    const double *a;
+    double *b;
+};
+
 /* Columns of b, from the last row of the upper triangle to the first. */
 static void solve(const void *args)
 {
-    const struct product *const p = args;
+    const struct solution *const p = args;
 
     for (size_t j = 0; j < p->n; j++) {
-        float *const b = p->c + j * p->ldc;
+        double *const b = p->b + j * p->ldb;
         for (size_t i = p->m; i-- > 0;) {
-            float sum = p->alpha * b[i];
+            double sum = p->alpha * b[i];
             for (size_t l = i + 1; l < p->m; l++)
                 sum -= p->a[l * p->lda + i] * b[l];
             b[i] = sum / p->a[i * p->lda + i];
@@ -124,23 +132,19 @@ static void solve(const void *args)
     }
 }
 
-tvk_cb_status cublasStrsm_v2(tvk_cb_handle h, tvk_cb_side side,
+tvk_cb_status cublasDtrsm_v2(tvk_cb_handle h, tvk_cb_side side,
                              tvk_cb_fill fill, tvk_cb_op ta, tvk_cb_diag diag,
-                             int m, int n, const float *alpha, const float *a,
-                             int lda, float *b, int ldb)
+                             int m, int n, const double *alpha, const double *a,
+                             int lda, double *b, int ldb)
 {
     const struct handle *const x = h;
 
     if (!is_ready(x) || side != TVK_CB_LEFT || fill != TVK_CB_UPPER ||
-        ta != TVK_CB_N || diag != TVK_CB_NON_UNIT || !is_matrix(a, m, m, lda) ||
-        !is_matrix(b, m, n, ldb))
+        ta != TVK_CB_N || diag != TVK_CB_NON_UNIT ||
+        !is_matrix(a, sizeof *a, m, m, lda) ||
+        !is_matrix(b, sizeof *b, m, n, ldb))
         return INVALID;
-    const struct product p = {.m = (size_t)m,
-                              .n = (size_t)n,
-                              .lda = (size_t)lda,
-                              .ldc = (size_t)ldb,
-                              .alpha = *alpha,
-                              .a = a,
-                              .c = b};
+    const struct solution p = {
+        (size_t)m, (size_t)n, (size_t)lda, (size_t)ldb, *alpha, a, b};
     return fake_call(x->stream, solve, &p, sizeof p) ? FAILED : TVK_CB_OK;
 }

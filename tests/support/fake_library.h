@@ -31,13 +31,15 @@ static inline bool find_driver(void)
     return true;
 }
 
-/* Is a column-major matrix [rows, cols] in device memory, its stride right? */
-static inline bool is_matrix(const float *a, int rows, int cols, int ld)
+/* Is a column-major matrix [rows, cols] of such elements in device memory, its
+ * stride right? */
+static inline bool is_matrix(const void *a, size_t each, int rows, int cols,
+                             int ld)
 {
     return rows >= 0 && cols >= 0 && ld >= (rows > 1 ? rows : 1) &&
            (rows == 0 || cols == 0 ||
             fake_holds(a, ((size_t)(cols - 1) * (size_t)ld + (size_t)rows) *
-                              sizeof *a));
+                              each));
 }
 
 #endif

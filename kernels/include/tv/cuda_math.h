@@ -97,8 +97,9 @@ TV_NODISCARD enum tv_err tvk_cuda_layer_gram(tvk_cuda_layer *l,
                                              const float *packed,
                                              const float *diagonal,
                                              struct tv_error *err);
-/* H becomes U (tvk_gram_factor). *definite false: H was not positive definite
- * in fp32 and is gone. u_diagonal [cols], NULL allowed: U's. */
+/* H becomes U (tvk_gram_factor), in fp64 but for rounding U itself. *definite
+ * false: H was not positive definite and is of no use. u_diagonal [cols], NULL
+ * allowed: U's. */
 TV_NODISCARD enum tv_err tvk_cuda_layer_factor(tvk_cuda_layer *l,
                                                bool *definite,
                                                float *u_diagonal,
