@@ -31,7 +31,8 @@ DSYNC, IS_DIR = 1, 2
 
 
 class Event:
-    __slots__ = ("op", "ino", "off", "len", "flags", "path", "path2", "data")
+    __slots__ = ("op", "ino", "off", "len", "flags", "path", "path2", "data",
+                 "call")
 
 
 def read_log(path):
@@ -44,6 +45,7 @@ def read_log(path):
         (magic, e.op, e.ino, e.off, e.len, e.flags, a, b,
          n) = HEAD.unpack_from(raw, at)
         assert magic == MAGIC, f"log damaged at {at}"
+        e.call, e.flags = e.flags >> 8, e.flags & 0xff
         at += HEAD.size
         e.path = raw[at:at + a].decode()
         e.path2 = raw[at + a:at + a + b].decode()

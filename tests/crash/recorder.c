@@ -79,7 +79,8 @@ enum { EV_DSYNC = 1, EV_DIR = 2 };
 struct event { /* little-endian, as the machine */
     uint32_t magic, op;
     uint64_t ino, off, len;
-    uint32_t flags, path_bytes, path2_bytes, data_bytes;
+    uint32_t flags; /* EV_, and above 8 bits the number of the call */
+    uint32_t path_bytes, path2_bytes, data_bytes;
 };
 _Static_assert(sizeof(struct event) == 48, "layout known to powerloss.py");
 #define EVENT_MAGIC 0x56455654u
@@ -216,7 +217,7 @@ static void log_event(enum op op, uint64_t ino, const char *path,
                             .ino = ino,
                             .off = off,
                             .len = len,
-                            .flags = flags,
+                            .flags = flags | (uint32_t)counts->calls << 8,
                             .path_bytes = (uint32_t)strlen(path),
                             .path2_bytes = path2 ? (uint32_t)strlen(path2) : 0,
                             .data_bytes = op == OP_WRITE ? (uint32_t)len : 0};
