@@ -15,6 +15,8 @@ import time
 
 for variable in ("TV_STORE", "TV_PROGRESS", "TV_GROUP_BYTES", "NO_COLOR"):
     os.environ.pop(variable, None)
+# Programs under ThreadSanitizer are slower; so is what waits for them.
+SLOWER = int(os.environ.get("TV_TEST_SLOWER", "1"))
 BIN, DATA = map(os.path.abspath, sys.argv[1:3])
 TVSTORE, TVMERGE = os.path.join(BIN, "tvstore"), os.path.join(BIN, "tvmerge")
 WORK = tempfile.mkdtemp(prefix="tv-cli-")
@@ -46,7 +48,7 @@ def run(*argv, code=0, env=None, **kw):
     kw.setdefault("stdin", subprocess.DEVNULL)
     kw.setdefault("stdout", subprocess.PIPE)
     kw.setdefault("stderr", subprocess.PIPE)
-    r = subprocess.run([str(a) for a in argv], env=e, timeout=120, **kw)
+    r = subprocess.run([str(a) for a in argv], env=e, timeout=120 * SLOWER, **kw)
     err = (r.stderr or b"").decode("utf-8", "replace")
     check(r.returncode == code, f"{' '.join(map(str, argv))}: exit "
           f"{r.returncode}, expected {code}: {err.strip()[-300:]}")
@@ -71,7 +73,7 @@ def held(p, ready):
     depends on who is faster; go() lets it run on. False: p ended before. A
     process may be stopped while it holds a lock of the store that readers
     need for an instant: then ready() is asked again."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 120 * SLOWER
     while time.monotonic() < end and p.poll() is None:
         p.send_signal(signal.SIGSTOP)
         while not is_stopped(p) and time.monotonic() < end:

@@ -5,6 +5,7 @@
 What unfinished merges hold in a store: inputs are pinned while a merge into a
 directory or an object may go on, and no longer; and what 'run' says at its end.
 """
+import fcntl
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ import signal
 import struct
 import subprocess
 
-from cli_common import (TVMERGE, TVSTORE, check, document, finish, go, held,
-                        make_model, path, run, write, write_safetensors)
+from cli_common import (SLOWER, TVMERGE, TVSTORE, check, document, finish, go,
+                        held, make_model, path, run, write, write_safetensors)
 
 store = path("s")
 run(TVSTORE, "init", store, "-q")
@@ -47,9 +48,14 @@ def worked(p):
 
 def is_locked():
     """A merge that keeps something in the store holds its lock for a moment,
-    and rm would rather wait than say what is pinned."""
+    and rm would rather wait than say what is pinned. The holder's name in the
+    file comes after the lock, so only the lock tells."""
     with open(os.path.join(store, "writer.lock")) as f:
-        return f.read() != ""
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def begun(out):
@@ -57,7 +63,7 @@ def begun(out):
         if is_locked():
             return False
         r = subprocess.run([TVMERGE, "status", out, "--json"],
-                           capture_output=True, timeout=10)
+                           capture_output=True, timeout=10 * SLOWER)
         return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
     return ready
 
@@ -65,7 +71,7 @@ def begun(out):
 def listed(name):
     def ready():
         r = subprocess.run([TVSTORE, "ls", store, "--json"],
-                           capture_output=True, timeout=10)
+                           capture_output=True, timeout=10 * SLOWER)
         check(r.returncode == 0, f"ls beside a merge: {r.stderr}")
         return r.returncode != 0 or name in [
             o["name"] for o in json.loads(r.stdout)["objects"]]
@@ -85,7 +91,7 @@ p = start(out)
 check(held(p, begun(out)), "nothing to interrupt")
 refused("running", "'other'", out)
 p.kill()
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 refused("killed", "'other'", out)
 run(TVSTORE, "gc", store, "-q")
 refused("killed, after gc", out)
@@ -101,7 +107,7 @@ out = path("gone")
 p = start(out)
 check(held(p, begun(out)), "nothing to kill")
 p.kill()
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 shutil.rmtree(out)
 run(TVSTORE, "gc", store, "-q")
 check(document(TVSTORE, "stat", store)["kinds"]["journal"] == 0,
@@ -110,7 +116,7 @@ run(TVSTORE, "import", store, "other", path("other"), "--force", "-q")
 p = start(out)
 check(held(p, begun(out)), "nothing to kill again")
 p.kill()
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 plain = write("plain.yml", f"""merge_method: linear
 models:
 - model: {path('base')}
@@ -144,7 +150,7 @@ out = path("ctrl-c")
 p = start(out, env=dict(os.environ, TV_CPU="ref"))
 check(held(p, worked(p)), "no start")
 go(p, signal.SIGINT)
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 check(p.returncode == 130, f"ctrl-c: exit {p.returncode}")
 doc = document(TVMERGE, "run", recipe, out, "--store", store)
 check(doc["n_resumed"] > 0 and doc["digest"] == digest, f"ctrl-c: {doc}")
@@ -153,7 +159,7 @@ check(doc["n_resumed"] > 0 and doc["digest"] == digest, f"ctrl-c: {doc}")
 p = start("--into", "m9")
 check(held(p, listed("m9")), "into: no start")
 p.kill()
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 r = run(TVSTORE, "rm", store, "other", code=11)
 check(b"'m9'" in r.stderr, f"into: {r.stderr}")
 run(TVSTORE, "rm", store, "m9", "-q")

@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 
-from cli_common import (BIN, DATA, TVSTORE, check, document, finish, go, held,
-                        path, run)
+from cli_common import (BIN, DATA, SLOWER, TVSTORE, check, document, finish,
+                        go, held, path, run)
 
 TVEVAL = os.path.join(BIN, "tveval")
 BASE = os.path.join(DATA, "base")
@@ -49,7 +49,7 @@ def figures(out):
 
 def finished(p, want, what):
     go(p)
-    out, err = p.communicate(timeout=120)
+    out, err = p.communicate(timeout=120 * SLOWER)
     check(p.returncode == 0 and figures(out) == want,
           f"{what}: exit {p.returncode}: {err[-300:]} {out[-300:]}")
 
@@ -78,7 +78,7 @@ for argv in (ppl, calibrate):
     check(held(p, worked(p)), f"{name}: nothing to kill")
     run(TVSTORE, "rm", store, "lm", "-q", code=11)
     p.send_signal(signal.SIGKILL)
-    p.communicate(timeout=60)
+    p.communicate(timeout=60 * SLOWER)
     run(TVSTORE, "rm", store, "lm", "-q")
     run(TVSTORE, "verify", store, "-q")
     run(TVSTORE, "import", store, "lm", BASE, "-q")
@@ -119,7 +119,7 @@ check(SCRATCH < stat["reserved_bytes"]
       and stat["used_bytes"] + stat["reserved_bytes"] <= 16 * 10**6,
       f"while it runs: {stat}")
 p.send_signal(signal.SIGKILL)
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 check(document(TVSTORE, "stat", small)["reserved_bytes"] == 0,
       "a killed process keeps its scratch file")
 doc = json.loads(run(*scratch).stdout)

@@ -11,8 +11,8 @@ import re
 import signal
 import subprocess
 
-from cli_common import (TVMERGE, TVSTORE, check, document, finish, go, held,
-                        make_model, path, run, write)
+from cli_common import (SLOWER, TVMERGE, TVSTORE, check, document, finish, go,
+                        held, make_model, path, run, write)
 
 a = make_model("a", 96, 1 << 19, 1)
 b = make_model("b", 96, 1 << 19, 2)
@@ -35,7 +35,7 @@ def begun(out, p):
     """Stops the merge when it has something to lose and work left."""
     def ready():
         r = subprocess.run([TVMERGE, "status", out, "--json"],
-                           capture_output=True, timeout=10)
+                           capture_output=True, timeout=10 * SLOWER)
         return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
     return held(p, ready)
 
@@ -48,7 +48,7 @@ for sig, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143),
     p = start(out)
     check(begun(out, p), f"{sig.name}: nothing to interrupt")
     go(p, sig)
-    err = p.communicate(timeout=60)[1].decode()
+    err = p.communicate(timeout=60 * SLOWER)[1].decode()
     check(p.returncode == status, f"{sig.name}: exit {p.returncode} {err}")
     found = re.search(r"^resume with: (.*)$", err, re.M)
     check(found, f"{sig.name}: no way to resume in {err!r}")
@@ -71,7 +71,7 @@ p = start(out, "--json")
 check(begun(out, p), "twice: nothing to interrupt")
 go(p, signal.SIGINT)
 p.send_signal(signal.SIGINT)
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 check(p.returncode == 130, f"twice: exit {p.returncode}")
 check(document(TVMERGE, "run", recipe, out)["digest"] == want,
       "twice: other bytes")
@@ -81,7 +81,7 @@ out = path("json")
 p = start(out, "--json")
 check(begun(out, p), "json: nothing to interrupt")
 go(p, signal.SIGINT)
-o, e = p.communicate(timeout=60)
+o, e = p.communicate(timeout=60 * SLOWER)
 doc = json.loads(e)["error"]
 check(p.returncode == 130 and o == b"" and doc["code"] == "interrupted"
       and doc["hint"].startswith("resume with: "), f"json: {e}")
@@ -94,7 +94,7 @@ check(document(TVMERGE, "status", out)["running"] is True, "status: running")
 r = run(TVMERGE, "run", recipe, out, "--lock-timeout", "100ms", "-q", code=11)
 check(b"error" in r.stderr, "second run on one directory")
 go(p, signal.SIGUSR1)
-err = p.communicate(timeout=60)[1].decode()
+err = p.communicate(timeout=60 * SLOWER)[1].decode()
 check(p.returncode == 0 and re.search(r"^merge \d+/96 tensors  \d+%", err,
                                       re.M), f"usr1: {err}")
 
@@ -111,7 +111,7 @@ p = subprocess.Popen([TVMERGE, "run", recipe, "--into", "m", "--store", store,
 def locked():
     global r
     r = subprocess.run([TVSTORE, "gc", store, "--lock-timeout", "50ms"],
-                       capture_output=True, timeout=10)
+                       capture_output=True, timeout=10 * SLOWER)
     return r.returncode == 11
 
 
@@ -139,7 +139,7 @@ def importing():
 
 check(held(p, importing), "import: nothing to interrupt")
 go(p, signal.SIGINT)
-p.communicate(timeout=60)
+p.communicate(timeout=60 * SLOWER)
 check(p.returncode in (130, 0), f"import: {p.returncode}")
 if p.returncode == 130:
     run(TVSTORE, "import", store, "b", b)
@@ -152,7 +152,7 @@ p = start(out)
 check(begun(out, p), "bus: nothing to disturb")
 os.truncate(os.path.join(a, "model.safetensors"), 100000)
 go(p)
-err = p.communicate(timeout=60)[1].decode()
+err = p.communicate(timeout=60 * SLOWER)[1].decode()
 check(p.returncode == 12 and "a/model.safetensors" in err,
       f"bus: exit {p.returncode}: {err}")
 check(not os.path.exists(os.path.join(out, "config.json")), "bus: finished")
