@@ -15,6 +15,11 @@
  *                more than 1.01 bit per element, as it does for tails, whose
  *                last container has 8 KiB for few elements
  *
+ * Memory: CRoaring takes its own with malloc, which tv_alloc does not count. At
+ * most one chunk's containers while mask_encode runs (128 of 8 KiB and their
+ * heads, below 1.1 MiB; measured 1.02 MiB at density 0.065), and below 8 KiB
+ * for each MASK_FROZEN chunk that is open (measured 3.1 KiB).
+ *
  * Lemire et al., "Roaring bitmaps: implementation of an optimized software
  * library", arXiv 1709.07821.
  */

@@ -2,6 +2,7 @@
 /* test_mask.c - bit sets survive roaring, in place, and stay small. */
 #include "test.h"
 
+#include <malloc.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -223,6 +224,34 @@ static void what_is_no_mask_is_refused(void **state)
                 TV_E_INTERNAL, &err);
 }
 
+/* mask.h says how much: CRoaring does not use our allocator. */
+static void open_chunks_take_little(void **state)
+{
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    (void)state;
+    skip(); /* their allocators do not fill mallinfo2 */
+#else
+    struct tv_error err;
+    struct mask_bytes m;
+    struct mask_chunk c;
+    const char *why = NULL;
+    uint64_t n_set = 0;
+    (void)state;
+    tv_error_clear(&err);
+    uint64_t *words = make(MASK_CHUNK_ELEMS, 0.065, RANDOM, 4, &n_set);
+    assert_ok(mask_encode(words, MASK_CHUNK_ELEMS, &m, &err), &err);
+    const size_t before = mallinfo2().uordblks;
+    assert_int_equal(
+        mask_chunk_open(m.data, m.n, m.flags, MASK_CHUNK_ELEMS, &c, &why),
+        TV_OK);
+    const size_t took = mallinfo2().uordblks - before;
+    mask_chunk_close(&c);
+    assert_true(took > 0 && took < 8192);
+    mask_bytes_free(&m);
+    tv_free(words);
+#endif
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -230,6 +259,7 @@ int main(void)
         cmocka_unit_test(sparse_is_small_and_dense_is_in_place),
         cmocka_unit_test(intersections),
         cmocka_unit_test(what_is_no_mask_is_refused),
+        cmocka_unit_test(open_chunks_take_little),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
