@@ -35,6 +35,9 @@ $ tvmerge r.yml out --store s -q
 2> ...
 => 12
 $ test ! -e out/config.json
+# Unless it is told not to look.
+$ tvmerge r.yml out --store s -q --no-verify-reads --force
+$ python3 -c 'a=open("norm","rb").read(); d=open("out/model.safetensors","rb").read(); assert a not in d and a[:7]+bytes([a[7]^16])+a[8:] in d'
 # A linked file that changed is named.
 $ cp -r $DATA/ft-code m && chmod -R u+w m && tvstore init l -q && tvstore import l code m --link -q
 $ tvstore cat l code/model.norm.weight | wc -l
