@@ -68,8 +68,9 @@ static enum tv_err cut_pieces(const int32_t *ids, size_t n_ids, size_t take,
                            "the text has %zu tokens, too few for one window "
                            "of %zu",
                            n_ids, take);
-        tv_error_hint(err, "a longer text, or a --context of less than %zu",
-                      len);
+        if (n_ids > 1)
+            tv_error_hint(err, "a longer text, or a --context of less than %zu",
+                          len);
         return TV_E_INPUT;
     }
     c->w = tv_calloc(c->n, sizeof(*c->w));

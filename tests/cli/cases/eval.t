@@ -75,6 +75,9 @@ $ tveval ppl $DATA/base --text t.txt
 2> tveval: error: t.txt: the text has 6 tokens, too few for one window of 255
 2> <*>hint: a longer text, or a --context of less than 256
 => 4
+$ : > e.txt; tveval ppl $DATA/base --text e.txt
+2> tveval: error: e.txt: the text has 0 tokens, too few for one window of 255
+=> 4
 $ tveval ppl $DATA/base --text t.txt --context 999
 2> tveval: error: t.txt: a context of 999 tokens, but the model has 256 positions
 2> <*>hint: --context takes up to 256 for this model
