@@ -102,7 +102,7 @@ enum tv_err tvm_calibrated_texts(const struct tvm_plan *p, size_t model,
 {
     (void)cal;
     *out = (struct tvm_text_extent){0};
-    return tvm_calibrated_check(p, model, err);
+    return tvm_calibrated_check(p, model, NULL, err);
 }
 
 enum tv_err tvm_calibrated_make(const struct tvm_plan *p, struct tvm_sink *sink,
