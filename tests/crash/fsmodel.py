@@ -26,6 +26,9 @@ MAGIC = 0x56455654
 (CREATE, WRITE, TRUNCATE, ALLOCATE, SYNC, DATASYNC, SYNC_RANGE, RENAME, UNLINK,
  MKDIR, RMDIR, LINK) = range(1, 13)
 MARK = 100
+# What the kernel adds to the path of an open file without a name: scratch, of
+# which a power cut leaves nothing.
+UNLINKED = " (deleted)"
 HEAD = struct.Struct("<IIQQQIIII")
 DSYNC, IS_DIR = 1, 2
 
@@ -200,6 +203,8 @@ class Disk:
 
     def begin(self, e):
         """The effect of a call that may be cut off: nothing is synced yet."""
+        if e.path.endswith(UNLINKED):
+            return
         if e.op in (CREATE, MKDIR):
             d, n = self.parent(e.path)
             self.change([], [(d, n, File() if e.op == CREATE else Dir())])
@@ -232,6 +237,8 @@ class Disk:
 
     def end(self, e):
         """What is certain once the call has returned."""
+        if e.path.endswith(UNLINKED):
+            return
         if e.op in (SYNC, DATASYNC):
             node = self.find(e.path)
             if isinstance(node, Dir):
