@@ -16,6 +16,7 @@
 #include "test.h"
 #include "tmpdir.h"
 
+#include "cuda_fixture.h"
 #include "npy.h"
 #include "tv/alloc.h"
 #include "tv/eval.h"
@@ -53,21 +54,8 @@ static void to_ids(const struct npy *a, int32_t *ids)
         ids[i] = (int32_t)((const int64_t *)a->data)[i];
 }
 
-/* With "cuda" in front: the same on a device, that of tests/support. */
+/* With "cuda" in front: the same on a device. */
 static tvk_cuda *cuda;
-
-static void cuda_open(void)
-{
-    struct tv_error err = {0};
-    struct tvk_cuda_options o;
-
-    tvk_cuda_options_init(&o);
-    o.image = "kernels of the emulated grid";
-    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
-        (void)fprintf(stderr, "%s\n", err.msg);
-        exit(1);
-    }
-}
 
 /* Logits of the model in dir for its own ids; owned. */
 static float *run(const char *dir, const struct npy *ids, size_t vocab,
@@ -401,7 +389,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_allocations),
     };
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)
-        cuda_open();
+        cuda = cuda_device_open();
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     tvk_cuda_close(cuda);
     return failed;

@@ -14,6 +14,7 @@
 
 #include "test.h"
 
+#include "cuda_fixture.h"
 #include "npy.h"
 #include "tv/alloc.h"
 #include "tv/eval.h"
@@ -33,21 +34,8 @@ struct opened {
     size_t n_windows;
 };
 
-/* With "cuda" in front: the same on a device, that of tests/support. */
+/* With "cuda" in front: the same on a device. */
 static tvk_cuda *cuda;
-
-static void cuda_open(void)
-{
-    struct tv_error err = {0};
-    struct tvk_cuda_options o;
-
-    tvk_cuda_options_init(&o);
-    o.image = "kernels of the emulated grid";
-    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
-        (void)fprintf(stderr, "%s\n", err.msg);
-        exit(1);
-    }
-}
 
 static void open_model(struct opened *o, const char *name,
                        const struct tve_model_options *opt)
@@ -403,7 +391,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_allocations),
     };
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)
-        cuda_open();
+        cuda = cuda_device_open();
     if (argc > 2)
         cmocka_set_test_filter(argv[2]);
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);

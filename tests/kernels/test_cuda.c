@@ -9,11 +9,10 @@
  */
 #include "test.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 #include <string.h>
 
-#include "fake_cuda.h"
+#include "cuda_fixture.h"
 #include "rng.h"
 #include "tv/alloc.h"
 #include "tv/cuda.h"
@@ -21,8 +20,6 @@
 
 enum { N = 200003, N_DONORS = 3, N_THREADS = 12 };
 
-static fake_cuda_set_fn *fake_set;
-static fake_cuda_get_fn *fake_get;
 static float base[N], donor[N_DONORS][N], want[N], got[N];
 static uint64_t mask[N / 64 + 1];
 static const float *const donors[N_DONORS] = {donor[0], donor[1], donor[2]};
@@ -35,15 +32,8 @@ static int fixture(void **state)
     struct rng rng;
 
     (void)state;
-    void *const driver = dlopen("libcuda.so.1", RTLD_NOW);
-    if (!driver)
+    if (!fake_cuda_is_there())
         return -1;
-    void *const set = dlsym(driver, "fake_cuda_set");
-    void *const get = dlsym(driver, "fake_cuda_get");
-    if (!set || !get)
-        return -1;
-    memcpy(&fake_set, &set, sizeof fake_set);
-    memcpy(&fake_get, &get, sizeof fake_get);
     rng_open(&rng, 3);
     for (size_t i = 0; i < N; i++) {
         base[i] = rng_normal(&rng);
@@ -72,11 +62,9 @@ static struct fake_cuda seen(void)
 
 static struct tvk_cuda_options options(void)
 {
-    struct tvk_cuda_options o;
+    struct tvk_cuda_options o = cuda_device_options();
 
-    tvk_cuda_options_init(&o);
     o.least_elems = 0;
-    o.image = "kernels of the emulated grid";
     return o;
 }
 

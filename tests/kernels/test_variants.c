@@ -23,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda_fixture.h"
 #include "guard_buffer.h"
 #include "rng.h"
 #include "tv/cuda.h"
@@ -103,13 +104,9 @@ static float value(int kind, float around)
 static void device_open(void)
 {
     struct tv_error err = {.code = TV_OK};
-    struct tvk_cuda_options o;
+    struct tvk_cuda_options o = cuda_device_options();
 
-    tvk_cuda_options_init(&o);
     o.least_elems = 0;
-    /* The tests' own driver takes any code; this build may have none. */
-    if (getenv("TV_TEST_FAKE_CUDA"))
-        o.image = "kernels of the emulated grid";
     if (tvk_cuda_open(&o, &err, &device) != TV_OK) {
         print_message("CUDA row: skipped: %s\n", err.msg);
         return;

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda_fixture.h"
 #include "prune.h"
 #include "rng.h"
 #include "tv/alloc.h"
@@ -19,21 +20,8 @@
 #define COLS 200u
 #define N    (ROWS * COLS)
 
-/* With "cuda" in front: the same on a device, that of tests/support. */
+/* With "cuda" in front: the same on a device. */
 static tvk_cuda *cuda;
-
-static void cuda_open(void)
-{
-    struct tv_error err = {0};
-    struct tvk_cuda_options o;
-
-    tvk_cuda_options_init(&o);
-    o.image = "kernels of the emulated grid";
-    if (tvk_cuda_open(&o, &err, &cuda) != TV_OK) {
-        (void)fprintf(stderr, "%s\n", err.msg);
-        exit(1);
-    }
-}
 
 struct layer {
     float t[N], p[N];
@@ -320,7 +308,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_ladder),     cmocka_unit_test(test_dead),
     };
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)
-        cuda_open();
+        cuda = cuda_device_open();
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     tvk_cuda_close(cuda);
     return failed;
