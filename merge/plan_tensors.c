@@ -922,11 +922,12 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     b.is_head =
         pl->head_name != NULL && strcmp(cands[0].name, pl->head_name) == 0;
     b.t = t;
-    b.ok = true;
     t->name = cands[0].name;
     t->method = slice->is_copy && pl->r->method != NULL
                     ? &tvm_method_passthrough
                     : pl->r->method;
+    /* Nobody to ask when the recipe names none. */
+    b.ok = t->method != NULL;
     t->base = -1;
     t->n_models = slice->n - (slice->base >= 0);
     t->layer = cands[0].k < 0 ? -1 : slice->out_from + cands[0].k;
