@@ -62,9 +62,11 @@ static void help(struct tv_hash_ahead *a)
     for (;;) {
         if (next < a->begun)
             next = a->begun;
-        if (atomic_load(&a->stop) || next >= a->n_todo)
+        /* Not before the end: whoever leaves takes the pool's next item, which
+         * the importing thread must find. */
+        if (atomic_load(&a->stop))
             break;
-        if (a->claimed != NONE) {
+        if (next >= a->n_todo || a->claimed != NONE) {
             (void)pthread_cond_wait(&a->changed, &a->mutex);
             continue;
         }
