@@ -14,23 +14,6 @@
 /* Elements per round of hist_hi; the buffer stays in the L1 cache. */
 #define ROUND 1024u
 
-static void count_buckets(uint32_t *TVK_RESTRICT hist, const uint16_t *bucket,
-                          size_t n)
-{
-    size_t i = 0;
-
-    for (; i + 4 <= n; i += 4) {
-        uint64_t four = 0;
-        memcpy(&four, bucket + i, sizeof(four));
-        hist[four & 0xffff]++;
-        hist[four >> 16 & 0xffff]++;
-        hist[four >> 32 & 0xffff]++;
-        hist[four >> 48]++;
-    }
-    for (; i < n; i++)
-        hist[bucket[i]]++;
-}
-
 TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
                             const float *b, size_t n)
 {
@@ -53,7 +36,8 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
                                               _mm256_extracti128_si256(hi, 1)));
             n_buckets += count;
         }
-        count_buckets(hist, bucket, n_buckets);
+        tvk_count_buckets(hist, bucket, n_buckets, x + at,
+                          b != NULL ? b + at : NULL);
         hist[0] += (uint32_t)n_zero;
     }
 }

@@ -19,23 +19,6 @@
 /* More zeros than that among 32 are many. */
 #define ZEROS 8u
 
-static void count_buckets(uint32_t *TVK_RESTRICT hist, const uint16_t *bucket,
-                          size_t n)
-{
-    size_t i = 0;
-
-    for (; i + 4 <= n; i += 4) {
-        uint64_t four = 0;
-        memcpy(&four, bucket + i, sizeof(four));
-        hist[four & 0xffff]++;
-        hist[four >> 16 & 0xffff]++;
-        hist[four >> 32 & 0xffff]++;
-        hist[four >> 48]++;
-    }
-    for (; i < n; i++)
-        hist[bucket[i]]++;
-}
-
 TVK_INLINE __m512i bucket16(__mmask16 lanes, const float *x, const float *b,
                             size_t i)
 {
@@ -65,11 +48,6 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
         size_t n_aside = 0;
         size_t i = at;
         for (; i + 32 <= end; i += 32) {
-            for (size_t line = 0; line < 32; line += 16) {
-                tvk_read_ahead(x + i + line);
-                if (b != NULL)
-                    tvk_read_ahead(b + i + line);
-            }
             const __m512i first = bucket16(0xffff, x, b, i);
             const __m512i second = bucket16(0xffff, x, b, i + 16);
             const uint32_t zeros =
@@ -92,7 +70,8 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
             n_buckets += some;
             n_aside += (end - i < 16 ? end - i : 16) - some;
         }
-        count_buckets(hist, bucket, n_buckets);
+        tvk_count_buckets(hist, bucket, n_buckets, x + at,
+                          b != NULL ? b + at : NULL);
         hist[0] += (uint32_t)n_aside;
     }
 }
