@@ -771,11 +771,21 @@ static enum tv_err check_store(struct planner *pl)
     const uint64_t there = bytes_there(plan);
     need = need > there ? need - there : 0;
     if (st.quota_bytes != 0) {
-        /* Derived data make room for a merge; pages are never used up whole. */
+        /* Derived data make room for a merge. What lies in the store must leave
+         * its reserve alone; scratch files beside it need not. */
+        const uint64_t output = disk_bytes(plan);
+        const uint64_t inside = output > there ? output - there : 0;
+        const uint64_t spare =
+            add_capped(st.free_bytes, add_capped(st.masks, st.task_vectors));
+        const uint64_t live =
+            add_capped(st.used_bytes > spare ? st.used_bytes - spare : 0,
+                       st.charged_bytes);
+        const uint64_t all = st.quota_bytes > live ? st.quota_bytes - live : 0;
         const uint64_t room = room_in_quota(plan->options.store);
-        const uint64_t pages = add_capped(need, need / 64 + 4096);
-        if (need > 0 && pages > room)
-            report_space(pl, "quota of the store", pages, room);
+        if (inside > room)
+            report_space(pl, "quota of the store", inside, room);
+        else if (need > all)
+            report_space(pl, "quota of the store", need, all);
     }
     if (tv_disk_free(tv_store_path(plan->options.store), &disk, &e) == TV_OK &&
         need > add_capped(disk, st.free_bytes))
