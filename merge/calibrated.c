@@ -576,7 +576,9 @@ static enum tv_err take_kept(struct tvm_calibrated *c, const struct tvm_plan *p,
         rc = tv_error_sys(err, errno, "cannot look at %s", path);
         goto out;
     }
-    c->used = (uint64_t)st.st_size / SCRATCH_ALIGN * SCRATCH_ALIGN;
+    /* The last part of a killed run is not padded yet; mapping does it. */
+    c->used = ((uint64_t)st.st_size + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN *
+              SCRATCH_ALIGN;
     TV_TRY(map_scratch(c, err));
     c->used = 0;
     TV_TRY(tv_hasher_open(err, &h));
