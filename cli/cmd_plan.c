@@ -324,6 +324,8 @@ static void stages(struct tvc *c, const struct tvm_stages *s)
             tv_format_bytes(s->bytes_read, a, sizeof a));
     tvc_out(&c->out, "writes in all  %s\n",
             tv_format_bytes(s->bytes_written, a, sizeof a));
+    tvc_out(&c->out, "memory, all    %s\n",
+            tv_format_bytes(s->peak_scratch_bytes, a, sizeof a));
     tvc_out(&c->out, "peak disk, all %s\n",
             tv_format_bytes(s->peak_disk_bytes, a, sizeof a));
 }

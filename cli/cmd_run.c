@@ -312,9 +312,14 @@ static enum tv_err run_stages(struct tvc *c, struct tvc_merge *m)
 static enum tv_err merge(struct tvc *c, struct tvc_merge *m)
 {
     struct tvm_result r = {0};
+    char memory[32];
     char disk[32];
     if (m->stages && m->stages->peak_disk_bytes)
-        tvc_say(&c->out, "with all documents before it: %s on disk at most",
+        tvc_say(&c->out,
+                "with all documents before it: %s of memory at most, %s on "
+                "disk",
+                tv_format_bytes(m->stages->peak_scratch_bytes, memory,
+                                sizeof memory),
                 tv_format_bytes(m->stages->peak_disk_bytes, disk, sizeof disk));
     enum tv_err rc = run_stages(c, m);
     if (rc != TV_OK)

@@ -5,6 +5,8 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "tv/alloc.h"
+#include "tv/sys.h"
 #include "tv/text.h"
 #include "tvmerge.h"
 
@@ -53,18 +55,82 @@ static json_t *calibration(const struct tvm_status *s, json_t *damped)
                      "damped", damped);
 }
 
-static void document(struct tvc *c, const struct tvm_status *s, json_t *damped)
+/* ---- recipes of several documents --------------------------------------- */
+
+typedef void (*on_stage)(struct tvc *c, void *arg, const char *name,
+                         const struct tvm_status *s);
+
+/* Merges in OUT.stages; *n: how many. */
+static enum tv_err each_stage(struct tvc *c, on_stage fn, void *arg, size_t *n)
 {
-    tvc_out_json(&c->out,
-                 json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:o, s:o, s:o}",
-                           "schema", "tvmerge.status/1", "state", state_name(s),
-                           "n_done", tvc_json_u64(s->n_done), "n_tensors",
-                           tvc_json_u64(s->n_tensors), "bytes_done",
-                           tvc_json_u64(s->bytes_done), "bytes_total",
-                           tvc_json_u64(s->bytes_total), "running", s->running,
-                           "plan_hash", hash_json(s->plan_hash), "digest",
-                           hash_json(s->digest), "calibration",
-                           calibration(s, damped)));
+    enum tv_err rc = TV_OK;
+    char *const dir = tvm_stages_dir(c->pos[0]);
+    char **names = NULL;
+    size_t n_names = 0;
+
+    *n = 0;
+    if (dir == NULL)
+        return tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
+    if (!tv_path_exists(dir))
+        goto out;
+    TV_TRY(tv_dir_list(dir, &c->err, &names, &n_names));
+    for (size_t i = 0; i < n_names; i++) {
+        struct tvm_status s = {0};
+        /* A stage that is being removed has a dot in front. */
+        char *const path =
+            names[i][0] == '.' ? NULL : tv_path_join(dir, names[i]);
+        if (path != NULL && tvm_status(path, &s, NULL) == TV_OK &&
+            s.state != TVM_ABSENT) {
+            fn(c, arg, names[i], &s);
+            ++*n;
+        }
+        tv_free(path);
+    }
+out:
+    tv_dir_list_free(names, n_names);
+    tv_free(dir);
+    return rc;
+}
+
+static void add_stage(struct tvc *c, void *arg, const char *name,
+                      const struct tvm_status *s)
+{
+    (void)c;
+    (void)json_array_append_new(
+        arg, json_pack("{s:o, s:s, s:o, s:o, s:o, s:o, s:b}", "name",
+                       tvc_json_string(name), "state", state_name(s), "n_done",
+                       tvc_json_u64(s->n_done), "n_tensors",
+                       tvc_json_u64(s->n_tensors), "bytes_done",
+                       tvc_json_u64(s->bytes_done), "bytes_total",
+                       tvc_json_u64(s->bytes_total), "running", s->running));
+}
+
+static void print_stage(struct tvc *c, void *arg, const char *name,
+                        const struct tvm_status *s)
+{
+    (void)arg;
+    tvc_out(&c->out, "document %s: %s%s, %zu of %zu tensors", name,
+            state_name(s), s->running ? ", running now" : "", s->n_done,
+            s->n_tensors);
+    if (s->n_masks_made < s->n_masks)
+        tvc_out(&c->out, ", calibration: %zu of %zu masks", s->n_masks_made,
+                s->n_masks);
+    tvc_out(&c->out, "\n");
+}
+
+static void document(struct tvc *c, const struct tvm_status *s, json_t *damped,
+                     json_t *stages)
+{
+    tvc_out_json(
+        &c->out,
+        json_pack(
+            "{s:s, s:s, s:o, s:o, s:o, s:o, s:b, s:o, s:o, s:o, s:o}", "schema",
+            "tvmerge.status/1", "state", state_name(s), "n_done",
+            tvc_json_u64(s->n_done), "n_tensors", tvc_json_u64(s->n_tensors),
+            "bytes_done", tvc_json_u64(s->bytes_done), "bytes_total",
+            tvc_json_u64(s->bytes_total), "running", s->running, "plan_hash",
+            hash_json(s->plan_hash), "digest", hash_json(s->digest),
+            "calibration", calibration(s, damped), "documents", stages));
 }
 
 static void notes(struct tvc *c, const struct tvm_status *s)
@@ -108,24 +174,35 @@ static void lines(struct tvc *c, const struct tvm_status *s)
 static int run(struct tvc *c)
 {
     struct tvm_status s = {0};
-    if (tvm_status(c->pos[0], &s, &c->err) != TV_OK)
-        return tvc_fail(c, &c->err);
+    enum tv_err rc = TV_OK;
+    json_t *const damped = json_array();
+    json_t *stages = json_array();
+    size_t n = 0;
+
+    TV_TRY(tvm_status(c->pos[0], &s, &c->err));
+    TV_TRY(each_stage(c, add_stage, stages, &n));
+    /* Its first documents are being merged; OUT comes last. */
+    const bool early = s.state == TVM_ABSENT && n > 0;
+    if (early)
+        s.state = TVM_UNFINISHED;
     if (c->out.json) {
-        json_t *const damped = json_array();
-        if (s.n_masks > 0 && tvm_status_damped(c->pos[0], add_damped, damped,
-                                               &c->err) != TV_OK) {
-            json_decref(damped);
-            return tvc_fail(c, &c->err);
-        }
-        document(c, &s, damped);
-    } else
-        lines(c, &s);
-    if (s.state == TVM_ABSENT) {
-        (void)tv_error_set(&c->err, TV_E_NOTFOUND, "%s holds no merge",
-                           c->pos[0]);
-        return tvc_fail(c, &c->err);
+        if (s.n_masks > 0)
+            TV_TRY(tvm_status_damped(c->pos[0], add_damped, damped, &c->err));
+        document(c, &s, json_incref(damped), json_incref(stages));
+    } else {
+        if (early)
+            tvc_out(&c->out, "%s: unfinished, not begun itself\n", c->pos[0]);
+        else
+            lines(c, &s);
+        TV_TRY(each_stage(c, print_stage, NULL, &n));
     }
-    return tvc_done(c, 0);
+    if (s.state == TVM_ABSENT)
+        rc = tv_error_set(&c->err, TV_E_NOTFOUND, "%s holds no merge",
+                          c->pos[0]);
+out:
+    json_decref(damped);
+    json_decref(stages);
+    return rc == TV_OK ? tvc_done(c, 0) : tvc_fail(c, &c->err);
 }
 
 const struct tvc_command tvc_cmd_status = {
@@ -134,8 +211,9 @@ const struct tvc_command tvc_cmd_status = {
     .args_doc = "OUT",
     .text =
         "Of a merge that is calibrated: masks made so far, and layers whose "
-        "X^T X took\nmore damping than asked for (--json names them). Exit "
-        "code 10 when OUT holds no merge of this tool.",
+        "X^T X took\nmore damping than asked for (--json names them). "
+        "Of a recipe of several\ndocuments: those that stand in OUT.stages. "
+        "Exit code 10 when OUT holds no merge\nof this tool.",
     .examples = "tvmerge status ./merged\n"
                 "tvmerge status ./merged --json",
     .min_pos = 1,

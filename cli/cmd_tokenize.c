@@ -26,6 +26,8 @@ static error_t option(struct tvc *c, int key, const char *arg)
     struct opts *o = c->opt;
     switch (key) {
     case KEY_TEXT:
+        if (o->text)
+            return tvc_bad(c, "--text is given twice: one text is tokenized");
         o->text = arg;
         return 0;
     case KEY_SPECIAL:

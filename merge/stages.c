@@ -367,6 +367,14 @@ static char *name_of_out(const char *out)
     return tv_asprintf("%.*s", (int)n, out);
 }
 
+char *tvm_stages_dir(const char *out)
+{
+    char *const name = name_of_out(out);
+    char *const dir = name == NULL ? NULL : tv_asprintf("%s.stages", name);
+    tv_free(name);
+    return dir;
+}
+
 /* Without a directory for them, stages stand beside the output. */
 static enum tv_err choose_dir(struct tvm_stages *s, const char *dir,
                               struct tvm_problems *problems,
@@ -379,9 +387,7 @@ static enum tv_err choose_dir(struct tvm_stages *s, const char *dir,
     if (dir != NULL) {
         st->dir = tv_strdup(dir);
     } else if (out != NULL) {
-        char *const name = name_of_out(out);
-        st->dir = name == NULL ? NULL : tv_asprintf("%s.stages", name);
-        tv_free(name);
+        st->dir = tvm_stages_dir(out);
     } else {
         if (st->options.into != NULL)
             tvm_problem_add(problems, true, TV_E_USAGE, "",

@@ -267,6 +267,20 @@ def wrong():
     check("no other document uses 'first'" in r.stderr and
           not os.path.exists("out.stages"), r.stderr[-300:])
     shutil.rmtree("out")
+    # How far: OUT itself comes last.
+    write("one.yml", DOCS["first"])
+    os.mkdir("out.stages")
+    run(TVMERGE, "run", "one.yml", "out.stages/first", code=0)
+    for out in ("out", "out/"):
+        r = run_json(TVMERGE, "status", out, "--json")
+        check(r["state"] == "unfinished" and
+              [(d["name"], d["state"]) for d in r["documents"]] ==
+              [("first", "finished")], f"status of documents: {r}")
+        r = run(TVMERGE, "status", out, code=0)
+        check("document first: finished" in r.stdout, r.stdout)
+    shutil.rmtree("out.stages")
+    r = run(TVMERGE, "status", "out")
+    check(r.returncode == 10 and "holds no merge" in r.stderr, r.stderr[-300:])
     # OUT by its dots: the stages stand beside it all the same.
     here = os.getcwd()
     write("dots.yml", *(re.sub(r"(model|path): (base|ft-code|ft-prose|"

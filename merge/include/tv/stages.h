@@ -48,6 +48,9 @@ tvm_stages_make(tvm_recipe *first, const struct tvm_options *o, const char *dir,
 TV_NODISCARD enum tv_err tvm_stages_run(struct tvm_stages *s, size_t i,
                                         const struct tvm_run_hooks *hooks,
                                         struct tv_error *err);
+/* Where the stages of a merge into `out` stand without a directory of their
+ * own: OUT.stages. Owned by the caller (tv_free); NULL: no memory. */
+char *tvm_stages_dir(const char *out);
 void tvm_stages_free(struct tvm_stages *s); /* NULL allowed */
 
 #endif

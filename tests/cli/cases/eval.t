@@ -38,6 +38,10 @@ $ printf 'Hello world\n' | tveval tokenize $DATA/base
 39 283 603 1553 500 198
 $ printf 'Hello world\n' > t.txt; tveval tokenize $DATA/base --text t.txt --special
 2045 39 283 603 1553 500 198
+$ tveval tokenize $DATA/base --text t.txt --text t.txt
+2> tveval: error: --text is given twice<*>
+2> <*>
+=> 2
 $ for n in 0 1 2 30000; do yes '1 Hello world' | head -n $n > j.txt; tveval tokenize $DATA/base --text j.txt --json > j; tr -d ' \n' < j | sed 's/.*"ids":\[\(.*\)\]}$/\1/' | tr , ' ' > a; tveval tokenize $DATA/base --text j.txt | tr -d '\n' | cmp - a; done && wc -w < a
 210000
 $ printf 'Hi' | tveval tokenize $DATA/base --json

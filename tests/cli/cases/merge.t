@@ -27,7 +27,8 @@ $ tvmerge status out --json
   "running": false,
   "plan_hash": "<x>",
   "digest": "<x>",
-  "calibration": null
+  "calibration": null,
+  "documents": []
 }
 $ tvmerge --random-seed 3 r.yml out -q
 2> tvmerge: error: <*>seed<*>
