@@ -86,12 +86,14 @@ static enum tv_err admit(tv_store *s, const char *scratch,
     if (scratch == NULL && quota != 0 && used + live > bound) {
         rc = tv_error_set(err, TV_E_NOSPACE,
                           "compacting store %s needs %s for a copy beside the "
-                          "%s it has: %s are missing in its quota of %s",
+                          "%s it has: %s are missing in its quota",
                           s->path, tv_format_bytes(live, a, sizeof a),
                           tv_format_bytes(used, b, sizeof b),
-                          tv_format_bytes(used + live - bound, c, sizeof c),
-                          quota == 0 ? "none" : "that size");
-        goto out;
+                          tv_format_bytes(used + live - bound, c, sizeof c));
+        tv_error_hint(err, "--scratch DIR makes the copy elsewhere, outside "
+                           "the quota; or raise the quota ('tvstore quota') "
+                           "while it runs");
+        return rc;
     }
 out:
     if (rc == TV_E_NOSPACE)

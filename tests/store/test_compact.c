@@ -155,6 +155,7 @@ static void quota_counts_the_copy(void **state)
                 &f->err);
     assert_message(&f->err, "missing");
     assert_non_null(strstr(f->err.hint, "--scratch"));
+    assert_non_null(strstr(f->err.hint, "raise the quota"));
     check_tidy(f->path);
     assert_code(tv_store_compact(f->path, f->path, 100, &r, &f->err),
                 TV_E_USAGE, &f->err);
