@@ -173,17 +173,22 @@ def record(out):
         return json.load(f)["calibration"]
 
 
-def stop_behind_masks(argv, out):
-    """Kills a merge whose masks are made; True when it was not finished."""
+def stop_behind_masks(argv, out, wait):
+    """Kills a merge whose masks are made; True when it was not finished. It
+    stands still while status looks, however long that takes."""
     p = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
                          stderr=subprocess.DEVNULL,
                          env=dict(os.environ, TV_GROUP_BYTES="4096"))
+    time.sleep(wait)
     while p.poll() is None:
-        e = run(TVMERGE, "status", out, "--json")
-        s = json.loads(e.stdout)
+        p.send_signal(signal.SIGSTOP)
+        s = json.loads(run(TVMERGE, "status", out, "--json").stdout)
         c = s.get("calibration")
         if c and c["made"] == c["masks"] and s["n_done"] > 0:
             p.kill()
+            break
+        p.send_signal(signal.SIGCONT)
+        time.sleep(0.005)
     p.wait()
     return (os.path.exists(f"{out}/.tvmerge/journal") and
             not os.path.exists(f"{out}/tvmerge.json"))
@@ -193,10 +198,15 @@ def goes_on(where, name, r, want, spoil=None):
     """The masks of a killed merge are taken where they are as they were."""
     out = f"{where}/{name}"
     argv = [TVMERGE, "run", r, out, "-q", "--threads", "1"]
-    for _ in range(5):
-        if stop_behind_masks(argv, out):
+    t0 = time.monotonic()
+    run(*argv, code=0, env={"TV_GROUP_BYTES": "4096"})
+    wait = (time.monotonic() - t0) / 2
+    shutil.rmtree(out)
+    for _ in range(8):
+        if stop_behind_masks(argv, out, wait):
             break
         shutil.rmtree(out, True)
+        wait /= 2
     else:
         check(False, f"{name}: not to be stopped")
         return
