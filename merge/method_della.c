@@ -33,11 +33,9 @@
 
 #include "tv/checked.h"
 
-#define BLOCK_WORDS   (TVM_BLOCK / 64)
-#define RADIX_BITS    11u
-#define RADIX_BUCKETS (1u << RADIX_BITS)
-#define RESCALE_MIN   1e-7
-#define MASKS_MAX     ((uint64_t)128 << 20) /* bytes of masks kept, a tensor */
+#define BLOCK_WORDS (TVM_BLOCK / 64)
+#define RESCALE_MIN 1e-7
+#define MASKS_MAX   ((uint64_t)128 << 20) /* bytes of masks kept, a tensor */
 
 static const struct tvm_param params_normalized[GTA_N_PARAMS + 1] = {
     GTA_PARAM_LIST(1.0, 1.0)[GTA_EXTRA] = {
@@ -358,10 +356,6 @@ static void combine(struct tvm_job *job, struct tvm_tile *tile,
  * row; draws from mergekit's stream, a donor's all in order and then the next
  * one's. A row of one entry keeps it by density (mergekit divides 0 by 0). */
 
-struct entry {
-    uint32_t key, at;
-};
-
 struct compat_donor {
     size_t source, draw; /* draw: place among the donors that draw */
     double density, epsilon;
@@ -376,13 +370,13 @@ struct compat_state {
     double *sum_all, *sum_kept; /* [n_donors][n_rows], with rescale */
     struct tvm_mt *mt_tile;     /* [n_tiles][n_draw]: at its first row */
     /* Of a worker: */
-    struct tvm_mt *mt;     /* [n_draw] */
-    uint64_t *row;         /* that mt stands at */
-    struct entry *entries; /* [2][row] */
-    uint32_t *keys;        /* [row] */
-    float *delta;          /* [n_donors][row] */
-    float *odds;           /* [row] */
-    uint64_t *masks;       /* [n_donors][mask words of a row] */
+    struct tvm_mt *mt;          /* [n_draw] */
+    uint64_t *row;              /* that mt stands at */
+    struct tvk_ranked *entries; /* [2][row] */
+    uint32_t *keys;             /* [row] */
+    float *delta;               /* [n_donors][row] */
+    float *odds;                /* [row] */
+    uint64_t *masks;            /* [n_donors][mask words of a row] */
 };
 
 static size_t count_thinned(const struct tvm_tensor *t)
@@ -533,39 +527,9 @@ static void go_to_row(const struct tvm_job *job, const struct tvm_tile *tile,
     st->row[tile->worker] = row + 1;
 }
 
-/* Sorts by magnitude, equal ones by index: three stable counting passes. The
- * result is in the returned half of entries. */
-static const struct entry *sort_row(struct entry *entries, const uint32_t *keys,
-                                    size_t n)
-{
-    struct entry *from = entries;
-    struct entry *to = entries + n;
-    uint32_t count[RADIX_BUCKETS];
-
-    for (size_t i = 0; i < n; i++)
-        from[i] = (struct entry){keys[i], (uint32_t)i};
-    for (unsigned shift = 0; shift < 31; shift += RADIX_BITS) {
-        uint32_t before = 0;
-        memset(count, 0, sizeof count);
-        for (size_t i = 0; i < n; i++)
-            count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++;
-        for (size_t b = 0; b < RADIX_BUCKETS; b++) {
-            const uint32_t here = count[b];
-            count[b] = before;
-            before += here;
-        }
-        for (size_t i = 0; i < n; i++)
-            to[count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++] = from[i];
-        struct entry *const other = from;
-        from = to;
-        to = other;
-    }
-    return from;
-}
-
 /* Odds of a row by rank, in the order of the row. */
 static void find_odds(const struct tvm_job *job, const struct compat_donor *d,
-                      const struct entry *sorted, float *odds, size_t n)
+                      const struct tvk_ranked *sorted, float *odds, size_t n)
 {
     const struct tvk_table *k = job->k;
     const enum tv_dtype c = thin_dtype(job);
@@ -607,7 +571,7 @@ static void thin_row(const struct tvm_job *job, const struct tvm_tile *tile,
     const struct compat_state *st = job->state;
     const size_t worker = tile->worker;
     const float *base = x[job->tensor->base];
-    struct entry *entries = st->entries + worker * 2 * n;
+    struct tvk_ranked *entries = st->entries + worker * 2 * n;
     uint32_t *keys = st->keys + worker * n;
     float *odds = st->odds + worker * n;
 
@@ -627,7 +591,7 @@ static void thin_row(const struct tvm_job *job, const struct tvm_tile *tile,
         }
         for (size_t i = 0; i < n; i++)
             keys[i] = bits_of(delta[j][i]);
-        find_odds(job, d, sort_row(entries, keys, n), odds, n);
+        find_odds(job, d, tvk_rank_sort(entries, keys, n), odds, n);
         tvm_mt_mask_each(&st->mt[worker * st->n_draw + d->draw], mask, odds, n);
     }
 }

@@ -13,22 +13,17 @@
 #define RADIX_BITS    11u
 #define RADIX_BUCKETS (1u << RADIX_BITS)
 
-struct entry {
-    uint32_t key, at;
-};
+_Static_assert(2 * sizeof(struct tvk_ranked) == TVK_RANK_EACH, "see kernels.h");
 
-_Static_assert(2 * sizeof(struct entry) == TVK_RANK_EACH, "see kernels.h");
-
-/* The result is in the returned half of entries. */
-static const struct entry *sort(struct entry *entries, const uint32_t *keys,
-                                size_t n)
+const struct tvk_ranked *tvk_rank_sort(struct tvk_ranked *entries,
+                                       const uint32_t *keys, size_t n)
 {
-    struct entry *from = entries;
-    struct entry *to = entries + n;
+    struct tvk_ranked *from = entries;
+    struct tvk_ranked *to = entries + n;
     uint32_t count[RADIX_BUCKETS];
 
     for (size_t i = 0; i < n; i++)
-        from[i] = (struct entry){keys[i], (uint32_t)i};
+        from[i] = (struct tvk_ranked){keys[i], (uint32_t)i};
     for (unsigned shift = 0; shift < 31; shift += RADIX_BITS) {
         uint32_t before = 0;
         memset(count, 0, sizeof count);
@@ -41,7 +36,7 @@ static const struct entry *sort(struct entry *entries, const uint32_t *keys,
         }
         for (size_t i = 0; i < n; i++)
             to[count[from[i].key >> shift & (RADIX_BUCKETS - 1)]++] = from[i];
-        struct entry *const other = from;
+        struct tvk_ranked *const other = from;
         from = to;
         to = other;
     }
@@ -52,7 +47,7 @@ void tvk_rank_mask(uint64_t *TVK_RESTRICT mask, const uint32_t *keys,
                    const uint32_t *words, const struct tvk_odds *odds,
                    void *TVK_RESTRICT scratch, uint32_t most, size_t n)
 {
-    const struct entry *sorted = sort(scratch, keys, n);
+    const struct tvk_ranked *sorted = tvk_rank_sort(scratch, keys, n);
 
     (void)most;
     memset(mask, 0, (n + 63) / 64 * sizeof *mask);

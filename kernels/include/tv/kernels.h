@@ -74,6 +74,14 @@ struct tvk_odds {
 #define TVK_RANK_EACH  16u
 #define TVK_RANK_FIXED 24576u
 
+/* Sorts keys [n] below 2^31, equal ones by index: three stable counting passes
+ * over entries [2 * n]; the result [n] is in the returned half of them. */
+struct tvk_ranked {
+    uint32_t key, at;
+};
+const struct tvk_ranked *tvk_rank_sort(struct tvk_ranked *entries,
+                                       const uint32_t *keys, size_t n);
+
 /* Parameters of the generalised task arithmetic merge (TIES, DARE, ...). */
 struct tvk_gta {
     size_t n_donors;      /* 0 gives the base */
