@@ -19,9 +19,14 @@
  *   FAKE_CUDA_DEVICES  how many there are (default 1)
  *   FAKE_CUDA_MEMORY   bytes of each (default 64 MiB)
  *   FAKE_CUDA_LOSE     the device is lost at the N-th launch
+ *   FAKE_CUDA_KILL     the process is, by SIGKILL
+ *   FAKE_CUDA_FULL     the N-th allocation of memory finds none,
+ *   FAKE_CUDA_FULL_FOR and so do this many from it on (default all)
  */
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -139,7 +144,8 @@ static struct range *memory, *pinned;
 static size_t n_devices = 1, total_bytes = 64u << 20;
 static size_t used_bytes, most_bytes, n_pinned;
 static size_t pinned_bytes, most_pinned_bytes;
-static unsigned long lose_at, n_launches;
+static unsigned long lose_at, kill_at, n_launches;
+static unsigned long full_at, full_for, n_allocs;
 static unsigned n_streams, most_streams; /* with work waiting */
 static bool is_lost;
 
@@ -205,6 +211,8 @@ static tvk_cu_result drain(struct stream *s)
         s->first = a->next;
         if (a->kind >= LAUNCH && ++n_launches == lose_at)
             is_lost = true;
+        if (a->kind >= LAUNCH && n_launches == kill_at)
+            (void)raise(SIGKILL);
         a->grid.shared = shared;
         a->grid.backwards = n_launches % 2 == 1;
         if (!is_lost)
@@ -315,6 +323,9 @@ tvk_cu_result cuInit(unsigned flags)
     n_devices = number("FAKE_CUDA_DEVICES", n_devices);
     total_bytes = number("FAKE_CUDA_MEMORY", total_bytes);
     lose_at = number("FAKE_CUDA_LOSE", lose_at);
+    kill_at = number("FAKE_CUDA_KILL", kill_at);
+    full_at = number("FAKE_CUDA_FULL", full_at);
+    full_for = number("FAKE_CUDA_FULL_FOR", SIZE_MAX);
     return n_devices > 0 ? TVK_CU_OK : TVK_CU_NO_DEVICE;
 }
 
@@ -399,6 +410,9 @@ tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
         return locked(LOST);
     if (bytes == 0)
         return locked(INVALID);
+    n_allocs++;
+    if (full_at > 0 && n_allocs >= full_at && n_allocs - full_at < full_for)
+        return locked(TVK_CU_NO_MEMORY);
     if (used_bytes > total_bytes || bytes > total_bytes - used_bytes)
         return locked(TVK_CU_NO_MEMORY);
     void *const p = aligned_alloc(256, (bytes + 255) / 256 * 256);
