@@ -363,6 +363,18 @@ static void totals(struct tvc *c, const struct tvm_plan *p)
                 p->files[i].from);
 }
 
+/* What run would refuse once it looks at OUT. */
+static void place(struct tvc_merge *m)
+{
+    struct tv_error e = {0};
+    const enum tv_err rc = m->problems.n_errors > 0 || !m->plan ? TV_OK
+                           : m->stages ? tvm_stages_check(m->stages, &e)
+                                       : tvm_run_check(m->plan, &e);
+    if (rc != TV_OK)
+        tvm_problem_add(&m->problems, true, rc, "", "%s%s%s%s", e.msg,
+                        e.hint[0] ? " (" : "", e.hint, e.hint[0] ? ")" : "");
+}
+
 static int run(struct tvc *c)
 {
     struct tvc_merge_opts *o = c->opt;
@@ -376,6 +388,7 @@ static int run(struct tvc *c)
     if (handled)
         goto out;
     TV_TRY(tvc_merge_plan(c, &m));
+    place(&m);
     if (c->out.json) {
         document(c, &m);
     } else if (m.plan && m.problems.n_errors == 0) {
@@ -402,7 +415,8 @@ const struct tvc_command tvc_cmd_plan = {
     .summary = "show what run would do, and every problem, without writing",
     .args_doc = "RECIPE [OUT]",
     .text = "Takes all options of run. The exit code is that of the problems "
-            "found.",
+            "found. With OUT\n(or --into) also of what that holds already: "
+            "another merge, other files, a run\nthat is at work there.",
     .examples = "tvmerge plan recipe.yml\n"
                 "tvmerge plan recipe.yml ./merged --quota 20GB --json",
     .options = tvc_merge_options,

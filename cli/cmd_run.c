@@ -7,6 +7,7 @@
 
 #include "progress.h"
 #include "signals.h"
+#include "store_open.h"
 #include "tv/alloc.h"
 #include "tv/text.h"
 #include "tvmerge.h"
@@ -267,7 +268,8 @@ static enum tv_err run_one(struct tvc *c, struct tvc_merge *m, size_t stage,
     const struct tvm_run_hooks hooks = {.progress = on_progress,
                                         .calibrating = on_calibrating,
                                         .arg = &shown,
-                                        .cancel = tvc_cancel_flag()};
+                                        .cancel = tvc_cancel_flag(),
+                                        .wait = tvc_wait(c)};
     bool calibrates = false;
     enum tv_err rc = TV_OK;
 

@@ -15,6 +15,7 @@
 #include "compare.h"
 #include "progress.h"
 #include "signals.h"
+#include "store_open.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -285,8 +286,10 @@ static enum tv_err merge(struct tvc_compare *p, struct entry *e)
         goto out;
     }
     struct tvc_progress *bar = tvc_progress_begin(&c->out, e->name, "tensors");
-    const struct tvm_run_hooks hooks = {
-        .progress = on_progress, .arg = bar, .cancel = tvc_cancel_flag()};
+    const struct tvm_run_hooks hooks = {.progress = on_progress,
+                                        .arg = bar,
+                                        .cancel = tvc_cancel_flag(),
+                                        .wait = tvc_wait(c)};
     rc = tvm_run(m.plan, &hooks, &r, &c->err);
     tvc_progress_end(bar);
     /* What helps tvmerge run may be an option that is not there here. */

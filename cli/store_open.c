@@ -4,13 +4,27 @@
  */
 #include "store_open.h"
 
-enum tv_err tvc_store_open(const struct tvc *c, const char *path,
-                           bool read_only, struct tv_error *err, tv_store **out)
+static void waiting(void *arg, const char *what, const char *holder,
+                    unsigned timeout_ms)
+{
+    if (timeout_ms > 0)
+        tvc_note(arg, "%s is in use by %s: waiting %g s at most", what, holder,
+                 timeout_ms / 1000.0);
+}
+
+struct tv_wait tvc_wait(struct tvc *c)
+{
+    return (struct tv_wait){waiting, &c->out};
+}
+
+enum tv_err tvc_store_open(struct tvc *c, const char *path, bool read_only,
+                           struct tv_error *err, tv_store **out)
 {
     /* design.md: dirty values are anonymous memory, at most a quarter of it. */
     const uint64_t quarter = c->memory_bytes / 4;
     const uint64_t most = UINT64_C(64) << 20;
     const struct tv_store_options opt = {
+        .wait = tvc_wait(c),
         .read_only = read_only,
         .dirty_bytes_max = quarter < most ? quarter : most,
     };

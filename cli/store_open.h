@@ -9,9 +9,11 @@
 #include "tv/store.h"
 
 /* Opens with the memory options of the command line. */
-TV_NODISCARD enum tv_err tvc_store_open(const struct tvc *c, const char *path,
+TV_NODISCARD enum tv_err tvc_store_open(struct tvc *c, const char *path,
                                         bool read_only, struct tv_error *err,
                                         tv_store **out);
+/* Says whom a command waits for. */
+struct tv_wait tvc_wait(struct tvc *c);
 /* "NAME" alone, in the JSON form that ls and info share. New reference. */
 json_t *tvc_object_json(const struct tv_object *o);
 

@@ -119,6 +119,13 @@ uint64_t tvm_run_scratch(const struct tvm_plan *p, bool *fits, uint64_t *needed)
     return survey > exec ? survey : exec;
 }
 
+enum tv_err tvm_run_check(struct tvm_plan *p, struct tv_error *err)
+{
+    if (p->options.into)
+        return tvm_sink_into_check(p, err);
+    return p->options.out_dir ? tvm_sink_dir_check(p, err) : TV_OK;
+}
+
 enum tv_err tvm_run(struct tvm_plan *p, const struct tvm_run_hooks *hooks,
                     struct tvm_result *result, struct tv_error *err)
 {

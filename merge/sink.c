@@ -36,6 +36,7 @@
 #include "pins.h"
 #include "state.h"
 #include "tv/alloc.h"
+#include "tv/lock.h"
 #include "tv/sys.h"
 
 #define STATE_DIR    ".tvmerge"
@@ -214,11 +215,24 @@ static bool is_same_file(int fd, const char *path)
            a.st_ino == b.st_ino && a.st_dev == b.st_dev;
 }
 
-static enum tv_err take_lock(struct dir_sink *s, struct tv_error *err)
+static enum tv_err in_use(const struct dir_sink *s, const char *holder,
+                          struct tv_error *err)
+{
+    (void)tv_error_set(err, TV_E_LOCKED, "%s is being written by %s", s->out,
+                       holder);
+    tv_error_hint(err, "'tvmerge status' says how far it is; wait until it "
+                       "ends, or give a longer --lock-timeout");
+    return TV_E_LOCKED;
+}
+
+static enum tv_err take_lock(struct dir_sink *s,
+                             const struct tvm_run_hooks *hooks,
+                             struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const unsigned timeout = s->base.plan->options.lock_timeout_ms;
     char *path = tv_path_join(s->dir, LOCK_FILE);
+    char holder[160] = "another run";
     int fd = -1;
 
     if (!path)
@@ -235,16 +249,24 @@ static enum tv_err take_lock(struct dir_sink *s, struct tv_error *err)
         }
         if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0 &&
             is_same_file(fd, path)) {
+            tv_lock_sign(fd, "tvmerge run");
             s->lock_fd = fd;
             fd = -1;
             break;
         }
-        if (fd >= 0)
+        if (fd >= 0) {
+            tv_lock_holder(fd, holder, sizeof holder);
             (void)tv_sys()->close(fd);
+        }
         fd = -1;
         if (waited >= timeout) {
-            rc = tv_error_set(err, TV_E_LOCKED, "another run is writing to %s",
-                              s->out);
+            rc = in_use(s, holder, err);
+            break;
+        }
+        if (waited == 0 && hooks && hooks->wait.fn)
+            hooks->wait.fn(hooks->wait.arg, s->out, holder, timeout);
+        if (hooks && hooks->cancel && *hooks->cancel) {
+            rc = tv_error_set(err, TV_E_INTERRUPTED, "interrupted");
             break;
         }
         nap();
@@ -298,21 +320,17 @@ static const char *missing_file(const struct dir_sink *s,
     return NULL;
 }
 
-/* A finished merge: the same (already done), another (CHANGED), or one that
- * --force replaces. */
-static enum tv_err meet_record(struct dir_sink *s, const struct tvm_record *r,
-                               struct tv_error *err)
+/* A finished merge that --force does not replace: the same, or another
+ * (CHANGED)? */
+static enum tv_err judge_record(const struct dir_sink *s,
+                                const struct tvm_record *r, bool *no_config,
+                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct tvm_plan *p = s->base.plan;
     char why[512];
     bool numerics = false;
 
-    if (p->options.force) {
-        /* From here on OUT counts as unfinished. */
-        rc = rename_file(s->out, RECORD_FILE, s->dir, PREVIOUS, err);
-        goto out;
-    }
     if (!tv_hash_equal(r->plan_hash, p->hash) &&
         !tvm_identity_accept(p, r->plan_hash, r->identity, &numerics)) {
         rc = tv_error_set(
@@ -324,16 +342,30 @@ static enum tv_err meet_record(struct dir_sink *s, const struct tvm_record *r,
                                     : "--force replaces it");
         goto out;
     }
-    bool no_config = false;
-    const char *name = missing_file(s, r, &no_config);
+    const char *name = missing_file(s, r, no_config);
     if (name) {
         rc = tv_error_set(err, TV_E_EXISTS,
                           "%s holds this merge, but %s is missing or has "
                           "another size",
                           s->out, name);
         tv_error_hint(err, "--force makes it again");
+    }
+out:
+    return rc;
+}
+
+static enum tv_err meet_record(struct dir_sink *s, const struct tvm_record *r,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    bool no_config = false;
+
+    if (s->base.plan->options.force) {
+        /* From here on OUT counts as unfinished. */
+        rc = rename_file(s->out, RECORD_FILE, s->dir, PREVIOUS, err);
         goto out;
     }
+    TV_TRY(judge_record(s, r, &no_config, err));
     s->add_config = no_config; /* killed between steps 7 and 9 */
     s->base.already_done = true;
     s->base.totals = r->totals;
@@ -417,14 +449,16 @@ out:
     return rc;
 }
 
-static enum tv_err open_journal(struct dir_sink *s, struct tv_error *err)
+static enum tv_err open_journal(struct dir_sink *s, bool read_only,
+                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    const struct tv_store_options opt = {.read_only = read_only};
     char *path = tv_path_join(s->dir, JOURNAL_DIR);
 
     if (!path)
         return no_memory(err);
-    rc = tv_store_open(path, NULL, err, &s->journal);
+    rc = tv_store_open(path, &opt, err, &s->journal);
     if (rc != TV_OK)
         tv_error_context(err, "the journal of an unfinished merge in %s",
                          s->out);
@@ -1066,7 +1100,7 @@ static enum tv_err meet_state(struct dir_sink *s, bool *resume,
     }
     TV_TRY(probe(s->dir, JOURNAL_DIR, &found, err));
     if (found) {
-        rc = open_journal(s, err);
+        rc = open_journal(s, false, err);
         if (rc == TV_OK)
             rc = read_journal(s, err);
         *resume = rc == TV_OK;
@@ -1132,7 +1166,7 @@ static enum tv_err prepare(struct dir_sink *s,
     s->fresh = !resume && !s->replace;
     if (!resume) {
         TV_TRY(make_journal(s, err));
-        TV_TRY(open_journal(s, err));
+        TV_TRY(open_journal(s, false, err));
         TV_TRY(sync_parents(s, err));
     }
     TV_TRY(tvm_pins_put(p, s->out, err, &s->pins));
@@ -1171,9 +1205,8 @@ static enum tv_err look_before(struct dir_sink *s, bool *had_state,
             goto out;
         }
         s->made_out = errno == ENOENT;
-        rc = s->made_out
-                 ? tv_dir_make(s->out, err)
-                 : tv_error_sys(err, errno, "cannot look at %s", s->out);
+        if (!s->made_out)
+            rc = tv_error_sys(err, errno, "cannot look at %s", s->out);
         goto out;
     }
     if (!S_ISDIR(st.st_mode)) {
@@ -1188,13 +1221,10 @@ out:
     return rc;
 }
 
-enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
-                              const struct tvm_run_hooks *hooks,
-                              struct tv_error *err, struct tvm_sink **out)
+static enum tv_err dir_new(struct tvm_plan *plan, struct tv_error *err,
+                           struct dir_sink **out)
 {
-    enum tv_err rc = TV_OK;
     struct dir_sink *s = tv_calloc(1, sizeof *s);
-    bool had_state = false;
 
     *out = NULL;
     if (!s)
@@ -1216,11 +1246,27 @@ enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
         s->fd[i] = -1;
     if (!s->out || !s->dir || !s->base.done || !s->fd || !s->touched ||
         !s->n_left) {
-        rc = no_memory(err);
-        goto out;
+        dir_close(&s->base);
+        return no_memory(err);
     }
+    *out = s;
+    return TV_OK;
+}
+
+enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
+                              const struct tvm_run_hooks *hooks,
+                              struct tv_error *err, struct tvm_sink **out)
+{
+    enum tv_err rc = TV_OK;
+    struct dir_sink *s = NULL;
+    bool had_state = false;
+
+    *out = NULL;
+    TV_TRY(dir_new(plan, err, &s));
     TV_TRY(look_before(s, &had_state, err));
-    TV_TRY(take_lock(s, err));
+    if (s->made_out)
+        TV_TRY(tv_dir_make(s->out, err));
+    TV_TRY(take_lock(s, hooks, err));
     rc = prepare(s, hooks, err);
     /* Nothing of ours was here and nothing has begun: leave it as it was. */
     if ((rc != TV_OK && !had_state && !s->journal && !s->replace) ||
@@ -1230,6 +1276,65 @@ enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
     *out = &s->base;
     s = NULL;
 out:
+    if (s)
+        dir_close(&s->base);
+    return rc;
+}
+
+/* LOCKED while another run holds OUT. */
+static enum tv_err check_lock(const struct dir_sink *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *path = tv_path_join(s->dir, LOCK_FILE);
+    char holder[160];
+
+    if (!path)
+        return no_memory(err);
+    const int fd = tv_sys()->open(path, O_RDONLY, 0);
+    if (fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) != 0) {
+        tv_lock_holder(fd, holder, sizeof holder);
+        rc = in_use(s, holder, err);
+    }
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(path);
+    return rc;
+}
+
+enum tv_err tvm_sink_dir_check(struct tvm_plan *plan, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const bool force = plan->options.force;
+    struct dir_sink *s = NULL;
+    struct tvm_record record = {.n_files = 0};
+    bool had_state = false;
+    bool found = false;
+    bool no_config = false;
+
+    TV_TRY(dir_new(plan, err, &s));
+    TV_TRY(look_before(s, &had_state, err));
+    if (s->made_out)
+        goto out;
+    TV_TRY(check_lock(s, err));
+    /* Whatever is there otherwise. */
+    if (force)
+        goto out;
+    TV_TRY(load_record(s, &found, &record, err));
+    if (found) {
+        rc = judge_record(s, &record, &no_config, err);
+        goto out;
+    }
+    TV_TRY(probe(s->dir, JOURNAL_DIR, &found, err));
+    if (found) {
+        TV_TRY(open_journal(s, true, err));
+        rc = read_journal(s, err);
+        goto out;
+    }
+    TV_TRY(probe(s->dir, PREVIOUS, &found, err));
+    if (!found)
+        rc = meet_files(s, err);
+out:
+    tvm_record_free(&record);
     if (s)
         dir_close(&s->base);
     return rc;

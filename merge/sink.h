@@ -81,6 +81,12 @@ TV_NODISCARD enum tv_err tvm_sink_dir_open(struct tvm_plan *plan,
                                            const struct tvm_run_hooks *hooks,
                                            struct tv_error *err,
                                            struct tvm_sink **out);
+/* What opening would refuse, without waiting for anybody or changing anything:
+ * LOCKED at once when another run is at work there. */
+TV_NODISCARD enum tv_err tvm_sink_dir_check(struct tvm_plan *plan,
+                                            struct tv_error *err);
+TV_NODISCARD enum tv_err tvm_sink_into_check(struct tvm_plan *plan,
+                                             struct tv_error *err);
 TV_NODISCARD enum tv_err tvm_sink_into_open(struct tvm_plan *plan,
                                             struct tv_error *err,
                                             struct tvm_sink **out);

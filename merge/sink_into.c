@@ -540,18 +540,12 @@ out:
     return rc;
 }
 
-enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
-                               struct tvm_sink **out)
+static struct into_sink *into_new(struct tvm_plan *plan)
 {
-    enum tv_err rc = TV_OK;
-    struct into_sink *s = NULL;
+    struct into_sink *s = tv_calloc(1, sizeof *s);
 
-    *out = NULL;
-    if (!plan->options.store)
-        return tv_error_set(err, TV_E_USAGE, "--into needs a store");
-    s = tv_calloc(1, sizeof *s);
     if (!s)
-        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+        return NULL;
     s->base.ops = &into_ops;
     s->base.plan = plan;
     s->base.ordered = true;
@@ -566,9 +560,24 @@ enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
     s->base.commit_bytes = s->dirty_max;
     s->base.done = tv_calloc(plan->n_tensors + 1, sizeof *s->base.done);
     if (!s->base.done) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
+        tv_free(s);
+        s = NULL;
     }
+    return s;
+}
+
+enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
+                               struct tvm_sink **out)
+{
+    enum tv_err rc = TV_OK;
+    struct into_sink *s = NULL;
+
+    *out = NULL;
+    if (!plan->options.store)
+        return tv_error_set(err, TV_E_USAGE, "--into needs a store");
+    s = into_new(plan);
+    if (!s)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
     TV_TRY(tv_store_lock(s->store, "tvmerge run", plan->options.lock_timeout_ms,
                          err));
     s->locked = true;
@@ -580,5 +589,29 @@ enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
 out:
     if (s)
         into_close(&s->base);
+    return rc;
+}
+
+enum tv_err tvm_sink_into_check(struct tvm_plan *plan, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct into_sink *s = NULL;
+    tv_read *r = NULL;
+    bool resume = false;
+    bool stale = false;
+
+    if (!plan->options.store)
+        return tv_error_set(err, TV_E_USAGE, "--into needs a store");
+    s = into_new(plan);
+    if (!s)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    TV_TRY(tv_store_lock_check(s->store, err));
+    TV_TRY(tv_read_begin(s->store, err, &r));
+    TV_TRY(meet_object(s, r, err));
+    if (!s->base.already_done)
+        rc = meet_run(s, r, &resume, &stale, err);
+out:
+    tv_read_end(r);
+    into_close(&s->base);
     return rc;
 }

@@ -586,61 +586,36 @@ out:
     return rc;
 }
 
-/* What another merge in the output directory differs in; *numerics: in the
- * BLAS core type or the device alone. */
-static const char *difference(const char *dir, const struct tvm_plan *p,
-                              char *why, size_t cap, bool *numerics)
+enum tv_err tvm_stages_check(const struct tvm_stages *s, struct tv_error *err)
 {
-    char *const path = tv_path_join(dir, "tvmerge.json");
-    struct tvm_record record = {.n_files = 0};
-    char *text = NULL;
-    size_t n = 0;
-    const char *said = "recipe, inputs or options have changed";
+    enum tv_err rc = TV_OK;
 
-    if (path != NULL &&
-        tv_file_read(path, 1u << 30, NULL, &text, &n) == TV_OK &&
-        tvm_record_parse(text, n, &record, NULL) == TV_OK) {
-        said = tvm_identity_difference(record.identity, p->identity, why, cap);
-        *numerics = tvm_identity_numerics(record.identity, p->identity);
+    for (size_t i = s->n; i-- > 0;) {
+        const struct tvm_stage *const one = &s->items[i];
+        if (one->plan == NULL || (!one->needed && !is_output(s, i)))
+            continue;
+        rc = tvm_run_check(one->plan, err);
+        if (rc != TV_OK) {
+            if (one->name != NULL)
+                tv_error_context(err, "stage '%s'", one->name);
+            break;
+        }
     }
-    tvm_record_free(&record);
-    tv_free(text);
-    tv_free(path);
-    return said;
+    return rc;
 }
 
-/* An output directory with another merge is refused before the stages are
- * made, not behind them. */
+/* An output that would be refused is refused before the stages are made, not
+ * behind them. Who is at work there may have ended by then. */
 static enum tv_err check_output(const struct tvm_stages *s,
                                 struct tv_error *err)
 {
-    const struct tvm_options *const o = &storage_of(s)->options;
-    const struct tvm_plan *const p = s->items[s->n - 1].plan;
-    struct tvm_status status;
-    const char *said = NULL;
-    bool numerics = false;
-    char why[512];
+    enum tv_err rc = tvm_run_check(s->items[s->n - 1].plan, err);
 
-    if (o->out_dir == NULL || o->into != NULL || o->force || p == NULL ||
-        tvm_status(o->out_dir, &status, NULL) != TV_OK ||
-        status.state == TVM_ABSENT ||
-        (status.plan_hash.lo == 0 && status.plan_hash.hi == 0) ||
-        (status.plan_hash.lo == p->hash.lo &&
-         status.plan_hash.hi == p->hash.hi))
-        return TV_OK;
-    said = difference(o->out_dir, p, why, sizeof(why), &numerics);
-    /* What was begun says what it differs in when it is gone on with. */
-    if (o->accept_numerics && (numerics || status.state != TVM_FINISHED))
-        return TV_OK;
-    (void)tv_error_set(err, TV_E_CHANGED, "%s holds %s: %s", o->out_dir,
-                       status.state == TVM_FINISHED
-                           ? "the result of another merge"
-                           : "an unfinished merge of another plan",
-                       said);
-    tv_error_hint(err, numerics ? "--force replaces it, --accept-numerics "
-                                  "takes it as it is"
-                                : "--force replaces it");
-    return TV_E_CHANGED;
+    if (rc == TV_E_LOCKED) {
+        tv_error_clear(err);
+        rc = TV_OK;
+    }
+    return rc;
 }
 
 enum tv_err tvm_stages_run(struct tvm_stages *s, size_t i,

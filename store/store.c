@@ -206,6 +206,7 @@ static enum tv_err store_new(const char *path,
         s->check_all = opt->check_all;
         if (opt->map_bytes != 0)
             s->map_max = opt->map_bytes;
+        s->wait = opt->wait;
         if (opt->dirty_bytes_max != 0)
             s->dirty_max = opt->dirty_bytes_max;
     }
@@ -761,15 +762,6 @@ enum tv_err tv_store_sync(tv_store *s, struct tv_error *err)
     return e == 0 ? TV_OK : tv_lmdb_error(err, e, s->path, "sync failed");
 }
 
-static void read_holder(int fd, char dst[160])
-{
-    char raw[120];
-    const ssize_t n = tv_sys()->pread(fd, raw, sizeof raw - 1, 0);
-    raw[n > 0 ? n : 0] = '\0';
-    raw[strcspn(raw, "\n")] = '\0';
-    tv_text_printable(raw[0] != '\0' ? raw : "another process", dst, 160);
-}
-
 static uint64_t now_ms(void)
 {
     struct timespec t = {0, 0};
@@ -783,7 +775,8 @@ enum tv_err tv_store_lock(tv_store *s, const char *purpose, unsigned timeout_ms,
     enum tv_err rc = TV_OK;
     int fd = -1;
     char *path = NULL;
-    char text[120];
+    char holder[160];
+    bool told = false;
     if (s->read_only)
         return tv_error_set(err, TV_E_IO, "store %s is open read-only",
                             s->path);
@@ -810,8 +803,7 @@ enum tv_err tv_store_lock(tv_store *s, const char *purpose, unsigned timeout_ms,
         }
         const uint64_t waited = now_ms() - begin;
         if (waited >= timeout_ms) {
-            char holder[160];
-            read_holder(fd, holder);
+            tv_lock_holder(fd, holder, sizeof holder);
             rc = tv_error_set(err, TV_E_LOCKED,
                               "store %s is locked by %s (waited %.1f s)",
                               s->path, holder, (double)waited / 1000.0);
@@ -819,19 +811,42 @@ enum tv_err tv_store_lock(tv_store *s, const char *purpose, unsigned timeout_ms,
                                "--lock-timeout");
             goto out;
         }
+        if (!told && s->wait.fn != NULL) {
+            tv_lock_holder(fd, holder, sizeof holder);
+            s->wait.fn(s->wait.arg, s->path, holder, timeout_ms);
+        }
+        told = true;
         const uint64_t left = timeout_ms - waited;
         const struct timespec nap = {
             .tv_sec = 0, .tv_nsec = (long)(left < 20 ? left : 20) * 1000000L};
         (void)nanosleep(&nap, NULL);
     }
-    const int len = snprintf(text, sizeof text, "%.80s (process %ld)\n",
-                             purpose, (long)getpid());
-    /* Who holds it is a courtesy: the lock counts without it. */
-    if (tv_sys()->ftruncate(fd, 0) == 0 && len > 0)
-        (void)!tv_sys()->pwrite(fd, text, (size_t)len, 0);
+    tv_lock_sign(fd, purpose);
     s->lock_fd = fd;
     fd = -1;
 out:
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(path);
+    return rc;
+}
+
+enum tv_err tv_store_lock_check(const tv_store *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char holder[160];
+    char *const path = tv_path_join(s->path, WRITER_FILE);
+
+    if (path == NULL)
+        return tv_error_set(err, TV_E_NOMEM, "no memory for a path");
+    const int fd = tv_sys()->open(path, O_RDONLY | O_CLOEXEC, 0);
+    if (fd >= 0 && s->lock_fd < 0 && flock(fd, LOCK_SH | LOCK_NB) != 0) {
+        tv_lock_holder(fd, holder, sizeof holder);
+        rc = tv_error_set(err, TV_E_LOCKED, "store %s is locked by %s", s->path,
+                          holder);
+        tv_error_hint(err, "wait until it ends, or give a longer "
+                           "--lock-timeout");
+    }
     if (fd >= 0)
         (void)tv_sys()->close(fd);
     tv_free(path);

@@ -77,13 +77,14 @@ struct tv_store {
     uint64_t map_bytes, map_max, dirty_max;
     uint64_t map_quota;        /* the quota that the map was sized for */
     atomic_int commit_failure; /* LMDB's code for the last commit that failed */
-    uint64_t session;   /* tells our unfinished payloads from those of others */
-    int lock_fd;        /* writer lock, -1 when not held */
-    int open_fd;        /* open.lock (session.c), -1 on read-only media */
-    bool session_held;  /* others can see that our session lives */
-    int map_slot;       /* tv_map_register */
-    uintptr_t map_from; /* where data.mdb is mapped, 0 when unknown */
-    atomic_int n_txns;  /* live reads and batches: the map must not move */
+    uint64_t session; /* tells our unfinished payloads from those of others */
+    int lock_fd;      /* writer lock, -1 when not held */
+    struct tv_wait wait;   /* who hears that it is waited for */
+    int open_fd;           /* open.lock (session.c), -1 on read-only media */
+    bool session_held;     /* others can see that our session lives */
+    int map_slot;          /* tv_map_register */
+    uintptr_t map_from;    /* where data.mdb is mapped, 0 when unknown */
+    atomic_int n_txns;     /* live reads and batches: the map must not move */
     pthread_mutex_t mutex; /* guards sources */
     struct source_map *sources;
 };

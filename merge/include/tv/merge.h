@@ -25,6 +25,7 @@
 #include "tv/format.h"
 #include "tv/hash.h"
 #include "tv/kernels.h"
+#include "tv/lock.h"
 #include "tv/model.h"
 #include "tv/store.h"
 
@@ -330,6 +331,7 @@ struct tvm_run_hooks {
                         uint64_t total);
     void *arg;
     const atomic_int *cancel; /* non-zero: commit the group and stop */
+    struct tv_wait wait;      /* told when another run holds OUT */
 };
 struct tvm_cache_use { /* masks and task vectors of the store */
     size_t masks_used, masks_stored;
@@ -377,6 +379,11 @@ TV_NODISCARD enum tv_err tvm_run(struct tvm_plan *p,
                                  const struct tvm_run_hooks *hooks,
                                  struct tvm_result *result,
                                  struct tv_error *err);
+
+/* What tvm_run would refuse about the place of the output (CHANGED, EXISTS), or
+ * would have to wait for (LOCKED). Changes nothing. TV_OK without an output. */
+TV_NODISCARD enum tv_err tvm_run_check(struct tvm_plan *p,
+                                       struct tv_error *err);
 
 /* ---- layers -----------------------------------------------------------------
  * What each way to prune costs a layer: ||X (T - P)^T||_F^2 over the inputs X

@@ -43,6 +43,9 @@ TV_NODISCARD enum tv_err
 tvm_stages_make(tvm_recipe *first, const struct tvm_options *o, const char *dir,
                 struct tvm_problems *problems, struct tv_error *err,
                 struct tvm_stages **out);
+/* tvm_run_check of the output and of the stages that are to be made. */
+TV_NODISCARD enum tv_err tvm_stages_check(const struct tvm_stages *s,
+                                          struct tv_error *err);
 /* Makes stage i, those before it being made; fills its result. Plans it again,
  * now with the real inputs. */
 TV_NODISCARD enum tv_err tvm_stages_run(struct tvm_stages *s, size_t i,

@@ -43,6 +43,7 @@
 #include "tv/dtype.h"
 #include "tv/error.h"
 #include "tv/hash.h"
+#include "tv/lock.h"
 #include "tv/sys.h"
 #include "tv/view.h"
 
@@ -67,6 +68,7 @@ struct tv_store_options {
                      * longer where there are many long values */
     uint64_t map_bytes;       /* 0: 1 TiB, less under an address-space limit */
     uint64_t dirty_bytes_max; /* dirty bytes per batch; 0: 64 MiB */
+    struct tv_wait wait;      /* told when a lock of the store is not free */
 };
 
 /* Creates an empty store in a new or empty directory. EXISTS when path holds a
@@ -89,6 +91,10 @@ bool tv_store_is_read_only(const tv_store *s); /* asked for, or the media is */
 TV_NODISCARD enum tv_err tv_store_lock(tv_store *s, const char *purpose,
                                        unsigned timeout_ms,
                                        struct tv_error *err);
+/* LOCKED, naming the holder, while it is held; takes nothing and works on a
+ * handle that is read-only. */
+TV_NODISCARD enum tv_err tv_store_lock_check(const tv_store *s,
+                                             struct tv_error *err);
 void tv_store_unlock(tv_store *s);
 /* Makes lazy batches durable. */
 TV_NODISCARD enum tv_err tv_store_sync(tv_store *s, struct tv_error *err);
