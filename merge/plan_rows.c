@@ -5,9 +5,10 @@
  * For every token and every model: its own row where it has the token; else, or
  * where the recipe forces it, the row the recipe names, else the row of the
  * only model that has the token, else the base's, else the mean of those that
- * have it, else zeros. Rows without a token keep what the models have there
- * when none of them has a token there either, else they are the mean of all
- * rows with tokens. Tensors with the same sources share the result.
+ * have it (of the tensor's sources, else of all models), else zeros. Rows
+ * without a token keep what the models have there when none of them has a token
+ * there either, else they are the mean of all rows with tokens. Tensors with
+ * the same sources share the result.
  */
 #include "plan_vocab.h"
 
@@ -37,6 +38,9 @@ struct maker {
     struct planner *pl;
     struct plan_vocab *v;
     struct plan_rows_set *set;
+    int64_t *own;         /* [set->n] rows of one token, -1: none */
+    struct tvm_row *have; /* [n_have] who has it: from[] is an input here */
+    size_t n_have;
     bool failed; /* out of memory */
 };
 
@@ -182,40 +186,55 @@ static bool ruled(struct maker *m, const struct plan_token *t,
     return true;
 }
 
-static struct fallback fallback_of(struct maker *m, const struct plan_token *t,
-                                   const int64_t *own)
+/* Who has the token: sources, or, when none of them has it (a stack, whose
+ * tensors over tokens are each of one model), the other models. */
+static void find_holders(struct maker *m, const struct plan_token *t)
 {
     const struct plan_rows_set *const set = m->set;
+    const struct plan_vocab *const v = m->v;
+
+    m->n_have = 0;
+    for (size_t i = 0; i < set->n; i++) {
+        if (m->own[i] >= 0)
+            m->have[m->n_have++] =
+                (struct tvm_row){(uint32_t)set->inputs[i], (uint64_t)m->own[i]};
+    }
+    for (size_t i = 0, n = m->n_have; i < m->pl->plan->n_inputs && n == 0;
+         i++) {
+        const int64_t row =
+            v->of[i].merged ? row_of(v, i, t->s, t->n) : (int64_t)-1;
+        if (row >= 0)
+            m->have[m->n_have++] = (struct tvm_row){(uint32_t)i, (uint64_t)row};
+    }
+}
+
+static struct fallback fallback_of(struct maker *m, const struct plan_token *t)
+{
     struct fallback f = {.kind = TVM_RUN_ZERO};
-    size_t n_have = 0;
-    size_t last = 0;
+    size_t from = 0;
 
     if (ruled(m, t, &f))
         return f;
-    for (size_t i = 0; i < set->n; i++) {
-        if (own[i] < 0)
-            continue;
-        n_have++;
-        if (n_have == 1 || set->inputs[i] == m->v->base)
-            last = i;
-    }
-    if (n_have == 0)
+    find_holders(m, t);
+    if (m->n_have == 0)
         return f;
-    f.kind = n_have == 1 || set->inputs[last] == m->v->base ? TVM_RUN_ROWS
-                                                            : TVM_RUN_MEAN;
-    f.input = set->inputs[last];
-    f.row = own[last];
+    for (size_t i = 0; i < m->n_have; i++) {
+        if (m->have[i].from == m->v->base)
+            from = i;
+    }
+    f.kind = m->n_have == 1 || m->have[from].from == m->v->base ? TVM_RUN_ROWS
+                                                                : TVM_RUN_MEAN;
+    f.input = m->have[from].from;
+    f.row = (int64_t)m->have[from].row;
     return f;
 }
 
-static void add_mean(struct maker *m, struct rows_of *r, const int64_t *own)
+static void add_mean(struct maker *m, struct rows_of *r)
 {
     struct tvm_rows *const rows = &r->rows;
     struct tvm_run run = {
         .n = 1, .kind = TVM_RUN_MEAN, .is_token = true, .row = rows->n_items};
-    for (size_t i = 0; i < m->set->n; i++) {
-        if (own[i] < 0)
-            continue;
+    for (size_t i = 0; i < m->n_have; i++) {
         if (rows->n_items == r->cap_items) {
             void *const p = grown(m, rows->items, rows->n_items, &r->cap_items,
                                   sizeof(*rows->items));
@@ -223,16 +242,17 @@ static void add_mean(struct maker *m, struct rows_of *r, const int64_t *own)
                 return;
             rows->items = p;
         }
-        rows->items[rows->n_items++] = (struct tvm_row){
-            from_index(m, r, m->set->inputs[i]), (uint64_t)own[i]};
+        rows->items[rows->n_items++] =
+            (struct tvm_row){from_index(m, r, m->have[i].from), m->have[i].row};
         run.n_items++;
     }
     add_run(m, r, run);
 }
 
-static void add_token(struct maker *m, const struct plan_token *t, int64_t *own)
+static void add_token(struct maker *m, const struct plan_token *t)
 {
     const bool force = t->rule != NULL && t->rule->force;
+    int64_t *const own = m->own;
     bool all = true;
     struct fallback f = {.kind = TVM_RUN_ZERO};
 
@@ -241,7 +261,7 @@ static void add_token(struct maker *m, const struct plan_token *t, int64_t *own)
         all = all && own[i] >= 0;
     }
     if (force || !all)
-        f = fallback_of(m, t, own);
+        f = fallback_of(m, t);
     for (size_t i = 0; i < m->set->n && !m->set->bad; i++) {
         struct rows_of *const r = &m->set->of[i];
         if (own[i] >= 0 && !force)
@@ -249,7 +269,7 @@ static void add_token(struct maker *m, const struct plan_token *t, int64_t *own)
         else if (f.kind == TVM_RUN_ROWS)
             add_rows(m, r, f.input, (uint64_t)f.row, 1, true);
         else if (f.kind == TVM_RUN_MEAN)
-            add_mean(m, r, own);
+            add_mean(m, r);
         else
             add_run(m, r,
                     (struct tvm_run){
@@ -316,26 +336,27 @@ static enum tv_err set_fill(struct planner *pl, struct plan_rows_set *set)
 {
     struct plan_vocab *const v = pl->vocab;
     struct maker m = {.pl = pl, .v = v, .set = set};
-    int64_t *const own = tv_calloc(set->n + 1, sizeof(*own));
     size_t at = 0;
 
-    if (own == NULL)
-        return plan_oom(pl);
+    m.own = tv_calloc(set->n + 1, sizeof(*m.own));
+    m.have = tv_calloc(pl->plan->n_inputs + 1, sizeof(*m.have));
+    m.failed = m.own == NULL || m.have == NULL;
     /* Its own rows come first in what a source's rows come from. */
-    for (size_t i = 0; i < set->n; i++)
+    for (size_t i = 0; i < set->n && !m.failed; i++)
         (void)from_index(&m, &set->of[i], set->inputs[i]);
-    for (size_t i = 0; i < set->n && v->truncate; i++)
+    for (size_t i = 0; i < set->n && v->truncate && !m.failed; i++)
         add_rows(&m, &set->of[i], set->inputs[i], 0, v->n_rows, true);
     for (uint64_t row = 0;
          row < v->n_rows && !v->truncate && !set->bad && !m.failed; row++) {
         while (at < v->n_tokens && (uint64_t)v->tokens[at].id < row)
             at++;
         if (at < v->n_tokens && (uint64_t)v->tokens[at].id == row)
-            add_token(&m, &v->tokens[at], own);
+            add_token(&m, &v->tokens[at]);
         else
             add_padding(&m, row);
     }
-    tv_free(own);
+    tv_free(m.own);
+    tv_free(m.have);
     if (m.failed)
         return plan_oom(pl);
     for (size_t i = 0; i < set->n && !set->bad; i++)

@@ -355,6 +355,11 @@ static bool is_aligned(const struct build *b, unsigned d)
     return b->pl->vocab != NULL && b->like->vocab_dim == 0 && d == 0;
 }
 
+static const char add_block[] =
+    " (different vocabularies: add 'tokenizer: {source: union}' to the recipe "
+    "to match rows by token, or 'tokenizer: {source: base}' to keep the base's "
+    "tokens only)";
+
 static void check_shapes(struct build *b)
 {
     const struct tv_input_tensor *const a = b->t->sources[0].tensor;
@@ -378,17 +383,54 @@ static void check_shapes(struct build *b)
                     tv_shape_format(a->shape, a->rank, sa, sizeof(sa)),
                     source_ref(b, 0),
                     tv_shape_format(o->shape, o->rank, so, sizeof(so)),
-                    source_ref(b, i),
-                    only_vocab
-                        ? " (different vocabularies: add 'tokenizer: {source: "
-                          "union}' to the recipe to match rows by token, or "
-                          "'tokenizer: {source: base}' to keep the base's "
-                          "tokens only)"
-                        : "");
+                    source_ref(b, i), only_vocab ? add_block : "");
     }
     b->t->rank = a->rank;
     memcpy(b->t->shape, a->shape, sizeof(a->shape));
     b->t->n_elems = a->n_elems;
+}
+
+/* config.json speaks of one number of tokens, so a tensor over tokens has as
+ * many as the model that gives it, also where that one supplies nothing. */
+static void check_tokens(struct build *b)
+{
+    struct planner *const pl = b->pl;
+    const size_t donor = pl->st->donor;
+    const struct plan_ref *const ref = &pl->refs[donor];
+    const int dim = b->like->vocab_dim;
+    struct tvm_source theirs;
+    size_t index = SIZE_MAX;
+    char sa[24 * TV_RANK_MAX + 8];
+    char so[24 * TV_RANK_MAX + 8];
+
+    if (pl->vocab != NULL || dim < 0 || !b->ok || !ref->usable ||
+        b->t->n_sources == 0 || dim >= (int)b->t->rank)
+        return;
+    for (size_t i = 0; i < b->t->n_sources; i++) {
+        if (b->t->sources[i].input == donor)
+            return;
+    }
+    for (size_t i = 0; i < plan_count(pl, donor) && index == SIZE_MAX; i++) {
+        if (strcmp(plan_describe(pl, donor, i)->name, b->t->name) == 0)
+            index = i;
+    }
+    if (index == SIZE_MAX && b->is_head)
+        index = ref->tied ? ref->embed : ref->head;
+    if (index == SIZE_MAX)
+        return;
+    plan_source_fill(pl, donor, index, &theirs);
+    if (theirs.tensor->rank != b->t->rank ||
+        theirs.tensor->shape[dim] == b->t->shape[dim])
+        return;
+    b->ok = false;
+    plan_report(pl, "shape mismatches", LISTED, true, TV_E_INPUT, b->t->name,
+                "shapes differ: %s in '%s', %s in '%s', whose config.json the "
+                "output has%s",
+                tv_shape_format(b->t->shape, b->t->rank, sa, sizeof(sa)),
+                source_ref(b, 0),
+                tv_shape_format(theirs.tensor->shape, theirs.tensor->rank, so,
+                                sizeof(so)),
+                pl->plan->inputs[donor].ref, add_block);
 }
 
 /* Rows in the order of the output's tokens. */
@@ -942,6 +984,7 @@ static enum tv_err build_tensor(struct planner *pl, const struct cand *cands,
     check_present(&b);
     check_biases(&b);
     check_shapes(&b);
+    check_tokens(&b);
     t->is_linear = is_linear(b.like, t->rank);
     t->in_first =
         pl->plan->inputs[slice->input[cands[0].source]].arch->linear_transposed;

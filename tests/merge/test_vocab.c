@@ -460,6 +460,42 @@ static void test_no_block(void **state)
     planned_free(&p);
 }
 
+/* A stack has the embedding of its first slice and the head of its last one. */
+static void test_stack(void **state)
+{
+#define STACK                                                                  \
+    "merge_method: passthrough\nslices:\n"                                     \
+    "- sources: [{model: $/base, layer_range: [0, 1]}]\n"                      \
+    "- sources: [{model: $/chatml, layer_range: [0, 1]}]\n"
+    struct planned p;
+    struct tvm_options o;
+    (void)state;
+    put_models();
+    plan_text(&p, dir, STACK, NULL);
+    expect_problem(&p, true, TV_E_INPUT, HEAD, "tokenizer: {source: union}");
+    assert_int_equal(count_problems(&p, true, ""), 1);
+    planned_free(&p);
+    merge(&p, "out", STACK "tokenizer: {source: union}\n", NULL);
+    assert_int_equal(n_rows("out"), 18);
+    assert_row("out", 15, "base", 15, EMBED);
+    assert_row("out", 15, "chatml", 15, HEAD);
+    assert_row("out", 16, "chatml", 16, EMBED);
+    planned_free(&p);
+    tvm_options_init(&o);
+    o.truncate_embeddings = true;
+    merge(&p, "out2", STACK, &o);
+    assert_int_equal(n_rows("out2"), 16);
+    assert_int_equal(config_int(&p, "vocab_size"), 16);
+    planned_free(&p);
+    /* Everything of one model, config.json of another. */
+    plan_text(&p, dir,
+              "merge_method: passthrough\nbase_model: $/base\nslices:\n"
+              "- sources: [{model: $/chatml, layer_range: [0, 1]}]\n",
+              NULL);
+    expect_problem(&p, true, TV_E_INPUT, EMBED, "tokenizer: {source: union}");
+    planned_free(&p);
+}
+
 /* Equal sizes, other tokens: rows are merged by number, and a warning says
  * so. */
 static void test_other_tokens(void **state)
@@ -946,6 +982,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_tokens, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_bad_rules, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_no_block, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_stack, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_other_tokens, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_memory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_kinds, set_up, tear_down),
