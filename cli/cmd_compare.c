@@ -215,6 +215,7 @@ static enum tv_err begin(struct tvc_compare *p)
     TV_TRY(tv_dir_make(p->state, &c->err));
     TV_TRY(take_lock(p));
     TV_TRY(open_shared(p));
+    TV_TRY(tvc_records_list(p));
     for (size_t i = 0; i < p->n_entries; i++)
         TV_TRY(tvc_record_load(p, &p->entries[i]));
 out:

@@ -13,11 +13,11 @@
 #define TVC_COMPARE_H
 
 #include "eval_options.h"
+#include "status.h"
 #include "tv/eval.h"
 #include "tvmerge.h"
 
 #define TVC_COMPARE_METHODS     "ties,dare_ties,sparsegpt_ties"
-#define TVC_COMPARE_STATE       ".tvcompare"
 #define TVC_COMPARE_TEXTS_MAX   64u
 #define TVC_COMPARE_METHODS_MAX 64u
 
@@ -103,6 +103,8 @@ TV_NODISCARD enum tv_err tvc_record_load(struct tvc_compare *p,
                                          struct entry *e);
 TV_NODISCARD enum tv_err tvc_record_save(struct tvc_compare *p,
                                          struct entry *e);
+/* Leaves the list of all entries for tvmerge status. */
+TV_NODISCARD enum tv_err tvc_records_list(struct tvc_compare *p);
 /* Sets a member; takes the reference. */
 void tvc_record_put(struct tvc_compare *p, struct entry *e, const char *key,
                     json_t *value);

@@ -4,6 +4,8 @@
  *
  *   OUT/.tvcompare/NAME.json  of a merge first its cost, then with the
  *                             perplexities all of it
+ *   OUT/.tvcompare/.entries.json  what the last command compares, in the order
+ *                             of work
  *
  * A record is written whole or not at all (rename), and carries a hash of
  * everything its figures depend on; one that belongs to something else is
@@ -84,6 +86,38 @@ enum tv_err tvc_record_save(struct tvc_compare *p, struct entry *e)
                                   &p->c->err);
     tv_free(text);
     tv_free(path);
+    return rc;
+}
+
+enum tv_err tvc_records_list(struct tvc_compare *p)
+{
+    static const char *const kinds[] = {[ENTRY_BASE] = "base",
+                                        [ENTRY_DONOR] = "model",
+                                        [ENTRY_MERGE] = "merge"};
+    enum tv_err rc = TV_OK;
+    json_t *const list = json_array();
+    json_t *const doc = json_pack("{s:O}", "entries", list);
+    char *const path = tv_path_join(p->state, TVC_COMPARE_LIST);
+    char *text = NULL;
+    size_t n = 0;
+
+    for (size_t i = 0; i < p->n_entries; i++) {
+        const struct entry *e = &p->entries[i];
+        (void)json_array_append_new(
+            list, json_pack("{s:o, s:s, s:o}", "name", tvc_json_string(e->name),
+                            "kind", kinds[e->kind], "ref",
+                            e->ref ? tvc_json_string(e->ref) : json_null()));
+    }
+    text = path && doc ? tvc_compare_text(doc, &n) : NULL;
+    if (!text)
+        rc = tvc_compare_oom(p->c);
+    else
+        rc = tv_file_write_atomic(path, text, n, p->opts->options.sync,
+                                  &p->c->err);
+    tv_free(text);
+    tv_free(path);
+    json_decref(doc);
+    json_decref(list);
     return rc;
 }
 

@@ -176,25 +176,59 @@ out:
 /* ---- sweeping --------------------------------------------------------------
  */
 
+/* What the directory of a run holds now, and whether that is the merge that the
+ * run was put for. False: it cannot be told. *dir (owned) may be NULL. */
+static bool dir_look(const char *text, size_t n, char **dir,
+                     struct tvm_status *status, bool *same)
+{
+    json_t *doc = NULL;
+    struct tv_hash hash = {0, 0};
+    bool told = false;
+
+    if (tv_json_parse(text, n, "run", NULL, &doc) != TV_OK)
+        return false;
+    const char *out = json_string_value(json_object_get(doc, "out"));
+    const char *hex = json_string_value(json_object_get(doc, "plan_hash"));
+    if (out && hex && tv_hash_from_hex(hex, &hash) == 0 &&
+        tvm_status(out, status, NULL) == TV_OK) {
+        told = true;
+        *same = tv_hash_equal(status->plan_hash, hash);
+        if (dir)
+            *dir = tv_strdup(out);
+    }
+    json_decref(doc);
+    return told;
+}
+
 /* Does the directory still hold the merge that the run was put for? Whatever
  * cannot be told counts as yes. */
 static bool dir_lives(const char *text, size_t n)
 {
-    json_t *doc = NULL;
     struct tvm_status status;
-    struct tv_hash hash = {0, 0};
-    bool lives = true;
+    bool same = false;
 
-    if (tv_json_parse(text, n, "run", NULL, &doc) != TV_OK)
-        return true;
-    const char *out = json_string_value(json_object_get(doc, "out"));
-    const char *hex = json_string_value(json_object_get(doc, "plan_hash"));
-    if (out && hex && tv_hash_from_hex(hex, &hash) == 0 &&
-        tvm_status(out, &status, NULL) == TV_OK)
-        lives = status.running || (status.state == TVM_UNFINISHED &&
-                                   tv_hash_equal(status.plan_hash, hash));
-    json_decref(doc);
-    return lives;
+    return !dir_look(text, n, NULL, &status, &same) || status.running ||
+           (status.state == TVM_UNFINISHED && same);
+}
+
+enum tv_err tvm_pins_dir(tv_read *r, const char *run, struct tvm_status *status,
+                         char **dir, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *text = NULL;
+    size_t n = 0;
+    bool found = false;
+    bool same = false;
+
+    *dir = NULL;
+    TV_TRY(tv_run_get(r, run, &found, &text, &n, err));
+    if (found && dir_look(text, n, dir, status, &same) && !same) {
+        tv_free(*dir);
+        *dir = NULL;
+    }
+out:
+    tv_free(text);
+    return rc;
 }
 
 static bool object_lives(struct tv_object *const *list, size_t n,

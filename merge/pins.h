@@ -17,6 +17,11 @@ TV_NODISCARD enum tv_err tvm_pins_add(tv_batch *b, const char *run,
  * be written to. */
 TV_NODISCARD enum tv_err tvm_pins_put(const struct tvm_plan *p, const char *out,
                                       struct tv_error *err, char **run);
+/* The directory (owned, tv_free) of a run of tvm_pins_put that still holds that
+ * merge, and how far it is; NULL when it does not. */
+TV_NODISCARD enum tv_err tvm_pins_dir(tv_read *r, const char *run,
+                                      struct tvm_status *status, char **dir,
+                                      struct tv_error *err);
 /* What a failure leaves is stale, and tvm_runs_sweep drops it. */
 TV_NODISCARD enum tv_err tvm_pins_drop(tv_store *store, const char *run,
                                        struct tv_error *err);

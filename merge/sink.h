@@ -91,4 +91,8 @@ TV_NODISCARD enum tv_err tvm_sink_into_open(struct tvm_plan *plan,
                                             struct tv_error *err,
                                             struct tvm_sink **out);
 void tvm_sink_close(struct tvm_sink *s); /* NULL allowed */
+
+/* What a merge into an object holds the lock of the store for. */
+#define TVM_PURPOSE_MAX 160u
+void tvm_into_purpose(const char *name, char dst[TVM_PURPOSE_MAX]);
 #endif

@@ -15,6 +15,7 @@
  */
 #include "sink.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,7 +25,7 @@
 #include "tv/alloc.h"
 
 #define CHUNK_BYTES_MAX (16u << 20)
-#define RECORD_FILE     "tvmerge.json"
+#define RECORD_FILE     TVM_RECORD_FILE
 
 struct into_sink {
     struct tvm_sink base;
@@ -283,31 +284,9 @@ static const struct tvm_sink_ops into_ops = {
     .close = into_close,
 };
 
-/* What the object was made of; *found false for one that is no merge, or has a
- * record that is not readable. */
-static enum tv_err read_record(tv_read *r, const struct tv_object *o,
-                               bool *found, struct tvm_record *out,
-                               struct tv_error *err)
+void tvm_into_purpose(const char *name, char dst[TVM_PURPOSE_MAX])
 {
-    enum tv_err rc = TV_OK;
-    const void *data = NULL;
-    size_t n = 0;
-
-    *found = false;
-    for (size_t i = 0; o->kind == TV_KIND_MERGE && i < o->n_files; i++) {
-        if (strcmp(o->files[i].name, RECORD_FILE) != 0)
-            continue;
-        TV_TRY(tv_blob_get(r, o->files[i].digest, &data, &n, err));
-        rc = tvm_record_parse(data, n, out, err);
-        *found = rc == TV_OK;
-        if (rc != TV_OK && rc != TV_E_NOMEM) {
-            tv_error_clear(err);
-            rc = TV_OK;
-        }
-        break;
-    }
-out:
-    return rc;
+    (void)snprintf(dst, TVM_PURPOSE_MAX, "tvmerge run --into %s", name);
 }
 
 /* Is the object there, and is it this very merge? */
@@ -333,7 +312,7 @@ static enum tv_err meet_object(struct into_sink *s, tv_read *r,
         s->replace = true;
         goto out;
     }
-    TV_TRY(read_record(r, o, &found, &record, err));
+    TV_TRY(tvm_record_of(r, o, &found, &record, err));
     if (o->kind != TV_KIND_MERGE) {
         rc = tv_error_set(err, TV_E_EXISTS,
                           "store %s has an object '%s', which is no merge",
@@ -388,7 +367,7 @@ void tvm_into_device(tv_store *store, const char *name,
         goto out;
     }
     TV_TRY(tv_object_find(r, name, false, NULL, &o));
-    TV_TRY(read_record(r, o, &found, &record, NULL));
+    TV_TRY(tvm_record_of(r, o, &found, &record, NULL));
     if (found)
         memcpy(dst, record.device, sizeof record.device);
 out:
@@ -571,6 +550,7 @@ enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
 {
     enum tv_err rc = TV_OK;
     struct into_sink *s = NULL;
+    char purpose[TVM_PURPOSE_MAX];
 
     *out = NULL;
     if (!plan->options.store)
@@ -578,8 +558,9 @@ enum tv_err tvm_sink_into_open(struct tvm_plan *plan, struct tv_error *err,
     s = into_new(plan);
     if (!s)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
-    TV_TRY(tv_store_lock(s->store, "tvmerge run", plan->options.lock_timeout_ms,
-                         err));
+    tvm_into_purpose(s->name, purpose);
+    TV_TRY(
+        tv_store_lock(s->store, purpose, plan->options.lock_timeout_ms, err));
     s->locked = true;
     if (plan->options.force) /* dead pins do not keep what it replaces */
         TV_TRY(tvm_runs_sweep(s->store, err));

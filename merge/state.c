@@ -286,6 +286,32 @@ void tvm_record_free(struct tvm_record *r)
     memset(r, 0, sizeof *r);
 }
 
+/* ---- of a store ---------------------------------------------------------- */
+
+enum tv_err tvm_record_of(tv_read *r, const struct tv_object *o, bool *found,
+                          struct tvm_record *out, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const void *data = NULL;
+    size_t n = 0;
+
+    *found = false;
+    for (size_t i = 0; o->kind == TV_KIND_MERGE && i < o->n_files; i++) {
+        if (strcmp(o->files[i].name, TVM_RECORD_FILE) != 0)
+            continue;
+        TV_TRY(tv_blob_get(r, o->files[i].digest, &data, &n, err));
+        rc = tvm_record_parse(data, n, out, err);
+        *found = rc == TV_OK;
+        if (rc != TV_OK && rc != TV_E_NOMEM) {
+            tv_error_clear(err);
+            rc = TV_OK;
+        }
+        break;
+    }
+out:
+    return rc;
+}
+
 /* ---- differences --------------------------------------------------------- */
 
 struct diff {

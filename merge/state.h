@@ -53,6 +53,12 @@ TV_NODISCARD enum tv_err tvm_record_parse(const char *text, size_t n,
                                           struct tvm_record *out,
                                           struct tv_error *err);
 void tvm_record_free(struct tvm_record *r);
+/* What an object of a store was made of; *found false for one that is no merge,
+ * or has a record that is not readable. */
+#define TVM_RECORD_FILE "tvmerge.json"
+TV_NODISCARD enum tv_err tvm_record_of(tv_read *r, const struct tv_object *o,
+                                       bool *found, struct tvm_record *out,
+                                       struct tv_error *err);
 
 /* Do two identities differ in the BLAS core type or the device, and in nothing
  * else? */

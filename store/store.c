@@ -775,7 +775,7 @@ enum tv_err tv_store_lock(tv_store *s, const char *purpose, unsigned timeout_ms,
     enum tv_err rc = TV_OK;
     int fd = -1;
     char *path = NULL;
-    char holder[160];
+    char holder[256];
     bool told = false;
     if (s->read_only)
         return tv_error_set(err, TV_E_IO, "store %s is open read-only",
@@ -831,26 +831,33 @@ out:
     return rc;
 }
 
-enum tv_err tv_store_lock_check(const tv_store *s, struct tv_error *err)
+bool tv_store_lock_holder(const tv_store *s, char *dst, size_t cap)
 {
-    enum tv_err rc = TV_OK;
-    char holder[160];
     char *const path = tv_path_join(s->path, WRITER_FILE);
+    const int fd = path == NULL || s->lock_fd >= 0
+                       ? -1
+                       : tv_sys()->open(path, O_RDONLY | O_CLOEXEC, 0);
+    const bool held = fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) != 0;
 
-    if (path == NULL)
-        return tv_error_set(err, TV_E_NOMEM, "no memory for a path");
-    const int fd = tv_sys()->open(path, O_RDONLY | O_CLOEXEC, 0);
-    if (fd >= 0 && s->lock_fd < 0 && flock(fd, LOCK_SH | LOCK_NB) != 0) {
-        tv_lock_holder(fd, holder, sizeof holder);
-        rc = tv_error_set(err, TV_E_LOCKED, "store %s is locked by %s", s->path,
-                          holder);
-        tv_error_hint(err, "wait until it ends, or give a longer "
-                           "--lock-timeout");
-    }
+    dst[0] = '\0';
+    if (held)
+        tv_lock_holder(fd, dst, cap);
     if (fd >= 0)
         (void)tv_sys()->close(fd);
     tv_free(path);
-    return rc;
+    return held;
+}
+
+enum tv_err tv_store_lock_check(const tv_store *s, struct tv_error *err)
+{
+    char holder[256];
+
+    if (!tv_store_lock_holder(s, holder, sizeof holder))
+        return TV_OK;
+    (void)tv_error_set(err, TV_E_LOCKED, "store %s is locked by %s", s->path,
+                       holder);
+    tv_error_hint(err, "wait until it ends, or give a longer --lock-timeout");
+    return TV_E_LOCKED;
 }
 
 void tv_store_unlock(tv_store *s)

@@ -11,12 +11,12 @@
 #include "tv/sys.h"
 #include "tv/text.h"
 
-#define HOLDER_MAX 120u
+#define HOLDER_MAX 224u
 
 void tv_lock_sign(int fd, const char *purpose)
 {
     char text[HOLDER_MAX];
-    const int n = snprintf(text, sizeof text, "%.80s (process %ld)\n", purpose,
+    const int n = snprintf(text, sizeof text, "%.160s (process %ld)\n", purpose,
                            (long)getpid());
 
     if (tv_sys()->ftruncate(fd, 0) == 0 && n > 0)

@@ -4,13 +4,13 @@
 
 What a plan says about the place that it is for is what a run would say, with
 the same exit status: another merge, finished or not, other files, a run that
-is at work there, in a directory and in a store. And who waits says for whom.
+is at work there, in a directory and in a store. Who waits says for whom, and
+tvmerge status shows merges into a store as it shows those into directories.
 """
-import fcntl
+import json
 import os
 import signal
 import subprocess
-import threading
 
 from cli_common import (DATA, SLOWER, TVMERGE, TVSTORE, check, document, finish,
                         go, held, make_model, path, run, write)
@@ -104,11 +104,29 @@ for where in ((path("busy"),), ("--into", "busy", "--store", store)):
         except FileNotFoundError:
             return False
 
-    check(held(p, locked), "nothing is at work")
+    def begun():
+        if not locked():
+            return False
+        r = subprocess.run([TVMERGE, "status", *state, "--json"],
+                           capture_output=True, timeout=10 * SLOWER)
+        return r.returncode == 0 and json.loads(r.stdout)["n_done"] > 0
+
+    into = len(where) > 1
+    state = ("--store", store, "--into", "busy") if into else where
+    work = "tvmerge run --into busy" if into else "tvmerge run"
+    check(held(p, begun), "nothing is at work")
+    if into:
+        check(document(TVMERGE, "status", *state)["running"] is True,
+              "status --into: running")
+        for args in ((store,), ("--store", store)):
+            doc = document(TVMERGE, "status", *args)
+            check([(m["name"], m["running"], m["n_tensors"], m["directory"])
+                   for m in doc["merges"]] == [("busy", True, 48, False)],
+                  f"status of a store: {doc}")
     for r in (one, two):
-        alike("busy", 11, r, *where, message=f"tvmerge run (process {p.pid})")
+        alike("busy", 11, r, *where, message=f"{work} (process {p.pid})")
     r = run(TVMERGE, "run", one, *where, "--lock-timeout", "50ms", code=11)
-    check(f"by tvmerge run (process {p.pid}): waiting 0.05 s at most"
+    check(f"by {work} (process {p.pid}): waiting 0.05 s at most"
           in r.stderr.decode(), f"who waits says for whom: {r.stderr}")
     go(p, signal.SIGINT)
     p.communicate(timeout=60 * SLOWER)
@@ -116,5 +134,25 @@ for where in ((path("busy"),), ("--into", "busy", "--store", store)):
     if p.returncode == 130:
         alike("another unfinished merge", 4, two, *where,
               message="an unfinished merge")
+        doc = document(TVMERGE, "status", *state)
+        check(doc["state"] == "unfinished" and doc["running"] is False and
+              0 < doc["n_done"] < doc["n_tensors"] == 48 and
+              doc["bytes_done"] == doc["n_done"] << 20 and
+              doc["bytes_total"] == 48 << 20, f"status: {doc}")
+        if into:
+            text = run(TVMERGE, "status", "--store", store).stdout.decode()
+            check(text == f"store:busy: unfinished, {doc['n_done']} of 48 "
+                  f"tensors, {doc['n_done']}.0 MiB of 48.0 MiB\n", text)
         run(TVMERGE, "plan", one, *where)
+    run(TVMERGE, "run", one, *where, "-q")
+    doc = document(TVMERGE, "status", *state)
+    check(doc["state"] == "finished" and doc["n_done"] == 48,
+          f"status when finished: {doc}")
+
+text = run(TVMERGE, "status", store).stdout.decode()
+check(text == f"{store}: no unfinished merge\n", text)
+run(TVMERGE, "status", "--store", store, "--into", "nobody", code=10)
+run(TVMERGE, "status", env={"TV_STORE": store})
+for argv in ((), ("--into", "m"), (path("busy"), "--store", store)):
+    run(TVMERGE, "status", *argv, code=2)
 finish()

@@ -161,6 +161,30 @@ def kept(tmp, doc):
         check(strip[0] == strip[1], f"--keep {keep} changes figures")
 
 
+def progress(d, running=False):
+    """What tvmerge status says of the comparison in d/out, against the records
+    that are there."""
+    if not os.path.exists(os.path.join(d, "out/.tvcompare/.entries.json")):
+        return None
+    s = run_json(TVMERGE, "status", "out", "--json", cwd=d)
+    done = 0
+    for e in s["entries"]:
+        record = os.path.join(d, "out/.tvcompare", e["name"] + ".json")
+        known = json.load(open(record)) if os.path.exists(record) else {}
+        done += "texts" in known
+        check((e["state"] == "done") == ("texts" in known) and
+              e["geometric_mean"] == known.get("geometric_mean"),
+              f"status: {e}, known is {known}")
+    check(s["schema"] == "tvmerge.status/1" and s["running"] is running and
+          s["n_entries"] == len(s["entries"]) == 8 and s["n_done"] == done and
+          s["state"] == ("finished" if done == 8 and not running
+                         else "unfinished"), f"status: {s}")
+    lines = run(TVMERGE, "status", "out", cwd=d, code=0).stdout.splitlines()
+    check(len(lines) == 9 and lines[0].startswith("out: comparison ") and
+          lines[0].endswith(f", {done} of 8 entries done"), f"status: {lines}")
+    return s
+
+
 def killed(tmp, doc, reference):
     """SIGKILL at moments spread over the whole run; then it is finished."""
     want = files(os.path.join(reference, "out"))
@@ -180,9 +204,11 @@ def killed(tmp, doc, reference):
                 p.send_signal(signal.SIGKILL)
                 p.wait()
                 kills += 1
+                progress(d)
         check(kills > 0, "nothing was killed")
         got = run_json(*command("out", "--json", "--keep", keep), cwd=d)
         if keep == "all":
+            check(progress(d)["state"] == "finished", "status when finished")
             check(figures(got) == figures(doc), "killed: other figures")
             check(files(os.path.join(d, "out")) == want, "killed: other bytes")
         else:
@@ -199,10 +225,13 @@ def interrupted(tmp, doc):
     d = work(tmp, "interrupt")
     p = subprocess.Popen(command("out"), cwd=d, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not os.path.isdir(os.path.join(d, "out/.tvcompare")) and \
-            p.poll() is None:
+    while not os.path.exists(os.path.join(d, "out/.tvcompare/base0.json")) \
+            and p.poll() is None:
         time.sleep(0.005)
+    p.send_signal(signal.SIGSTOP)
+    progress(d, running=True)
     p.send_signal(signal.SIGINT)
+    p.send_signal(signal.SIGCONT)
     out, err = p.communicate()
     check(p.returncode == 130 and "resume with: " in err and not out,
           f"SIGINT: exit {p.returncode}, {err[-200:]!r}")

@@ -435,6 +435,18 @@ TV_NODISCARD enum tv_err
 tvm_status_damped(const char *out_dir,
                   void (*fn)(void *arg, const struct tvm_damped *d), void *arg,
                   struct tv_error *err);
+/* The same for the merge of that name in a store; ABSENT when there is none. fn
+ * may be NULL. */
+TV_NODISCARD enum tv_err
+tvm_status_into(tv_store *store, const char *name, struct tvm_status *out,
+                void (*fn)(void *arg, const struct tvm_damped *d), void *arg,
+                struct tv_error *err);
+/* Calls fn for every unfinished merge that a store knows of: of those into its
+ * objects by their names, of those into directories (is_dir) that read it. */
+typedef void (*tvm_status_fn)(void *arg, const char *name, bool is_dir,
+                              const struct tvm_status *s);
+TV_NODISCARD enum tv_err tvm_status_store(tv_store *store, tvm_status_fn fn,
+                                          void *arg, struct tv_error *err);
 /* The device that the merge of that name in a store, finished or not, began
  * with; "": there is none. */
 void tvm_into_device(tv_store *store, const char *name,

@@ -91,8 +91,10 @@ bool tv_store_is_read_only(const tv_store *s); /* asked for, or the media is */
 TV_NODISCARD enum tv_err tv_store_lock(tv_store *s, const char *purpose,
                                        unsigned timeout_ms,
                                        struct tv_error *err);
-/* LOCKED, naming the holder, while it is held; takes nothing and works on a
- * handle that is read-only. */
+/* Whether another handle holds it, and who says to; takes nothing and works on
+ * a handle that is read-only. Filled: dst, "" when nobody does. */
+bool tv_store_lock_holder(const tv_store *s, char *dst, size_t cap);
+/* LOCKED, naming the holder, while another handle holds it. */
 TV_NODISCARD enum tv_err tv_store_lock_check(const tv_store *s,
                                              struct tv_error *err);
 void tv_store_unlock(tv_store *s);
