@@ -36,6 +36,10 @@ static const char *const tokenizer_files[] = {
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+};
+
+/* How a model of several modalities prepares its other inputs. */
+static const char *const processor_files[] = {
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
@@ -203,6 +207,35 @@ static enum tv_err add_tokenizer(struct planner *pl)
     if (pl->chat_template != NULL)
         TV_TRY(add_file(pl, "chat_template.jinja", pl->chat_template,
                         strlen(pl->chat_template), "the recipe"));
+out:
+    return rc;
+}
+
+static bool has_processor(const struct planner *pl, size_t input)
+{
+    for (size_t i = 0; i < N_OF(processor_files); i++) {
+        if (has_side(pl, input, processor_files[i]))
+            return true;
+    }
+    return false;
+}
+
+/* They go with config.json, not with the tokenizer. */
+static enum tv_err add_processors(struct planner *pl)
+{
+    size_t from = pl->st->donor;
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < pl->plan->n_inputs && !has_processor(pl, from);
+         i++) {
+        if (has_processor(pl, i))
+            from = i;
+    }
+    for (size_t i = 0; i < N_OF(processor_files); i++) {
+        bool found = false;
+        if (has_side(pl, from, processor_files[i]))
+            TV_TRY(copy_side(pl, from, processor_files[i], &found));
+    }
 out:
     return rc;
 }
@@ -424,6 +457,7 @@ enum tv_err plan_files_make(struct planner *pl)
     else if (pl->chat_template != NULL)
         plan_report(pl, "chat template", 1, false, TV_OK, "chat_template",
                     "not written: the tokenizer files are left out");
+    TV_TRY(add_processors(pl));
     if (plan->options.write_model_card) {
         TV_TRY(plan_card_make(pl, &card, &n));
         TV_TRY(add_file(pl, "README.md", card, n, ""));

@@ -493,10 +493,41 @@ static int64_t mapped_id(const struct plan_vocab *v, size_t from, int64_t id)
     return o == NULL ? -1 : o->id;
 }
 
+static void warn_id(struct editor *ed, const char *file, const char *key,
+                    int64_t id)
+{
+    plan_report(ed->pl, "ids without tokens", 5, false, TV_OK, file,
+                "'%s' %" PRId64 " is left out: the output has no such token",
+                key, id);
+}
+
+/* The same list with the output's ids; false: one is not in the output. `pair`:
+ * only the second number is an id. */
+static bool mapped_list(struct editor *ed, size_t from, const json_t *list,
+                        bool pair, json_t **out)
+{
+    *out = json_array();
+    for (size_t i = 0; i < json_array_size(list) && *out != NULL; i++) {
+        const json_t *const one = json_array_get(list, i);
+        const int64_t id = json_integer_value(one);
+        const int64_t now = !json_is_integer(one) || id < 0 || (pair && i == 0)
+                                ? id
+                                : mapped_id(ed->v, from, id);
+        if (now < 0 && id >= 0)
+            return false;
+        if (!json_is_integer(one) ||
+            json_array_append_new(*out, json_integer(now)) != 0)
+            ed->failed = true;
+    }
+    ed->failed = ed->failed || *out == NULL;
+    return true;
+}
+
 static void edit_id(struct editor *ed, size_t from, json_t *object,
                     const char *key, const char *file)
 {
     json_t *const value = json_object_get(object, key);
+    const bool pairs = strcmp(key, "forced_decoder_ids") == 0;
     const size_t n = json_is_array(value) ? json_array_size(value)
                                           : (size_t)json_is_integer(value);
     json_t *list = NULL;
@@ -509,16 +540,25 @@ static void edit_id(struct editor *ed, size_t from, json_t *object,
         const json_t *const one =
             json_is_array(value) ? json_array_get(value, i) : value;
         const int64_t id = json_integer_value(one);
-        const int64_t now =
-            id < 0 || !json_is_integer(one) ? id : mapped_id(ed->v, from, id);
-        differs = differs || now != id;
-        if (now < 0 && id >= 0)
-            plan_report(ed->pl, "ids without tokens", 5, false, TV_OK, file,
-                        "'%s' %" PRId64 " is left out: the output has no such "
-                        "token",
-                        key, id);
-        else if (json_array_append_new(list, json_integer(now)) != 0)
+        int64_t now = id;
+        json_t *words = NULL;
+        bool has = true;
+        if (json_is_array(one))
+            has = mapped_list(ed, from, one, pairs, &words);
+        else if (id >= 0 && json_is_integer(one))
+            now = mapped_id(ed->v, from, id);
+        has = has && (now >= 0 || id < 0);
+        if (!has)
+            warn_id(ed, file, key,
+                    words == NULL ? id
+                                  : json_integer_value(json_array_get(one, 0)));
+        else if (json_array_append_new(list, words == NULL
+                                                 ? json_integer(now)
+                                                 : json_incref(words)) != 0)
             ed->failed = true;
+        differs = differs || !has || now != id ||
+                  (words != NULL && !json_equal(words, one));
+        json_decref(words);
     }
     if (list == NULL) {
         ed->failed = true;
@@ -532,6 +572,118 @@ static void edit_id(struct editor *ed, size_t from, json_t *object,
     json_decref(list);
 }
 
+static bool ends_with(const char *s, const char *end)
+{
+    const size_t n = strlen(s);
+    const size_t n_end = strlen(end);
+    return n >= n_end && strcmp(s + n - n_end, end) == 0;
+}
+
+static bool is_one_of(const char *key, const char *const *keys, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (strcmp(key, keys[i]) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Which tokens begin and end; every model has some of these. */
+static const char *const common_ids[] = {
+    "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "unk_token_id", "decoder_start_token_id"};
+#define N_COMMON (sizeof(common_ids) / sizeof(*common_ids))
+
+/* Other keys of ids: of images and the like, of generation. Codes of sound are
+ * no tokens of the tokenizer. */
+static bool names_tokens(const char *key)
+{
+    static const char *const lists[] = {"suppress_tokens",
+                                        "begin_suppress_tokens",
+                                        "bad_words_ids", "forced_decoder_ids"};
+    if (strncmp(key, "codebook_", strlen("codebook_")) == 0)
+        return false;
+    return is_one_of(key, common_ids, N_COMMON) ||
+           is_one_of(key, lists, sizeof(lists) / sizeof(*lists)) ||
+           ends_with(key, "_token_id") || ends_with(key, "_token_ids") ||
+           ends_with(key, "_token_index");
+}
+
+/* An id that a larger model looks for in its input (where an image stands): no
+ * token, no images any more. */
+static void check_id(struct editor *ed, size_t from, const json_t *object,
+                     const char *key)
+{
+    const json_t *const value = json_object_get(object, key);
+    const int64_t id = json_integer_value(value);
+    const struct tvm_token *const t =
+        json_is_integer(value) && id >= 0 && !ed->v->truncate
+            ? tvm_vocab_at(ed->v->of[from].v, id)
+            : NULL;
+    char text[64];
+
+    if (t == NULL || is_one_of(key, common_ids, N_COMMON) ||
+        mapped_id(ed->v, from, id) >= 0)
+        return;
+    (void)tv_text_printable(t->s, text, sizeof(text));
+    plan_report(ed->pl, "ids without tokens of the config", 5, true, TV_E_INPUT,
+                "config.json",
+                "'%s' %" PRId64 " is '%s' in '%s', and the output has no such "
+                "token; 'tokenizer: {tokens: {\"%s\": {source: MODEL}}}' adds "
+                "it",
+                key, id, text, ed->pl->plan->inputs[from].ref, text);
+}
+
+/* Which tokens begin and end is a matter of the tokenizer: where that comes
+ * from another model than the rest of the config, `other` is that model's. */
+static const json_t *common_of(const json_t *other, const char *key)
+{
+    const json_t *const id = json_object_get(other, key);
+    return id != NULL
+               ? id
+               : json_object_get(json_object_get(other, "text_config"), key);
+}
+
+static void edit_ids(struct editor *ed, size_t from, json_t *object,
+                     const json_t *other, const char *file)
+{
+    const char *key = NULL;
+    json_t *value = NULL;
+    void *tmp = NULL;
+
+    json_object_foreach_safe(object, tmp, key, value)
+    {
+        const bool common = is_one_of(key, common_ids, N_COMMON);
+        const json_t *const theirs = common ? common_of(other, key) : NULL;
+        if (theirs != NULL) {
+            if (!json_equal(theirs, value))
+                put(ed, object, key, json_deep_copy(theirs));
+            edit_id(ed, ed->v->from, object, key, file);
+            continue;
+        }
+        /* What had no row there was never of use, and stays. */
+        if (!names_tokens(key) ||
+            (!common && json_is_integer(value) &&
+             (uint64_t)json_integer_value(value) >= ed->v->of[from].rows))
+            continue;
+        if (strcmp(file, "config.json") == 0)
+            check_id(ed, from, object, key);
+        edit_id(ed, from, object, key, file);
+    }
+}
+
+/* What only the tokenizer's model has. */
+static void add_ids(struct editor *ed, const json_t *other)
+{
+    for (size_t i = 0; i < N_COMMON; i++) {
+        const json_t *const theirs = common_of(other, common_ids[i]);
+        if (theirs == NULL || common_of(ed->root, common_ids[i]) != NULL)
+            continue;
+        put(ed, ed->root, common_ids[i], json_deep_copy(theirs));
+        edit_id(ed, ed->v->from, ed->root, common_ids[i], "config.json");
+    }
+}
+
 static void edit_size(struct editor *ed, json_t *object)
 {
     json_t *const old = json_object_get(object, "vocab_size");
@@ -540,45 +692,24 @@ static void edit_size(struct editor *ed, json_t *object)
         put(ed, object, "vocab_size", json_integer((json_int_t)ed->v->n_rows));
 }
 
-/* Which tokens begin and end is a matter of the tokenizer: where it comes from
- * another model than the rest of the config, its ids do too. */
-static enum tv_err take_ids(struct editor *ed, size_t *from,
-                            const char *const *keys, size_t n_keys,
-                            struct tv_error *e)
+/* config.json of the model that the tokenizer comes from, when the rest comes
+ * from another one; *out owned or NULL. */
+static enum tv_err read_other(struct planner *pl, size_t from,
+                              struct tv_error *e, json_t **out)
 {
-    const struct plan_vocab *const v = ed->v;
-    json_t *other = NULL;
+    const struct plan_vocab *const v = pl->vocab;
     char *data = NULL;
     size_t n = 0;
     bool found = false;
     enum tv_err rc = TV_OK;
 
-    if (v->truncate || *from == v->from)
+    if (v->truncate || from == v->from)
         return TV_OK;
-    TV_TRY(tv_input_side_read(ed->pl->plan->inputs[v->from].input,
-                              "config.json", &found, &data, &n, e));
-    if (!found)
-        goto out;
-    TV_TRY(tv_json_parse_exact(data, n, "config.json", e, &other));
-    for (size_t i = 0; i < n_keys; i++) {
-        json_t *const text = json_object_get(ed->root, "text_config");
-        json_t *const mine = json_object_get(ed->root, keys[i]) == NULL &&
-                                     json_object_get(text, keys[i]) != NULL
-                                 ? text
-                                 : ed->root;
-        json_t *theirs = json_object_get(other, keys[i]);
-        if (theirs == NULL)
-            theirs =
-                json_object_get(json_object_get(other, "text_config"), keys[i]);
-        if (theirs == NULL) {
-            edit_id(ed, *from, mine, keys[i], "config.json");
-        } else if (!json_equal(theirs, json_object_get(mine, keys[i]))) {
-            put(ed, mine, keys[i], json_incref(theirs));
-        }
-    }
-    *from = v->from;
+    TV_TRY(tv_input_side_read(pl->plan->inputs[v->from].input, "config.json",
+                              &found, &data, &n, e));
+    if (found)
+        rc = tv_json_parse_exact(data, n, "config.json", e, out);
 out:
-    json_decref(other);
     tv_free(data);
     return rc;
 }
@@ -587,30 +718,28 @@ enum tv_err plan_vocab_config(struct planner *pl, size_t from, bool generation,
                               const char *data, size_t n, char **out,
                               size_t *n_out)
 {
-    static const char *const keys[] = {
-        "bos_token_id", "eos_token_id", "pad_token_id",
-        "sep_token_id", "unk_token_id", "decoder_start_token_id"};
     const char *const name =
         generation ? "generation_config.json" : "config.json";
     struct editor ed = {.pl = pl, .v = pl->vocab};
     struct tv_error e;
+    json_t *other = NULL;
     enum tv_err rc = TV_OK;
 
     *out = NULL;
     tv_error_clear(&e);
     rc = tv_json_parse_exact(data, n, name, &e, &ed.root);
     if (rc == TV_OK && !generation)
-        rc = take_ids(&ed, &from, keys, sizeof(keys) / sizeof(*keys), &e);
+        rc = read_other(pl, from, &e, &other);
     if (rc == TV_OK) {
         json_t *const scopes[] = {ed.root,
                                   json_object_get(ed.root, "text_config")};
-        for (size_t s = 0; s < 2; s++) {
-            for (size_t i = 0;
-                 i < sizeof(keys) / sizeof(*keys) && scopes[s] != NULL; i++)
-                edit_id(&ed, from, scopes[s], keys[i], name);
-            if (!generation && scopes[s] != NULL)
+        for (size_t s = 0; s < 2 && scopes[s] != NULL; s++) {
+            edit_ids(&ed, from, scopes[s], other, name);
+            if (!generation)
                 edit_size(&ed, scopes[s]);
         }
+        add_ids(&ed, other);
     }
+    json_decref(other);
     return finish(&ed, rc, &e, name, out, n_out);
 }

@@ -69,6 +69,9 @@ static void put_tokenizer(const char *model, unsigned n,
                "\"model_max_length\": 1000000000000000019884624838656}\n");
 }
 
+/* Of the config.json of models to come. */
+static const char *more = "";
+
 /* A model of `rows` rows whose tokenizer has n ordinary tokens. */
 static void put_model(const char *name, unsigned rows, unsigned n,
                       const char *const *added, unsigned n_added, uint64_t seed,
@@ -80,8 +83,12 @@ static void put_model(const char *name, unsigned rows, unsigned n,
     m.vocab = rows;
     m.seed = seed;
     m.tied = tied;
-    m.config_more = "\"bos_token_id\": 1, \"eos_token_id\": [2, 15]";
+    char *const keys =
+        tv_asprintf("\"bos_token_id\": 1, \"eos_token_id\": [2, 15]%s", more);
+    assert_non_null(keys);
+    m.config_more = keys;
     char *const path = tiny_model_write(dir, name, &m);
+    tv_free(keys);
     put_tokenizer(path, n, added, n_added, "BPE");
     tv_free(path);
 }
@@ -521,6 +528,109 @@ static void test_other_tokens(void **state)
     assert_row("out", 16, "turned", 17, EMBED);
     assert_row("out", 17, "turned", 16, HEAD);
     planned_free(&p);
+}
+
+/* Whatever names a token by its id follows it: in config.json, also where a
+ * larger model says which token an image is, and in generation_config.json. */
+static void test_ids(void **state)
+{
+    static const char *const other[] = {"<|im_end|>", "<|im_start|>"};
+    static const char generation[] =
+        "{\"eos_token_id\": [2, 17], \"suppress_tokens\": [3, 16, 99],\n"
+        " \"begin_suppress_tokens\": [17], \"forced_eos_token_id\": 17,\n"
+        " \"bad_words_ids\": [[16, 5], [17]], \"max_length\": 17,\n"
+        " \"forced_decoder_ids\": [[17, 16]]}";
+    static const char *const wants[] = {
+        "\"eos_token_id\": [2, 16]",          "\"suppress_tokens\": [3, 17]",
+        "\"begin_suppress_tokens\": [16]",    "\"forced_eos_token_id\": 16",
+        "\"bad_words_ids\": [[17, 5], [16]]", "\"max_length\": 17",
+        "\"forced_decoder_ids\": [[17, 17]]"};
+    struct planned p;
+    (void)state;
+    more = ", \"image_token_index\": 16, \"audio_token_id\": 17, "
+           "\"codebook_pad_token_id\": 16, \"video_token_id\": 99";
+    put_models();
+    more = "";
+    put_model("turned", 18, 16, other, 2, 6, false);
+    write_text(dir, "chatml/generation_config.json", generation);
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/chatml}, {model: $/turned}]\n"
+              "tokenizer: {source: $/turned}\n",
+              NULL);
+    assert_int_equal(config_int(&p, "image_token_index"), 17);
+    assert_int_equal(config_int(&p, "audio_token_id"), 16);
+    assert_int_equal(config_int(&p, "codebook_pad_token_id"), 16);
+    assert_int_equal(config_int(&p, "video_token_id"), 99); /* had no row */
+    {
+        json_t *const j = json_of(&p, "generation_config.json");
+        char *const text = tv_json_text(j, 0);
+        assert_non_null(text);
+        for (size_t i = 0; i < sizeof(wants) / sizeof(*wants); i++) {
+            if (strstr(text, wants[i]) == NULL)
+                fail_msg("no %s in %s", wants[i], text);
+        }
+        tv_free(text);
+        json_decref(j);
+    }
+    planned_free(&p);
+    /* A model that looks for a token that is gone sees no image again. */
+    plan_text(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/chatml}, {model: $/base}]\n"
+              "tokenizer: {source: $/base}\n",
+              NULL);
+    expect_problem(&p, true, TV_E_INPUT, "config.json",
+                   "'image_token_index' 16 is '<|im_start|>'");
+    planned_free(&p);
+    plan_good(&p, dir,
+              "merge_method: linear\nparameters: {weight: 1}\n"
+              "models: [{model: $/chatml}, {model: $/base}]\n"
+              "tokenizer: {source: $/base, tokens: {<|im_end|>: {source: "
+              "$/chatml}, <|im_start|>: {source: $/chatml}}}\n",
+              NULL);
+    assert_int_equal(config_int(&p, "image_token_index"), 17);
+    planned_free(&p);
+}
+
+/* What prepares images belongs to the model that gives config.json, whoever
+ * gives the tokenizer, and whether or not anybody has one. */
+static void test_processors(void **state)
+{
+    static const char name[] = "preprocessor_config.json";
+    static const char *const recipes[] = {LINEAR2, LINEAR2
+                                          "tokenizer: {source: $/chatml}\n"};
+    struct planned p;
+    (void)state;
+    put_models();
+    write_text(dir, "base/preprocessor_config.json", "{\"size\": 1}");
+    write_text(dir, "chatml/preprocessor_config.json", "{\"size\": 2}");
+    write_text(dir, "chatml/processor_config.json", "{\"size\": 3}");
+    for (size_t i = 0; i < 3; i++) {
+        struct tvm_options o;
+        tvm_options_init(&o);
+        o.truncate_embeddings = i != 1;
+        if (i == 2) {
+            static const char *const gone[] = {"base", "chatml"};
+            for (size_t k = 0; k < 2; k++) {
+                char *const path = tv_asprintf("%s/%s", dir, gone[k]);
+                for (size_t f = 0; f < 2; f++) {
+                    char *const file =
+                        tv_path_join(path, f == 0 ? "tokenizer.json"
+                                                  : "tokenizer_config.json");
+                    assert_int_equal(remove(file), 0);
+                    tv_free(file);
+                }
+                tv_free(path);
+            }
+        }
+        plan_good(&p, dir, recipes[i % 2], &o);
+        const struct tvm_side_file *const f = planned_file(&p, name);
+        assert_non_null(f);
+        assert_memory_equal(f->data, "{\"size\": 1}", 11);
+        assert_null(planned_file(&p, "processor_config.json"));
+        planned_free(&p);
+    }
 }
 
 /* Tokenizers are held in memory, and --memory bounds it. */
@@ -984,6 +1094,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_no_block, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_stack, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_other_tokens, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_ids, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_processors, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_memory, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_kinds, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_beyond, set_up, tear_down),
