@@ -728,6 +728,9 @@ static uint64_t bytes_there(const struct tvm_plan *plan)
                 bytes = UINT64_MAX; /* nothing will be written */
             else if (same && !list[i]->complete)
                 bytes = add_capped(bytes, list[i]->bytes);
+            for (size_t f = 0; same && f < list[i]->n_files; f++)
+                bytes = add_capped(
+                    bytes, list[i]->complete ? 0 : list[i]->files[f].bytes);
             tv_object_free(list[i]);
         }
         tv_free(list);
@@ -746,6 +749,34 @@ static uint64_t room_in_quota(tv_store *store)
         room.user = UINT64_MAX;
     tv_read_end(r);
     return room.user;
+}
+
+/* Side files want pages in a row. */
+static enum tv_err check_files_fit(struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    enum tv_err rc = TV_OK;
+    tv_read *r = NULL;
+    uint64_t *files = NULL;
+    uint64_t most = 0;
+    size_t n = 0;
+    bool fits = true;
+    char a[32];
+    TV_TRY(tvm_room_files(plan, pl->err, &files, &n));
+    TV_TRY(tv_read_begin(plan->options.store, pl->err, &r));
+    TV_TRY(tv_derived_fits(r, files, n, &fits, pl->err));
+    for (size_t i = 0; i < n; i++)
+        most = files[i] > most ? files[i] : most;
+    if (!fits)
+        plan_report(pl, "quota of the store", 1, true, TV_E_NOSPACE, "",
+                    "quota of the store: its free pages lie apart, there is no "
+                    "room in one piece for side files of up to %s; 'tvstore "
+                    "compact' joins them",
+                    tv_format_bytes(most, a, sizeof(a)));
+out:
+    tv_read_end(r);
+    tv_free(files);
+    return rc;
 }
 
 static enum tv_err check_store(struct planner *pl)
@@ -786,6 +817,11 @@ static enum tv_err check_store(struct planner *pl)
             report_space(pl, "quota of the store", inside, room);
         else if (need > all)
             report_space(pl, "quota of the store", need, all);
+        else if (there != UINT64_MAX) {
+            rc = check_files_fit(pl);
+            if (rc != TV_OK)
+                return rc;
+        }
     }
     if (tv_disk_free(tv_store_path(plan->options.store), &disk, &e) == TV_OK &&
         need > add_capped(disk, st.free_bytes))

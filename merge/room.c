@@ -102,8 +102,6 @@ uint64_t tvm_room_left(const struct tvm_plan *p,
     for (size_t i = 0; p->options.into && i < p->n_tensors; i++)
         if (!done[i].done)
             bytes += p->tensors[i].bytes + 4096;
-    for (size_t i = 0; bytes > 0 && i < p->n_files; i++)
-        bytes += ((uint64_t)p->files[i].n + 4095) & ~(uint64_t)4095;
     return bytes;
 }
 
@@ -112,18 +110,54 @@ uint64_t tvm_room_spare(uint64_t bytes)
     return bytes > 0 ? bytes + bytes / 16 + SPARE_BYTES : 0;
 }
 
+enum tv_err tvm_room_files(const struct tvm_plan *p, struct tv_error *err,
+                           uint64_t **bytes, size_t *n)
+{
+    enum tv_err rc = TV_OK;
+    tv_read *r = NULL;
+    struct tv_error why;
+
+    *n = 0;
+    *bytes = tv_calloc(p->n_files + 1, sizeof **bytes);
+    if (!*bytes)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    TV_TRY(tv_read_begin(p->options.store, err, &r));
+    for (size_t i = 0; i < p->n_files; i++) {
+        const struct tvm_side_file *f = &p->files[i];
+        const void *data = NULL;
+        size_t there = 0;
+        tv_error_clear(&why);
+        if (tv_blob_get(r, tv_hash128(f->data, f->n), &data, &there, &why) !=
+            TV_OK)
+            (*bytes)[(*n)++] = f->n;
+    }
+out:
+    tv_read_end(r);
+    if (rc != TV_OK) {
+        tv_free(*bytes);
+        *bytes = NULL;
+    }
+    return rc;
+}
+
 enum tv_err tvm_room_into(const struct tvm_plan *p,
                           const struct tvm_tensor_done *done,
                           struct tv_error *err)
 {
+    enum tv_err rc = TV_OK;
     const uint64_t bytes = tvm_room_left(p, done);
+    uint64_t *files = NULL;
+    size_t n = 0;
 
     if (bytes == 0)
         return TV_OK;
+    TV_TRY(tvm_room_files(p, err, &files, &n));
     /* With room to spare, since values want pages in a row; without, when that
      * is all there is. */
-    if (tv_derived_reserve(p->options.store, tvm_room_spare(bytes), NULL) ==
-        TV_OK)
-        return TV_OK;
-    return tv_derived_reserve(p->options.store, bytes, err);
+    if (tv_derived_reserve(p->options.store, tvm_room_spare(bytes), files, n,
+                           NULL) != TV_OK)
+        rc = tv_derived_reserve(p->options.store, bytes, files, n, err);
+out:
+    tv_free(files);
+    return rc;
 }

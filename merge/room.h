@@ -19,7 +19,13 @@ TV_NODISCARD enum tv_err tvm_room_take(const struct tvm_plan *p,
                                        struct tv_error *err, char **charged);
 /* done: the output is finished, hence the user's. */
 void tvm_room_give(const struct tvm_plan *p, char *charged, bool done);
-/* Bytes that a merge into the store still needs of it; 0 for others. */
+/* Bytes of the side files that the store of a merge into it does not have;
+ * *bytes owned. */
+TV_NODISCARD enum tv_err tvm_room_files(const struct tvm_plan *p,
+                                        struct tv_error *err, uint64_t **bytes,
+                                        size_t *n);
+/* Bytes of tensors that a merge into the store still needs of it; 0 for others.
+ */
 uint64_t tvm_room_left(const struct tvm_plan *p,
                        const struct tvm_tensor_done *done);
 /* The same with what pages, tails and headers may add. */

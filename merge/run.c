@@ -79,6 +79,8 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
         result->n_resumed += sink->done[i].done;
     result->n_remade = sink->n_remade;
     TV_TRY(tvm_room_into(p, sink->done, err));
+    if (sink->ops->files)
+        TV_TRY(sink->ops->files(sink, err));
     /* Merged blocks in front of others are merged again, done or not. */
     TV_TRY(tvm_survey_run(p, tvm_calibrated_walks(p) ? NULL : sink->done, hooks,
                           err, &survey));

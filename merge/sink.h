@@ -36,6 +36,9 @@ struct tvm_totals { /* what a finished merge says about itself */
 struct tvm_sink;
 
 struct tvm_sink_ops {
+    /* Puts the side files, once there is room; NULL: they come last. Before
+     * anything else; one thread. */
+    enum tv_err (*files)(struct tvm_sink *s, struct tv_error *err);
     /* Bytes [off, off + n) of tensor t. Any thread; with `ordered`: the writer
      * thread only, tensor after tensor in the order of their start, bytes in
      * order. */

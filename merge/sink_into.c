@@ -233,6 +233,25 @@ out:
     return rc;
 }
 
+/* Before the tensors: each lies in one piece, which small free runs that are
+ * left over do not hold. */
+static enum tv_err into_files(struct tvm_sink *sink, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct into_sink *s = into_of(sink);
+    const struct tvm_plan *p = sink->plan;
+
+    if (p->n_files == 0)
+        return TV_OK;
+    TV_TRY(need_batch(s, err));
+    for (size_t i = 0; i < p->n_files; i++)
+        TV_TRY(tv_object_file_put(s->b, s->object_id, p->files[i].name,
+                                  p->files[i].data, p->files[i].n, err));
+    rc = end_batch(s, err);
+out:
+    return rc;
+}
+
 static enum tv_err into_finish(struct tvm_sink *sink,
                                const struct tvm_totals *totals,
                                struct tv_error *err)
@@ -248,9 +267,6 @@ static enum tv_err into_finish(struct tvm_sink *sink,
     }
     TV_TRY(end_batch(s, err));
     TV_TRY(tv_batch_begin(s->store, false, err, &s->b));
-    for (size_t i = 0; i < p->n_files; i++)
-        TV_TRY(tv_object_file_put(s->b, s->object_id, p->files[i].name,
-                                  p->files[i].data, p->files[i].n, err));
     TV_TRY(tv_object_file_put(s->b, s->object_id, RECORD_FILE, record,
                               strlen(record), err));
     TV_TRY(tv_run_drop(s->b, s->name, err));
@@ -276,6 +292,7 @@ static void into_close(struct tvm_sink *sink)
 }
 
 static const struct tvm_sink_ops into_ops = {
+    .files = into_files,
     .write = into_write,
     .end_tensor = into_end_tensor,
     .commit = into_commit,

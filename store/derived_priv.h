@@ -95,6 +95,8 @@ TV_NODISCARD enum tv_err derived_batch(tv_store *s, const uint64_t *pages,
                                        uint64_t keep_pages, tv_batch **out,
                                        struct space *space,
                                        struct tv_error *err);
+#define TREE_PAGES 24u /* copied by any commit of ours */
+/* Pages of a value of `bytes` behind a chunk's header. */
 uint64_t value_pages(uint64_t bytes, size_t page_bytes);
 
 #endif

@@ -22,7 +22,6 @@
 #include "tv/checked.h"
 
 #define EVICT_CHUNKS  256u
-#define TREE_PAGES    24u /* copied by any commit of ours */
 #define DISK_LEAST    ((uint64_t)64 << 20)
 #define IN_LEAF_BYTES 1900u /* larger values get pages of their own */
 
@@ -521,7 +520,7 @@ static enum tv_err read_space(tv_batch *b, struct space *out,
     enum tv_err rc = TV_OK;
     MDB_txn *reader = NULL;
     TV_TRY(txn_begin(b->t.s, MDB_RDONLY, &reader, err));
-    rc = space_runs(b->t.s, reader, out, err);
+    rc = space_runs(b->t.s, reader, false, out, err);
 out:
     if (reader != NULL) {
         tv_lmdb()->txn_abort(reader);
@@ -547,7 +546,8 @@ static uint64_t shortage(const tv_batch *b, struct space *sp,
     const uint64_t growth =
         space_growth(sp, w->pages, w->n, w->n_single + TREE_PAGES);
     const uint64_t singles = w->n_single + TREE_PAGES;
-    const uint64_t left = sp->n_free > singles ? sp->n_free - singles : 0;
+    const uint64_t lost = singles + (w->keep > 0 ? space_loss(sp) : 0);
+    const uint64_t left = sp->n_free > lost ? sp->n_free - lost : 0;
     /* Pages past the limit, of a quota that was lowered, are never used. */
     const uint64_t over = sp->end > limit ? sp->end - limit : 0;
     const uint64_t keep = w->keep + over > left ? w->keep + over - left : 0;
@@ -685,6 +685,7 @@ static enum tv_err user_room(const struct txn *t, uint64_t gone,
     enum tv_err rc = TV_OK;
     const size_t page_bytes = t->s->page_bytes;
     uint64_t quota = 0, bound = 0, end = 0, unused = 0;
+    struct space sp = {.runs = NULL};
     *bytes = UINT64_MAX;
     TV_TRY(quota_bound(t, &quota, &bound, err));
     if (quota == 0)
@@ -692,9 +693,13 @@ static enum tv_err user_room(const struct txn *t, uint64_t gone,
     TV_TRY(space_read(t->s, t->mdb, &end, &unused, err));
     const uint64_t limit = quota_limit(quota, bound, page_bytes);
     const uint64_t full = (end - (unused < end ? unused : end)) / page_bytes;
-    const uint64_t stays = (full > gone ? full - gone : 0) + TREE_PAGES;
+    TV_TRY(space_runs(t->s, t->mdb, true, &sp, err));
+    /* What goes may lie in pieces, too. */
+    const uint64_t stays = (full > gone ? full - gone : 0) + TREE_PAGES +
+                           space_loss(&sp) + gone / 40;
     *bytes = limit > stays ? (limit - stays) * page_bytes : 0;
 out:
+    space_free(&sp);
     return rc;
 }
 
@@ -713,7 +718,8 @@ out:
     return rc;
 }
 
-static enum tv_err no_room(tv_store *s, uint64_t missing, struct tv_error *err)
+static enum tv_err no_room(tv_store *s, uint64_t missing, bool in_a_row,
+                           struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_read *r = NULL;
@@ -731,31 +737,76 @@ static enum tv_err no_room(tv_store *s, uint64_t missing, struct tv_error *err)
                       "('tvstore rm') or raise the quota ('tvstore quota')",
                       tv_format_bytes(room.pinned, b, sizeof b));
     else
-        tv_error_hint(err, "derived data are gone already: remove an object "
-                           "('tvstore rm') or raise the quota ('tvstore "
-                           "quota')");
+        tv_error_hint(err,
+                      "derived data are gone already: remove an object "
+                      "('tvstore rm')%s or raise the quota ('tvstore quota')",
+                      in_a_row ? ", join free pages ('tvstore compact')" : "");
 out:
     tv_read_end(r);
     return rc;
 }
 
+/* Owned, at least one element. */
+static uint64_t *pages_of(const tv_store *s, const uint64_t *values, size_t n,
+                          struct tv_error *err)
+{
+    uint64_t *pages = (uint64_t *)tv_calloc(n + 1, sizeof *pages);
+    if (pages == NULL)
+        (void)tv_error_set(err, TV_E_NOMEM, "no memory for a list");
+    for (size_t i = 0; pages != NULL && i < n; i++)
+        pages[i] = value_pages(values[i], s->page_bytes);
+    return pages;
+}
+
+enum tv_err tv_derived_fits(tv_read *r, const uint64_t *values, size_t n,
+                            bool *fits, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tv_store *s = r->t.s;
+    struct tv_derived_room room;
+    struct space sp = {.runs = NULL};
+    uint64_t quota = 0, bound = 0;
+    uint64_t *pages = pages_of(s, values, n, err);
+    *fits = true;
+    if (pages == NULL)
+        return TV_E_NOMEM;
+    TV_TRY(quota_bound(&r->t, &quota, &bound, err));
+    if (quota == 0 || n == 0)
+        goto out;
+    TV_TRY(tv_derived_room(r, &room, err));
+    TV_TRY(space_runs(s, r->t.mdb, true, &sp, err));
+    const uint64_t growth = space_growth(&sp, pages, n, 0);
+    *fits = growth == 0 || room.evictable > 0 ||
+            sp.end + growth <= quota_limit(quota, bound, s->page_bytes);
+out:
+    space_free(&sp);
+    tv_free(pages);
+    return rc;
+}
+
 enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
+                               const uint64_t *values, size_t n,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
     struct space sp = {.runs = NULL};
     uint64_t missing = 0;
-    struct want w = {.pages = NULL};
+    struct want w = {.n = n};
     if (s->read_only)
         return TV_OK;
-    /* Runs of a chunk are wished for but cannot be had at any price; what
-     * counts is the number of pages. */
+    uint64_t *pages = pages_of(s, values, n, err);
+    if (pages == NULL)
+        return TV_E_NOMEM;
+    w.pages = pages;
+    /* Chunks find room in what runs there are (quota_chunks): what counts is
+     * the number of pages. */
     w.keep = bytes / s->page_bytes + bytes / (64 * s->page_bytes) + 1;
     TV_TRY(make_room(s, &w, false, &b, &sp, &missing, err));
     if (b == NULL)
-        rc = no_room(s, missing * s->page_bytes, err);
+        rc = no_room(s, missing * s->page_bytes, n > 0, err);
 out:
+    tv_free(pages);
     space_free(&sp);
     tv_batch_abort(b);
     return rc;

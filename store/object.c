@@ -744,13 +744,17 @@ static enum tv_err blob_put(tv_batch *b, struct tv_hash digest,
                                 b->t.s->path);
     }
     rc = quota_check(b, n + TV_REC_HEAD, err);
+    if (rc == TV_OK)
+        rc = quota_row(b, n, err);
     if (rc != TV_OK)
         return rc;
     rec_begin(&buf);
     tv_buf_add(&buf, data, n);
     rc = db_put_rec(b, DB_BLOB, REC_BLOB, &k, &buf, err);
-    if (rc == TV_OK)
+    if (rc == TV_OK) {
         b->dirty += n;
+        quota_put(b, n);
+    }
     return rc;
 }
 

@@ -289,11 +289,13 @@ enum tv_err tv_payload_begin(tv_batch *b, const struct tv_tensor_desc *d,
             chunk_bytes_max = b->t.s->dirty_max;
     }
     /* LMDB needs neighbouring pages for a chunk. Where space is scarce, small
-     * chunks find room between what lives on. */
+     * chunks find room between what lives on; quota_chunks makes them smaller
+     * where even these would not. */
     if (b->quota != 0 && chunk_bytes_max > b->quota / 64)
         chunk_bytes_max =
             b->quota / 64 > SCARCE_CHUNK ? b->quota / 64 : SCARCE_CHUNK;
     TV_TRY(rec_geometry(d, chunk_bytes_max, &r, err));
+    TV_TRY(quota_chunks(b, &r, err));
     TV_TRY(next_id(b, &id, err));
     TV_TRY(payload_put(b, id, &r, err));
     TV_TRY(trash_put(b, 'p', id, b->t.s->session, err));
@@ -346,6 +348,7 @@ enum tv_err tv_chunk_reserve(tv_batch *b, const struct tv_payload *p,
     memset(v + TV_CHUNK_HEADER + bytes, 0,
            (size_t)(total - TV_CHUNK_HEADER - bytes));
     b->dirty += total;
+    quota_put(b, total - TV_CHUNK_HEADER);
     b->pending = true;
     b->pending_id = p->id;
     b->pending_chunk = chunk;

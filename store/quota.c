@@ -9,7 +9,7 @@
  * second fence keeps a reserve, without which a full store could not even
  * remove something: removal writes pages too.
  */
-#include "store_priv.h"
+#include "derived_priv.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -25,6 +25,9 @@
 #define CHARGE_SLACK ((uint64_t)256 << 10) /* for records of a run */
 #define SHRINK_LEAST ((uint64_t)64 << 20)
 #define QUOTA_LEAST  ((uint64_t)256 << 10)
+#define SHORT_RUN    64u /* pages: of SCARCE_CHUNK in payload.c */
+#define SMALL_ROW    16u /* pages that are always found */
+#define CHUNKS_SPARE 2u  /* the tree takes pages of runs, too */
 
 uint64_t quota_file_max(uint64_t quota, size_t page_bytes)
 {
@@ -342,8 +345,8 @@ static enum tv_err make_runs(struct space *sp, const size_t *pages, size_t n,
     return TV_OK;
 }
 
-enum tv_err space_runs(tv_store *s, MDB_txn *reader, struct space *out,
-                       struct tv_error *err)
+enum tv_err space_runs(tv_store *s, MDB_txn *reader, bool all,
+                       struct space *out, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     MDB_envinfo info;
@@ -369,7 +372,7 @@ enum tv_err space_runs(tv_store *s, MDB_txn *reader, struct space *out,
         memcpy(&count, val.mv_data, sizeof count);
         if (count > val.mv_size / sizeof count - 1)
             continue;
-        if (txn >= oldest.txn) {
+        if (!all && txn >= oldest.txn) {
             out->later += count;
             continue;
         }
@@ -430,6 +433,119 @@ uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
         sp->n_free -= pages[i];
     }
     return growth + (n_single > sp->n_free ? n_single - sp->n_free : 0);
+}
+
+uint64_t space_loss(const struct space *sp)
+{
+    uint64_t pages = 0;
+    for (size_t i = 0; i < sp->n_runs; i++)
+        pages += sp->runs[i].n < SHORT_RUN ? sp->runs[i].n : 0;
+    /* At worst a header and an entry of the tree for every page. */
+    return pages / 40;
+}
+
+/* Chunks of so many pages that fit; the tree takes its pages first. */
+static uint64_t chunk_room(const struct space *sp, uint64_t pages,
+                           uint64_t limit)
+{
+    uint64_t n = limit > sp->end ? (limit - sp->end) / pages : 0;
+    uint64_t skip = TREE_PAGES;
+    for (size_t i = 0; i < sp->n_runs; i++) {
+        const uint64_t taken = skip < sp->runs[i].n ? skip : sp->runs[i].n;
+        skip -= taken;
+        n += (sp->runs[i].n - taken) / pages;
+    }
+    return n;
+}
+
+static void space_take(struct space *sp, uint64_t pages)
+{
+    sp->end += space_growth(sp, &pages, 1, 0);
+}
+
+/* What is free for this batch, less what it has put so far. */
+static enum tv_err batch_space(tv_batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    MDB_txn *reader = NULL;
+    if (b->space_known)
+        return TV_OK;
+    TV_TRY(tv_buf_ok(&b->puts, err));
+    TV_TRY(txn_begin(b->t.s, MDB_RDONLY, &reader, err));
+    TV_TRY(space_runs(b->t.s, reader, false, &b->space, err));
+    b->space_known = true;
+    for (size_t at = 0; at < b->puts.n_bytes; at += 8)
+        space_take(&b->space, tv_get_le64(b->puts.data + at));
+    tv_buf_free(&b->puts);
+out:
+    if (reader != NULL) {
+        tv_lmdb()->txn_abort(reader);
+        atomic_fetch_sub(&b->t.s->n_txns, 1);
+    }
+    return rc;
+}
+
+void quota_put(tv_batch *b, uint64_t bytes)
+{
+    if (b->quota == 0)
+        return;
+    const uint64_t pages = value_pages(bytes, b->t.s->page_bytes);
+    b->put_pages += pages;
+    if (b->space_known)
+        space_take(&b->space, pages);
+    else
+        tv_buf_le64(&b->puts, pages);
+}
+
+enum tv_err quota_row(tv_batch *b, uint64_t bytes, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t page_bytes = b->t.s->page_bytes;
+    const uint64_t pages = value_pages(bytes, page_bytes);
+    char a[32];
+    if (b->quota == 0 || pages < SMALL_ROW ||
+        b->end_pages + b->put_pages + pages + TREE_PAGES <= quota_pages(b))
+        return TV_OK;
+    TV_TRY(batch_space(b, err));
+    for (size_t i = 0; i < b->space.n_runs; i++)
+        if (b->space.runs[i].n >= pages)
+            return TV_OK;
+    if (b->space.end + pages <=
+        quota_file_max(b->bound, page_bytes) / page_bytes)
+        return TV_OK;
+    rc = tv_error_set(err, TV_E_NOSPACE,
+                      "store %s: its quota lets it grow no more, and its free "
+                      "pages lie apart: there is no room in one piece for %s",
+                      b->t.s->path, tv_format_bytes(bytes, a, sizeof a));
+    tv_error_hint(err, "'tvstore compact' joins free pages; or raise the quota "
+                       "('tvstore quota')");
+out:
+    return rc;
+}
+
+enum tv_err quota_chunks(tv_batch *b, struct rec_payload *r,
+                         struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t page_bytes = b->t.s->page_bytes;
+    const uint64_t limit = quota_pages(b);
+    if (b->quota == 0 || r->n_chunks == 0)
+        return TV_OK;
+    const uint64_t chunk =
+        r->bytes < r->chunk_bytes ? r->bytes : r->chunk_bytes;
+    uint64_t pages = value_pages(chunk, page_bytes);
+    if (!b->space_known &&
+        b->end_pages + b->put_pages + r->n_chunks * pages + TREE_PAGES <= limit)
+        return TV_OK; /* the file may grow by all of it */
+    TV_TRY(batch_space(b, err));
+    while (pages > 1 &&
+           r->n_chunks + CHUNKS_SPARE > chunk_room(&b->space, pages, limit)) {
+        pages /= 2;
+        /* The head of a run of pages has 16 bytes. */
+        rec_geometry_cut(r, pages * page_bytes - 16 - TV_CHUNK_HEADER);
+    }
+out:
+    return rc;
 }
 
 uint64_t quota_limit(uint64_t quota, uint64_t bound, size_t page_bytes)
@@ -514,6 +630,7 @@ enum tv_err quota_room(tv_batch *b, struct tv_error *err)
     /* LMDB shows its list of free pages to read transactions only. */
     TV_TRY(txn_begin(s, MDB_RDONLY, &reader, err));
     TV_TRY(space_read(s, reader, &end, &unused, err));
+    b->end_pages = end / s->page_bytes;
     const uint64_t max = quota_file_max(b->bound, s->page_bytes);
     const uint64_t used = end - unused + reserve_of(b->bound);
     b->room = max > used ? max - used : 0;

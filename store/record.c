@@ -926,6 +926,15 @@ static uint64_t element_group_bytes(enum tv_dtype t)
     return tv_dtype_bits(t) % 8 == 6 ? 192 : 64;
 }
 
+void rec_geometry_cut(struct rec_payload *r, uint64_t chunk_bytes_max)
+{
+    const uint64_t group = element_group_bytes(r->dtype);
+    r->chunk_bytes = chunk_bytes_max > group
+                         ? chunk_bytes_max - chunk_bytes_max % group
+                         : group;
+    r->n_chunks = r->bytes / r->chunk_bytes + (r->bytes % r->chunk_bytes != 0);
+}
+
 enum tv_err rec_geometry(const struct tv_tensor_desc *d,
                          uint64_t chunk_bytes_max, struct rec_payload *out,
                          struct tv_error *err)

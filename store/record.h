@@ -265,5 +265,7 @@ TV_NODISCARD enum tv_err rec_geometry(const struct tv_tensor_desc *d,
                                       uint64_t chunk_bytes_max,
                                       struct rec_payload *out,
                                       struct tv_error *err);
+/* Smaller chunks for one: whole elements, wherever rows end. */
+void rec_geometry_cut(struct rec_payload *r, uint64_t chunk_bytes_max);
 
 #endif

@@ -19,6 +19,7 @@
 
 #include "lmdb_seam.h"
 #include "record.h"
+#include "tv/text.h"
 #include "tv/store.h"
 #include "tv/sys.h"
 
@@ -107,6 +108,17 @@ struct tv_read {
     struct arena arena;
 };
 
+struct page_run {
+    uint64_t page, n;
+};
+struct space {             /* owned: space_free */
+    uint64_t end;          /* pages of the file in use */
+    uint64_t later;        /* free, but a reader still sees them */
+    uint64_t n_free;       /* free and reusable now */
+    struct page_run *runs; /* of reusable pages, by page */
+    size_t n_runs;
+};
+
 struct tv_batch {
     struct txn t;
     bool lazy;
@@ -115,6 +127,10 @@ struct tv_batch {
     uint64_t n_writes; /* records changed so far */
     uint64_t dirty;
     uint64_t room; /* bytes that may be put; UINT64_MAX without quota */
+    uint64_t end_pages, put_pages; /* of the file at the start; put since */
+    struct tv_buf puts; /* u64 each: runs put before space was looked at */
+    struct space space; /* what is left of it */
+    bool space_known;
     uint64_t quota;
     uint64_t bound; /* quota less charges, 0: no quota */
     bool pending;   /* a chunk is reserved and not sealed */
@@ -252,17 +268,8 @@ TV_NODISCARD enum tv_err space_read(tv_store *s, MDB_txn *reader,
 /* The quota less what is charged to it; 0 without one. */
 TV_NODISCARD enum tv_err quota_bound(const struct txn *t, uint64_t *quota,
                                      uint64_t *bound, struct tv_error *err);
-struct page_run {
-    uint64_t page, n;
-};
-struct space {             /* owned: space_free */
-    uint64_t end;          /* pages of the file in use */
-    uint64_t later;        /* free, but a reader still sees them */
-    uint64_t n_free;       /* free and reusable now */
-    struct page_run *runs; /* of reusable pages, by page */
-    size_t n_runs;
-};
-TV_NODISCARD enum tv_err space_runs(tv_store *s, MDB_txn *reader,
+/* all: pages that a reader still sees count as reusable. */
+TV_NODISCARD enum tv_err space_runs(tv_store *s, MDB_txn *reader, bool all,
                                     struct space *out, struct tv_error *err);
 void space_free(struct space *sp);
 /* Pages by which the file grows when values of pages[n] are put in order, and
@@ -280,6 +287,17 @@ uint64_t quota_file_max(uint64_t quota, size_t page_bytes);
 TV_NODISCARD enum tv_err quota_apply(tv_store *s, uint64_t quota,
                                      struct tv_error *err);
 TV_NODISCARD enum tv_err quota_room(tv_batch *b, struct tv_error *err);
+/* Makes the chunks of a payload small enough for the runs of free pages, where
+ * the quota does not let the file grow. */
+TV_NODISCARD enum tv_err quota_chunks(tv_batch *b, struct rec_payload *r,
+                                      struct tv_error *err);
+/* NOSPACE when a value of `bytes`, which must lie in one piece, has no room. */
+TV_NODISCARD enum tv_err quota_row(tv_batch *b, uint64_t bytes,
+                                   struct tv_error *err);
+/* A value of `bytes` was put: its pages are gone. */
+void quota_put(tv_batch *b, uint64_t bytes);
+/* Pages that the use of runs shorter than a chunk loses: a header in each. */
+uint64_t space_loss(const struct space *sp);
 /* NOSPACE when `bytes` more do not fit. */
 TV_NODISCARD enum tv_err quota_check(tv_batch *b, uint64_t bytes,
                                      struct tv_error *err);

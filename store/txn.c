@@ -190,6 +190,7 @@ enum tv_err tv_batch_begin(tv_store *s, bool lazy, struct tv_error *err,
         return tv_error_set(err, TV_E_NOMEM, "no memory for a batch");
     b->t.s = s;
     b->lazy = lazy;
+    tv_buf_init(&b->puts, (size_t)1 << 30);
     TV_TRY(txn_begin(s, 0, &b->t.mdb, err));
     TV_TRY(quota_room(b, err));
     if (b->bound != s->map_quota && atomic_load(&s->n_txns) == 1) {
@@ -216,6 +217,8 @@ void tv_batch_abort(tv_batch *b)
         tv_lmdb()->txn_abort(b->t.mdb);
         atomic_fetch_sub(&b->t.s->n_txns, 1);
     }
+    space_free(&b->space);
+    tv_buf_free(&b->puts);
     tv_free(b);
 }
 

@@ -569,11 +569,53 @@ static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
         goto out;
     }
     if (need == 0 ||
-        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL) ==
-            TV_OK)
+        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL, 0,
+                           NULL) == TV_OK)
         goto out;
-    rc = tv_derived_reserve(m->store, need, m->err);
+    rc = tv_derived_reserve(m->store, need, NULL, 0, m->err);
 out:
+    return rc;
+}
+
+/* Each side file that the store does not have wants pages in a row; derived
+ * data go for it. Where that does not do, putting it says what is missing. */
+static enum tv_err admit_sides(struct import *m, const struct tv_store_stat *st)
+{
+    enum tv_err rc = TV_OK;
+    const size_t count = tv_input_side_count(m->from);
+    tv_read *r = NULL;
+    char *data = NULL;
+    size_t n_new = 0;
+    uint64_t *sizes = NULL;
+
+    if (st->quota_bytes == 0 || st->masks + st->task_vectors == 0)
+        return TV_OK;
+    sizes = (uint64_t *)tv_calloc(count + 1, sizeof *sizes);
+    if (sizes == NULL)
+        return no_memory(m->err);
+    TV_TRY(tv_read_begin(m->store, m->err, &r));
+    for (size_t i = 0; i < count; i++) {
+        const char *name = tv_input_side_name(m->from, i);
+        const void *there = NULL;
+        size_t n = 0, n_there = 0;
+        bool found = false;
+
+        TV_TRY(tv_input_side_read(m->from, name, &found, &data, &n, m->err));
+        if (found && tv_blob_get(r, tv_hash128(data, n), &there, &n_there,
+                                 NULL) != TV_OK)
+            sizes[n_new++] = n;
+        tv_free(data);
+        data = NULL;
+    }
+    tv_read_end(r);
+    r = NULL;
+    if (n_new > 0 &&
+        tv_derived_reserve(m->store, 0, sizes, n_new, NULL) == TV_E_NOMEM)
+        rc = no_memory(m->err);
+out:
+    tv_read_end(r);
+    tv_free(data);
+    tv_free(sizes);
     return rc;
 }
 
@@ -633,6 +675,7 @@ enum tv_err tv_import(tv_store *s, const char *name, tv_input *from,
     TV_TRY(tv_store_stat(s, &stat, err));
     shared_before = stat.dedup_saved_bytes;
     TV_TRY(admit(&m, &stat));
+    TV_TRY(admit_sides(&m, &stat));
     TV_TRY(create(&m));
     TV_TRY(put_sides(&m));
     TV_TRY(put_tensors(&m));

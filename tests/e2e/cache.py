@@ -8,6 +8,7 @@ set, memory budget and kind of input, adapters included, killed and resumed.
 Store and unfinished output together never take more than the quota, sampled
 all the while, although the merges need far more room for masks than there is.
 """
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 
-from common import Sampler, check, finish, run, run_json, temp, used
+from common import (Sampler, check, finish, run, run_json, temp, used,
+                    write_safetensors)
 
 BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
 TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
@@ -259,9 +261,76 @@ def lowered(tmp):
     run(TVSTORE, "verify", "g", "-q", code=0)
 
 
+def shreds(store):
+    """Free pages of a store in short runs only: between each two tensors of a
+    model that went lies one that another model has too."""
+    rng = random.Random(11)
+    kept, gone = {}, {}
+    for i in range(120):
+        rows = (25, 3, 50, 9)[i % 4]
+        gone[f"x{i:03}a"] = ("BF16", (rows, 2048), rng.randbytes(rows * 4096))
+        kept[f"x{i:03}a"] = gone[f"x{i:03}a"]
+        gone[f"x{i:03}b"] = ("BF16", (rows, 2048), rng.randbytes(rows * 4096))
+    for name, tensors in (("gone", gone), ("kept", kept)):
+        os.makedirs(name)
+        write_safetensors(os.path.join(name, "model.safetensors"), tensors)
+        shutil.copy("small/base/config.json", name)
+        run(TVSTORE, "import", store, name, name, "-q", code=0)
+    run(TVSTORE, "rm", store, "gone", code=0)
+    run(TVSTORE, "gc", store, code=0)
+
+
+def fragmented(tmp):
+    """Where free pages lie apart, chunks are made as small as they have to be;
+    what has no room in pieces either is refused while it is planned."""
+    os.chdir(tmp)
+    for d in ("f", "g", "small"):
+        shutil.rmtree(d, True)
+    run(SYNTH, "small", "--layers", "2", "--hidden", "256", "--kv", "128",
+        "--inter", "512", "--vocab", "6000", "--donors", "2", code=0)
+    run(TVSTORE, "init", "f", code=0)
+    shreds("f")
+    r = recipe("f.yml", "small/base", [("small/ft1", 0.7, 1),
+                                       ("small/ft2", 0.5, 1)],
+               "task_arithmetic")
+    into = [r, "--into", "m", "--store", "g"]
+    size = run_json(TVSTORE, "stat", "f", "--json")["file_bytes"]
+    free = run_json(TVSTORE, "stat", "f", "--json")["kinds"]["free"]
+    for words in (0, 600000):
+        if words:
+            with open("small/base/tokenizer.json", "w") as f:
+                json.dump({"model": {"type": "BPE"}, "x": "y" * words}, f)
+        shutil.rmtree("g", True)
+        shutil.copytree("f", "g")
+        need = run_json(TVMERGE, "plan", *into, "--json")["peak_disk_bytes"]
+        digest = run_json(TVMERGE, "run", *into, "--json")["digest"]
+        check(need + (1 << 20) < free, "nothing has to grow")
+        codes = []
+        for quota in [size + k * 400000 for k in range(-3, 6)] + \
+                [size - free + need * 3 // 4, 2 * size]:
+            what = f"fragmented, {words}, quota size{quota - size:+}"
+            shutil.rmtree("g")
+            shutil.copytree("f", "g")
+            run(TVSTORE, "quota", "g", quota, code=0)
+            p = run(TVMERGE, "plan", *into)
+            e = run(TVMERGE, "run", *into, "--json")
+            codes.append(p.returncode)
+            check(p.returncode in (0, 5) and e.returncode == p.returncode,
+                  f"{what}: plan {p.returncode}, run {e.returncode}: "
+                  f"{e.stderr[-200:]}")
+            if e.returncode == 0:
+                check(json.loads(e.stdout)["digest"] == digest,
+                      f"{what}: another digest")
+                check(used("g") <= max(quota, size + (64 << 10)),
+                      f"{what}: takes size{used('g') - size:+}")
+            run(TVSTORE, "verify", "g", "-q", code=0)
+        check(codes[3 if words == 0 else -1] == 0 and codes[-2] == 5 and
+              codes[-1] == 0, f"{words}: {codes}")
+
+
 def main():
     tmp = temp()
-    for part in (same_bytes, nested, adapters, bounded, lowered):
+    for part in (same_bytes, nested, adapters, bounded, lowered, fragmented):
         t = time.time()
         part(tmp)
         print(f"{part.__name__}: {time.time() - t:.1f} s", flush=True)

@@ -97,6 +97,31 @@ static void never_passed(void **state)
     }
 }
 
+/* Every other small object of a full store goes: a large one finds its room
+ * between those that stay. */
+static void pieces_are_used(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t q = 4u << 20;
+    char name[32];
+    uint64_t freed = 0;
+    assert_ok(tv_store_quota_set(f->s, q, &f->err), &f->err);
+    const unsigned n = fill(f, q, 450); /* about 60 KB each */
+    for (unsigned i = 0; i < n; i += 2) {
+        (void)snprintf(name, sizeof name, "m%u", i);
+        assert_ok(fx_remove(f->s, name, &f->err), &f->err);
+    }
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    for (unsigned i = 0; i < 2; i++) {
+        (void)snprintf(name, sizeof name, "large%u", i);
+        assert_ok(fx_object(f->s, name, 7 + i, 5500, &f->err), &f->err);
+        check_used(f, q);
+    }
+    assert_ok(fx_object_compare(f->s, "large0", 7, &f->err), &f->err);
+    assert_ok(fx_object_compare(f->s, "large1", 8, &f->err), &f->err);
+    fx_verify(f);
+}
+
 /* Filled to the brim with odd sizes and tiny records: only LMDB's own fence is
  * left, and it must hold as well. */
 static void the_second_fence_holds(void **state)
@@ -190,6 +215,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(quota_is_kept_and_reported),
         T(never_passed),
+        T(pieces_are_used),
         T(the_second_fence_holds),
         T(raising_it_makes_room),
         T(full_disk),

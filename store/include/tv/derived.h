@@ -170,9 +170,16 @@ struct tv_derived_room {
 };
 TV_NODISCARD enum tv_err
 tv_derived_room(tv_read *r, struct tv_derived_room *out, struct tv_error *err);
-/* Evicts, oldest use first, until `bytes` more of user data fit the quota.
- * NOSPACE says how much is missing and what could go. */
+/* Side files lie in one piece each: is there room for values[n] bytes, or may
+ * eviction make it? Their sum is the business of tv_derived_room. */
+TV_NODISCARD enum tv_err tv_derived_fits(tv_read *r, const uint64_t *values,
+                                         size_t n, bool *fits,
+                                         struct tv_error *err);
+/* Evicts, oldest use first, until `bytes` more of user data fit the quota, and
+ * side files of values[n] bytes beside them (NULL, 0: none). NOSPACE says how
+ * much is missing and what could go. */
 TV_NODISCARD enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
+                                            const uint64_t *values, size_t n,
                                             struct tv_error *err);
 /* Drops everything that is not pinned. */
 TV_NODISCARD enum tv_err tv_derived_evict_all(tv_store *s, uint64_t *n_items,
