@@ -291,7 +291,7 @@ enum tv_err tv_parse_bytes(const char *s, bool mergekit_b, uint64_t *bytes,
     return TV_OK;
 }
 
-char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap)
+static char *format_bytes(uint64_t bytes, bool up, char *dst, size_t cap)
 {
     static const char *const units[] = {"KiB", "MiB", "GiB",
                                         "TiB", "PiB", "EiB"};
@@ -301,16 +301,17 @@ char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap)
         (void)snprintf(dst, cap, "%" PRIu64 " B", bytes);
         return dst;
     }
-    /* Tenths, rounded half up, one unit after the other; a value that rounds
-     * to 1024.0 moves on to the next unit. */
+    /* Tenths, rounded half up or up, one unit after the other; a value that
+     * rounds to 1024.0 moves on to the next unit. */
     unsigned shift = 10;
     size_t i = 0;
     for (;;) {
         const uint64_t one = UINT64_C(1) << shift;
         const uint64_t whole = bytes >> shift;
         const uint64_t rest = bytes & (one - 1);
-        const uint64_t tenths =
-            (uint64_t)(((unsigned __int128)rest * 10 + one / 2) >> shift);
+        const uint64_t tenths = (uint64_t)(((unsigned __int128)rest * 10 +
+                                            (up ? one - 1 : one / 2)) >>
+                                           shift);
         const uint64_t all = whole * 10 + tenths;
         if (all < 10240 || i + 1 == sizeof units / sizeof *units) {
             (void)snprintf(dst, cap, "%" PRIu64 ".%" PRIu64 " %s", all / 10,
@@ -320,6 +321,16 @@ char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap)
         shift += 10;
         i++;
     }
+}
+
+char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap)
+{
+    return format_bytes(bytes, false, dst, cap);
+}
+
+char *tv_format_bytes_up(uint64_t bytes, char *dst, size_t cap)
+{
+    return format_bytes(bytes, true, dst, cap);
 }
 
 /* ---- suggestions --------------------------------------------------------- */

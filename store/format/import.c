@@ -28,6 +28,10 @@
 #define ADMIT_SLACK     ((uint64_t)1 << 20)
 /* More than the store keeps back of a quota. */
 #define RESERVE_BYTES   ((uint64_t)5 << 20)
+/* What a tensor takes beside its bytes: records, and the rest of a page. */
+#define SMALL_BYTES     2048u /* such share pages */
+#define SMALL_COST      2560u
+#define TENSOR_COST     8192u
 
 struct import {
     tv_store *store;
@@ -42,8 +46,10 @@ struct import {
     char *source_path;
     uint64_t *sources; /* source id per file, 0 until put */
     uint64_t done, total;
-    size_t pending; /* links in the batch */
-    size_t *todo;   /* [n_todo] tensors that are not there, in order */
+    uint64_t quota;  /* of the store, 0: there is none */
+    uint64_t enough; /* one that all of it fits */
+    size_t pending;  /* links in the batch */
+    size_t *todo;    /* [n_todo] tensors that are not there, in order */
     size_t n_todo;
 };
 
@@ -401,6 +407,21 @@ out:
     return rc;
 }
 
+/* A quota that lets the import through when `bytes` of it are new. */
+static uint64_t enough_for(const struct import *m,
+                           const struct tv_store_stat *st, uint64_t bytes)
+{
+    const uint64_t gone =
+        st->free_bytes + st->masks + st->task_vectors + st->statistics;
+    uint64_t want = st->used_bytes > gone ? st->used_bytes - gone : 0;
+
+    want += st->charged_bytes + bytes + bytes / 64 + ADMIT_SLACK;
+    for (size_t i = 0; i < tv_input_count(m->from); i++)
+        want += tv_input_tensor(m->from, i)->bytes < SMALL_BYTES ? SMALL_COST
+                                                                 : TENSOR_COST;
+    return want + (want / 15 < RESERVE_BYTES ? want / 15 : RESERVE_BYTES);
+}
+
 /* Says how much was asked for. What nothing has become durable of would only
  * be in the way: it goes. */
 static void refused(struct import *m)
@@ -413,6 +434,11 @@ static void refused(struct import *m)
 
     tv_error_context(m->err, "'%s' takes up to %s", m->name,
                      tv_format_bytes(m->total, bytes, sizeof bytes));
+    if (m->quota > 0 && m->enough > m->quota)
+        tv_error_hint(m->err,
+                      "'tvstore quota %s %" PRIu64 "MiB' gives it enough room; "
+                      "removing objects ('tvstore rm') makes some",
+                      tv_store_path(m->store), (m->enough >> 20) + 1);
     if (m->resumed || m->object == 0)
         return;
     if (tv_read_begin(m->store, NULL, &read) != TV_OK)
@@ -481,8 +507,8 @@ out:
     return rc;
 }
 
-/* Bytes of what the store does not hold, each content once; `most`: more than
- * that need not be counted. */
+/* Bytes of what the store does not hold, each content once. When there are more
+ * than `most`, the rest is not read and counts whole. */
 static enum tv_err count_new(struct import *m, uint64_t most, uint64_t *out)
 {
     enum tv_err rc = TV_OK;
@@ -514,8 +540,11 @@ static enum tv_err count_new(struct import *m, uint64_t most, uint64_t *out)
             for (size_t k = 1; k <= i; k++)
                 if (compare_content(&list[k - 1], &list[k]) == 0)
                     shared += list[k].bytes;
-            if (bytes - shared > most)
+            if (bytes - shared > most) {
+                while (++i < n)
+                    bytes += tv_input_tensor(m->from, i)->bytes;
                 break;
+            }
         }
     }
     *out = bytes - shared;
@@ -526,22 +555,17 @@ out:
     return rc;
 }
 
-static enum tv_err too_big(const struct import *m, uint64_t missing,
+static enum tv_err too_big(const struct import *m,
                            const struct tv_store_stat *st)
 {
-    char a[32], q[32], b[32];
+    char a[32], q[32];
 
-    tv_error_set(m->err, TV_E_NOSPACE,
-                 "store %s: at least %s are missing to stay within its quota "
-                 "of %s",
-                 tv_store_path(m->store), tv_format_bytes(missing, a, sizeof a),
-                 tv_format_bytes(st->quota_bytes, q, sizeof q));
-    tv_error_hint(
-        m->err,
-        "remove an object ('tvstore rm'; weights and outputs take "
-        "%s), or raise the quota ('tvstore quota')",
-        tv_format_bytes(st->weights + st->outputs + st->adapters, b, sizeof b));
-    return TV_E_NOSPACE;
+    return tv_error_set(
+        m->err, TV_E_NOSPACE,
+        "store %s: %s are missing to stay within its quota of %s",
+        tv_store_path(m->store),
+        tv_format_bytes_up(m->enough - st->quota_bytes, a, sizeof a),
+        tv_format_bytes(st->quota_bytes, q, sizeof q));
 }
 
 /* Under a quota there is room for all of it before anything is written; derived
@@ -559,13 +583,16 @@ static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
     const uint64_t room =
         st->free_bytes +
         (st->quota_bytes > taken ? st->quota_bytes - taken : 0);
+    m->quota = st->quota_bytes;
+    m->enough = enough_for(m, st, need);
     if (need + need / 16 + ADMIT_SLACK + RESERVE_BYTES <= room)
         goto out;
     /* Pages around derived data go with them. */
     const uint64_t most = room + derived + derived / 16 + ADMIT_SLACK;
     TV_TRY(count_new(m, most, &need));
+    m->enough = enough_for(m, st, need);
     if (need > most) {
-        rc = too_big(m, need - most, st);
+        rc = too_big(m, st);
         goto out;
     }
     if (need == 0 ||
@@ -573,6 +600,8 @@ static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
                            NULL) == TV_OK)
         goto out;
     rc = tv_derived_reserve(m->store, need, NULL, 0, m->err);
+    if (rc == TV_E_NOSPACE && m->enough > st->quota_bytes)
+        rc = too_big(m, st);
 out:
     return rc;
 }

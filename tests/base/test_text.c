@@ -303,6 +303,11 @@ static void test_format_sizes(void **state)
         assert_string_equal(tv_format_bytes(cases[i].n, dst, sizeof dst),
                             cases[i].want);
     tv_format_bytes(5, dst, 0);
+    assert_string_equal(tv_format_bytes_up(1024, dst, sizeof dst), "1.0 KiB");
+    assert_string_equal(tv_format_bytes_up(1025, dst, sizeof dst), "1.1 KiB");
+    assert_string_equal(tv_format_bytes_up(1048575, dst, sizeof dst),
+                        "1.0 MiB");
+    assert_string_equal(tv_format_bytes_up(17, dst, sizeof dst), "17 B");
     /* What we print, we read: within the rounding of the last digit. */
     struct rng r;
     rng_open(&r, 3);

@@ -8,12 +8,13 @@ directory or an object may go on, and no longer; and what 'run' says at its end.
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import struct
 import subprocess
 
-from cli_common import (SLOWER, TVMERGE, TVSTORE, check, document, finish, go,
+from cli_common import (DATA, SLOWER, TVMERGE, TVSTORE, check, document, finish, go,
                         held, make_model, path, run, write, write_safetensors)
 
 store = path("s")
@@ -222,6 +223,30 @@ run(TVSTORE, "rm", small, "big", code=10)
 doc = document(TVSTORE, "stat", small)
 check(doc["kinds"]["weights"] == 0 and doc["used_bytes"] <= 20 * 10**6,
       f"quota: {doc}")
+# The quota that it names is enough, and no more than that: what is there
+# already counts, so does what many small tensors take beside their bytes.
+many = path("many")
+os.makedirs(many)
+write_safetensors(os.path.join(many, "model.safetensors"), {
+    f"model.layers.{i}.w": ("U8", [n], os.urandom(n))
+    for i, n in enumerate([3000] * 1000 + [700] * 1000 + [1 << 20] * 8)})
+for name, src, quota, least, most in (
+        ("big", big, "20MB", 11, 16), ("many", many, "10MB", 3, 25),
+        ("base", os.path.join(DATA, "base"), "2MB", 0.2, 3)):
+    tight = path("tight-" + name)
+    run(TVSTORE, "init", tight, "--quota", quota, "-q")
+    r = run(TVSTORE, "import", tight, name, src, code=5)
+    text = r.stderr.decode()
+    said = re.search(r": ([\d.]+) ([KM]iB) are missing to stay within", text)
+    raised = re.search(r"'(tvstore quota .*? (\d+)MiB)' gives", text)
+    if check(said and raised, f"{name}: {text}"):
+        missing = float(said[1]) / (1 if said[2] == "MiB" else 1024)
+        check(least <= missing <= most, f"{name}: {missing} MiB are missing")
+        run(TVSTORE, *raised[1].split()[1:], "-q")
+        run(TVSTORE, "import", tight, name, src, "-q")
+        used = document(TVSTORE, "stat", tight)["used_bytes"]
+        check(used <= int(raised[2]) << 20, f"{name}: {used} are used")
+
 run(TVSTORE, "quota", small, "60MB", "-q")
 run(TVSTORE, "import", small, "big", big, "-q")
 check(document(TVSTORE, "diff", small, "store:big", big)["equal"] is True,

@@ -46,6 +46,8 @@ TV_NODISCARD enum tv_err tv_parse_bytes(const char *s, bool mergekit_b,
                                         uint64_t *bytes, struct tv_error *err);
 /* "1.2 GiB" into dst (cap >= 32); returns dst. */
 char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap);
+/* The same rounded up, for what somebody has to give at least. */
+char *tv_format_bytes_up(uint64_t bytes, char *dst, size_t cap);
 
 /* The entry of `words` nearest to `word` by Damerau distance, when near enough
  * to be a typing mistake; else NULL. Borrowed from `words`. */
