@@ -110,6 +110,7 @@ static int run(struct tvc *c)
                       &c->err));
     tvc_progress_end(bar);
     bar = NULL;
+    tvc_subject_told(c, model);
     if (s.fd >= 0) {
         const int fd = s.fd;
         s.fd = -1;

@@ -149,16 +149,25 @@ static void document(const struct job *j, const char *hash)
                       tvc_json_real(p->nll_mean), "ppl", tvc_json_real(p->ppl),
                       "stderr", tvc_json_real(p->ppl_stderr)));
     }
-    tvc_out_json(
-        &c->out,
-        json_pack("{s:s, s:o, s:s, s:o, s:o, s:o, s:o, s:o}", "schema",
-                  "tveval.ppl/1", "model", tvc_json_string(c->pos[0]),
-                  "protocol", tve_protocol_name(o->eval.ppl.protocol),
-                  "context", tvc_json_u64(j->results[0].context), "bos",
-                  o->eval.ppl.bos < 0 ? json_null()
-                                      : json_integer(o->eval.ppl.bos),
-                  "tokenizer_hash", *hash ? json_string(hash) : json_null(),
-                  "texts", texts, "tokens_per_second", tvc_json_real(rate(j))));
+    json_t *const doc = json_pack(
+        "{s:s, s:o, s:s, s:o, s:o, s:o, s:o, s:o}", "schema", "tveval.ppl/1",
+        "model", tvc_json_string(c->pos[0]), "protocol",
+        tve_protocol_name(o->eval.ppl.protocol), "context",
+        tvc_json_u64(j->results[0].context), "bos",
+        o->eval.ppl.bos < 0 ? json_null() : json_integer(o->eval.ppl.bos),
+        "tokenizer_hash", *hash ? json_string(hash) : json_null(), "texts",
+        texts, "tokens_per_second", tvc_json_real(rate(j)));
+    if (c->cuda) {
+        char name[32];
+
+        tvc_device_name(c, name, sizeof name);
+        (void)json_object_set_new(doc, "device", json_string(name));
+        (void)json_object_set_new(doc, "on_device",
+                                  json_string(tve_model_not_there(j->model)
+                                                  ? "linear layers"
+                                                  : "all"));
+    }
+    tvc_out_json(&c->out, doc);
 }
 
 static enum tv_err table(const struct job *j, const char *hash)
@@ -222,6 +231,7 @@ static int run(struct tvc *c)
                            &j->model));
     for (size_t i = 0; i < o->n_sources; i++)
         TV_TRY(score(j, i, &c->err));
+    tvc_subject_told(c, j->model);
     if (c->out.json)
         document(j, hash);
     else

@@ -128,6 +128,7 @@ static enum tv_err score(struct tvc_compare *p, struct entry *e)
         (void)json_array_append_new(texts, text_json(o->texts[i], &r));
         tvc_record_put(p, e, "context", tvc_json_u64(r.context));
     }
+    tvc_subject_told(c, model);
     tvc_record_put(p, e, "geometric_mean",
                    tvc_json_real(exp(logs / (double)o->n_texts)));
     tvc_record_put(p, e, "eval_seconds", tvc_json_real(tvc_seconds() - t0));

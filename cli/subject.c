@@ -162,6 +162,17 @@ enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
     return open_model(c, s, tvc_threads(c), out);
 }
 
+void tvc_subject_told(struct tvc *c, const tve_model *model)
+{
+    const char *const why = tve_model_not_there(model);
+
+    if (why)
+        tvc_note(&c->out,
+                 "only linear layers were computed on the device, the rest on "
+                 "the CPU: %s",
+                 why);
+}
+
 enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
                             enum tve_pass pass, size_t n, tve_model **model)
 {

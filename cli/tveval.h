@@ -37,6 +37,8 @@ void tvc_subject_close(struct tvc_subject *s);
 /* The model of a subject, with the options of the command line. */
 TV_NODISCARD enum tv_err tvc_subject_model(struct tvc *c, struct tvc_subject *s,
                                            tve_model **out);
+/* After work: a note where a device could not do all of it. */
+void tvc_subject_told(struct tvc *c, const tve_model *model);
 /* Before work on windows of n ids: opens the model anew with fewer threads
  * where --memory is too little for all; BUDGET, with the number, where it is
  * too little for one. */

@@ -11,6 +11,7 @@
  *   attention.c  scores, softmax
  *   blocks.c     norms, activations, exp
  *   forward.c    the order of it all, over a batch of windows
+ *   forward_cuda.c     its steps on a CUDA device
  */
 #ifndef TVE_MODEL_H
 #define TVE_MODEL_H
@@ -254,6 +255,116 @@ void tve_device_shrink(struct tve_device *d);
  * elements each. */
 #define TVE_DEVICE_PINNED (4u * (8u << 20))
 tvk_cuda_math *tve_device_math(const struct tve_device *d);
+bool tve_is_replaced(const tve_model *m, const struct tv_input_tensor *t);
+
+/* Activations of a batch on the device. There the addresses of h, x, y and s
+ * take the place of host pointers: nobody follows them here. Steps join the
+ * device's stream and return at once. */
+struct tve_batch_there {
+    float *memory;
+    tvk_cuda_ptr position, cosine[2], sine[2], slopes, work;
+    tvk_cuda_ptr index, targets, losses; /* [rows] */
+};
+static inline tvk_cuda_ptr tve_there(const float *p)
+{
+    return (tvk_cuda_ptr)(uintptr_t)p;
+}
+/* false: none, or a batch did not fit before (its activations are here then) */
+bool tve_there_wanted(const tve_model *m);
+void tve_there_give_up(tve_model *m, const struct tv_error *why);
+/* Rows of `floats` each that fit, windows of up to `longest` ids among them; 0:
+ * not one. `half`: of what is left, as others need the device too. BUDGET: not
+ * even the tiles of weights do. */
+TV_NODISCARD enum tv_err tve_there_rows(tve_model *m, size_t floats,
+                                        size_t longest, bool half, size_t *out,
+                                        struct tv_error *err);
+/* What a batch on the device begins with. */
+struct tve_there_start {
+    size_t rows, floats, longest;
+    const uint32_t *position;               /* [rows] */
+    const float *cos_rows[2], *sin_rows[2]; /* [longest, pairs] or NULL */
+    const float *slopes;                    /* [n_heads] or NULL */
+};
+/* Memory of the device until the next one is opened. */
+TV_NODISCARD enum tv_err tve_there_open(tve_model *m,
+                                        const struct tve_there_start *s,
+                                        struct tve_batch_there *out,
+                                        struct tv_error *err);
+/* [rows, n] from and to the host; the device is idle behind it. */
+TV_NODISCARD enum tv_err tve_there_put(tve_model *m, float *to,
+                                       const float *from, size_t floats,
+                                       struct tv_error *err);
+TV_NODISCARD enum tv_err tve_there_get(tve_model *m, float *to,
+                                       const float *from, size_t floats,
+                                       struct tv_error *err);
+TV_NODISCARD enum tv_err tve_there_sync(tve_model *m, struct tv_error *err);
+/* Rows of the table (ids [rows]), scaled by the spec, to [rows, embed_dim];
+ * they are read here. */
+TV_NODISCARD enum tv_err tve_there_embed(tve_model *m, const int32_t *ids,
+                                         size_t rows, float *to,
+                                         struct tv_error *err);
+/* h += the first `longest` positions' rows; room [longest, hidden]. */
+TV_NODISCARD enum tv_err tve_there_positions(tve_model *m,
+                                             const struct tve_batch_there *b,
+                                             float *h, float *room, size_t rows,
+                                             size_t longest,
+                                             struct tv_error *err);
+/* to = norm(from), both [rows, ld]. */
+TV_NODISCARD enum tv_err tve_there_norm(tve_model *m, const struct tve_param *p,
+                                        const float *from, float *to, size_t ld,
+                                        size_t rows, struct tv_error *err);
+/* h [rows, hidden] += from, or = from, [rows, ld]. */
+TV_NODISCARD enum tv_err tve_there_add(tve_model *m, float *h,
+                                       const float *from, size_t ld,
+                                       size_t rows, struct tv_error *err);
+TV_NODISCARD enum tv_err tve_there_copy(tve_model *m, float *h,
+                                        const float *from, size_t ld,
+                                        size_t rows, struct tv_error *err);
+TV_NODISCARD enum tv_err tve_there_act(tve_model *m, float *s, size_t ld,
+                                       size_t rows, struct tv_error *err);
+/* Heads of q, then of k: norms (where the model has them), rotation. */
+TV_NODISCARD enum tv_err tve_there_heads(tve_model *m,
+                                         const struct tve_batch_there *b,
+                                         size_t layer, float *qkv, size_t ld,
+                                         size_t rows, struct tv_error *err);
+struct tve_attention;
+/* All windows, as tve_attention_run; groups hold windows of one length. */
+TV_NODISCARD enum tv_err
+tve_there_attention(tve_model *m, const struct tve_batch_there *b,
+                    const struct tve_attention *a, const size_t *starts,
+                    size_t n_windows, const struct tve_group *groups,
+                    size_t n_groups, struct tv_error *err);
+struct tve_linear;
+TV_NODISCARD enum tv_err
+tve_there_linear(tve_model *m, const struct tve_linear *items, size_t n_items,
+                 const struct tve_group *groups, size_t n_groups,
+                 struct tv_error *err);
+/* Losses of rows of x, group by group, into losses [rows]. */
+struct tve_there_losses {
+    tvk_cuda_ptr x, losses, targets;
+    size_t ldx;
+    const struct tve_group *groups;
+    size_t n_groups;
+};
+TV_NODISCARD enum tv_err tve_there_losses(tve_model *m,
+                                          const struct tve_there_losses *a,
+                                          struct tv_error *err);
+/* The same for the input [rows, ld] of the output head, whose scored rows are
+ * gathered in `room` [rows, ld]; nll [scored] in the order of windows. */
+struct tve_scored {
+    const float *x;
+    float *room;
+    size_t ld;
+    const struct tve_window *windows;
+    const size_t *starts;
+    size_t n_windows;
+    const struct tve_group *groups;
+    size_t n_groups;
+};
+TV_NODISCARD enum tv_err tve_there_score(tve_model *m,
+                                         const struct tve_batch_there *b,
+                                         const struct tve_scored *s,
+                                         double *nll, struct tv_error *err);
 
 /* ---- looking at inputs --------------------------------------------------- */
 

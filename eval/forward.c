@@ -13,7 +13,8 @@
  *                       s  [rows, space]    q, k, v and heads' outputs, or the
  *                                           inner activations of the MLP
  * One block of memory holds all four; a group that exceeds the budget gets it
- * from an unlinked scratch file.
+ * from an unlinked scratch file. With a CUDA device they lie there, if a group
+ * has room: the order of steps is this file's, the steps are forward_cuda.c's.
  *
  * A walk goes the other way round: it holds h of all windows, and every layer
  * takes them batch by batch, so that something can be learnt from all inputs of
@@ -54,6 +55,8 @@ struct batch {
     float *memory;
     size_t memory_bytes;
     bool mapped;
+    bool is_there; /* on the device: so are h, x, y and s */
+    struct tve_batch_there there;
     float *h, *x, *y, *s;
     size_t longest;
     float *cos_rows[2], *sin_rows[2]; /* [longest, pairs] */
@@ -307,6 +310,8 @@ static enum tv_err norm(struct batch *b, const struct tve_param *p,
     enum tv_err rc = TV_OK;
     float *w = NULL, *bias = NULL;
 
+    if (b->is_there)
+        return tve_there_norm(b->m, p, from, to, ld, b->rows, err);
     TV_TRY(tve_load(b->m, &p->w, &w, err));
     TV_TRY(tve_load(b->m, &p->b, &bias, err));
     b->w = w;
@@ -321,11 +326,26 @@ out:
     return rc;
 }
 
-static void add(struct batch *b, const float *from, size_t ld)
+static enum tv_err add(struct batch *b, const float *from, size_t ld,
+                       struct tv_error *err)
 {
+    if (b->is_there)
+        return tve_there_add(b->m, b->h, from, ld, b->rows, err);
     b->from = from;
     b->ld = ld;
     run_rows(b, row_add);
+    return TV_OK;
+}
+
+static enum tv_err copy_to_h(struct batch *b, const float *from, size_t ld,
+                             struct tv_error *err)
+{
+    if (b->is_there)
+        return tve_there_copy(b->m, b->h, from, ld, b->rows, err);
+    b->from = from;
+    b->ld = ld;
+    run_rows(b, row_copy_to_h);
+    return TV_OK;
 }
 
 static enum tv_err linear(struct batch *b, const struct tve_linear *items,
@@ -335,8 +355,36 @@ static enum tv_err linear(struct batch *b, const struct tve_linear *items,
 
     if (b->tap)
         TV_TRY(b->tap->fn(b->tap->arg, items, n, b->groups, b->n_groups, err));
-    TV_TRY(tve_linear_run(b->m, items, n, b->groups, b->n_groups, err));
+    TV_TRY(b->is_there
+               ? tve_there_linear(b->m, items, n, b->groups, b->n_groups, err)
+               : tve_linear_run(b->m, items, n, b->groups, b->n_groups, err));
 out:
+    return rc;
+}
+
+/* Norms and rotation of the heads of q and k. */
+static enum tv_err heads_of(struct batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_spec *const s = b->spec;
+    float *wq = NULL, *wk = NULL;
+
+    if (b->is_there)
+        return tve_there_heads(b->m, &b->there, b->layer, b->s, b->qkv_width,
+                               b->rows, err);
+    if (s->qk_norm) {
+        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NQ)->w, &wq,
+                        err));
+        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NK)->w, &wk,
+                        err));
+    }
+    b->w = wq;
+    b->w2 = wk;
+    if (s->qk_norm || s->positions == TVE_ROPE)
+        run_rows(b, row_heads);
+out:
+    tv_free(wq);
+    tv_free(wk);
     return rc;
 }
 
@@ -352,7 +400,6 @@ static enum tv_err attention(struct batch *b, const float *x, size_t ldx,
     const bool per_head = s->qkv == TVE_QKV_HEADS;
     float *const qkv = b->s;
     float *const heads = b->s + b->rows * b->qkv_width;
-    float *wq = NULL, *wk = NULL;
 
     if (fused->w.t) {
         const struct tve_linear l = {fused, x, ldx, qkv, b->qkv_width};
@@ -367,16 +414,7 @@ static enum tv_err attention(struct batch *b, const float *x, size_t ldx,
         };
         TV_TRY(linear(b, l, 3, err));
     }
-    if (s->qk_norm) {
-        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NQ)->w, &wq,
-                        err));
-        TV_TRY(tve_load(b->m, &tve_layer_param(b->m, b->layer, TVE_NK)->w, &wk,
-                        err));
-    }
-    b->w = wq;
-    b->w2 = wk;
-    if (s->qk_norm || s->positions == TVE_ROPE)
-        run_rows(b, row_heads);
+    TV_TRY(heads_of(b, err));
     const struct tve_attention a = {
         .n_heads = s->n_heads,
         .n_kv = s->n_kv,
@@ -396,13 +434,14 @@ static enum tv_err attention(struct batch *b, const float *x, size_t ldx,
         .out = heads,
         .ld_out = b->head_width,
     };
-    TV_TRY(tve_attention_run(b->m, &a, b->starts, b->n_windows, err));
+    TV_TRY(b->is_there
+               ? tve_there_attention(b->m, &b->there, &a, b->starts,
+                                     b->n_windows, b->groups, b->n_groups, err)
+               : tve_attention_run(b->m, &a, b->starts, b->n_windows, err));
     const struct tve_linear o = {tve_layer_param(b->m, b->layer, TVE_O), heads,
                                  b->head_width, b->y, b->wide};
     TV_TRY(linear(b, &o, 1, err));
 out:
-    tv_free(wq);
-    tv_free(wk);
     return rc;
 }
 
@@ -429,7 +468,10 @@ static enum tv_err mlp(struct batch *b, const float *x, size_t ldx,
         const struct tve_linear l = {up, x, ldx, b->s, ld};
         TV_TRY(linear(b, &l, 1, err));
     }
-    run_rows(b, row_act);
+    if (b->is_there)
+        TV_TRY(tve_there_act(b->m, b->s, ld, b->rows, err));
+    else
+        run_rows(b, row_act);
     const struct tve_linear down = {tve_layer_param(b->m, b->layer, TVE_DOWN),
                                     b->s, ld, b->y, b->wide};
     TV_TRY(linear(b, &down, 1, err));
@@ -450,47 +492,45 @@ static enum tv_err layer(struct batch *b, struct tv_error *err)
     case TVE_PRE_NORM:
         TV_TRY(norm(b, &p[TVE_N1], b->h, b->x, hidden, err));
         TV_TRY(attention(b, b->x, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         TV_TRY(norm(b, &p[TVE_N2], b->h, b->x, hidden, err));
         TV_TRY(mlp(b, b->x, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         break;
     case TVE_PARALLEL:
         TV_TRY(norm(b, &p[TVE_N1], b->h, b->x, hidden, err));
         TV_TRY(attention(b, b->x, hidden, err));
         TV_TRY(norm(b, &p[TVE_N2], b->h, b->x, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         TV_TRY(mlp(b, b->x, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         break;
     case TVE_SANDWICH:
         TV_TRY(norm(b, &p[TVE_N1], b->h, b->x, hidden, err));
         TV_TRY(attention(b, b->x, hidden, err));
         TV_TRY(norm(b, &p[TVE_N2], b->y, b->y, wide, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         TV_TRY(norm(b, &p[TVE_N3], b->h, b->x, hidden, err));
         TV_TRY(mlp(b, b->x, hidden, err));
         TV_TRY(norm(b, &p[TVE_N4], b->y, b->y, wide, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         break;
     case TVE_POST_NORM:
         TV_TRY(attention(b, b->h, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         TV_TRY(norm(b, &p[TVE_N1], b->h, b->h, hidden, err));
         TV_TRY(mlp(b, b->h, hidden, err));
-        add(b, b->y, wide);
+        TV_TRY(add(b, b->y, wide, err));
         TV_TRY(norm(b, &p[TVE_N2], b->h, b->h, hidden, err));
         break;
     case TVE_NORM_RESIDUAL:
         for (int half = 0; half < 2; half++) {
             TV_TRY(
                 norm(b, &p[half ? TVE_N2 : TVE_N1], b->h, b->x, hidden, err));
-            b->from = b->x;
-            b->ld = hidden;
-            run_rows(b, row_copy_to_h);
+            TV_TRY(copy_to_h(b, b->x, hidden, err));
             TV_TRY(half ? mlp(b, b->x, hidden, err)
                         : attention(b, b->x, hidden, err));
-            add(b, b->y, wide);
+            TV_TRY(add(b, b->y, wide, err));
         }
         break;
     }
@@ -500,6 +540,29 @@ out:
 
 /* ---- before and behind the layers ---------------------------------------- */
 
+static enum tv_err embed_there(struct batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_spec *const s = b->spec;
+    const struct tve_param *const g = b->m->globals;
+    const bool projected = g[TVE_PROJECT_IN].w.t;
+
+    TV_TRY(
+        tve_there_embed(b->m, b->ids, b->rows, projected ? b->x : b->h, err));
+    if (projected) {
+        const struct tve_linear l = {&g[TVE_PROJECT_IN], b->x, s->embed_dim,
+                                     b->h, s->hidden};
+        TV_TRY(linear(b, &l, 1, err));
+    }
+    if (s->positions == TVE_LEARNED)
+        TV_TRY(tve_there_positions(b->m, &b->there, b->h, b->y, b->rows,
+                                   b->longest, err));
+    if (g[TVE_EMBED_NORM].w.t)
+        TV_TRY(norm(b, &g[TVE_EMBED_NORM], b->h, b->h, s->hidden, err));
+out:
+    return rc;
+}
+
 static enum tv_err embed(struct batch *b, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
@@ -508,6 +571,8 @@ static enum tv_err embed(struct batch *b, struct tv_error *err)
     const size_t n_items = (b->rows + ROWS_AT - 1) / ROWS_AT;
     struct tve_rows table = {.m = NULL}, positions = {.m = NULL};
 
+    if (b->is_there)
+        return embed_there(b, err);
     TV_TRY(tve_rows_open(&table, b->m, &g[TVE_EMBED].w, err));
     b->table = &table;
     b->to = g[TVE_PROJECT_IN].w.t ? b->x : b->h;
@@ -669,17 +734,31 @@ uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
 
 /* ---- batches ------------------------------------------------------------- */
 
-static void batch_close(struct batch *b)
+/* What batch_fill allocates. */
+static void batch_empty(struct batch *b)
 {
     tv_free(b->starts);
     tv_free(b->position);
     tv_free(b->ids);
     tv_free(b->groups);
+    b->starts = NULL;
+    b->position = NULL;
+    b->ids = NULL;
+    b->groups = NULL;
     for (int r = 0; r < 2; r++) {
         tv_free(b->cos_rows[r]);
         tv_free(b->sin_rows[r]);
+        b->cos_rows[r] = NULL;
+        b->sin_rows[r] = NULL;
     }
     tv_free(b->slopes);
+    b->slopes = NULL;
+    b->rows = b->n_windows = b->n_groups = b->longest = 0;
+}
+
+static void batch_close(struct batch *b)
+{
+    batch_empty(b);
     if (b->mapped)
         unmap_scratch(b->m, b->memory, b->memory_bytes);
     else
@@ -705,34 +784,25 @@ static bool depends_on_length(const struct tve_spec *s)
     return false;
 }
 
-/* Fills b with as many groups of w as the budget allows, at least one. With h
- * (of w) the residual stream is there; else the batch has its own. */
-static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
-                              size_t n_windows, uint64_t budget, float *h,
-                              struct batch *b, struct tv_error *err)
+/* Puts as many groups of w into b as `most` rows allow, at least one. */
+static enum tv_err batch_fill(struct batch *b, const struct tve_window *w,
+                              size_t n_windows, uint64_t most,
+                              struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    const struct tve_spec *const s = &m->spec;
-    const bool same_length = depends_on_length(s);
-    size_t floats = 0, bytes = 0;
+    const bool same_length = depends_on_length(b->spec);
 
-    memset(b, 0, sizeof(*b));
-    b->m = m;
-    b->spec = s;
     b->windows = w;
-    floats = row_floats(s, b) - (h ? s->hidden : 0);
     b->groups = tv_calloc(n_windows, sizeof(*b->groups));
-    if (!b->groups || !tv_mul_size(floats, sizeof(float), &bytes)) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
+    if (!b->groups)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
     while (b->n_windows < n_windows) {
         const size_t n = group_windows(w, b->n_windows, n_windows);
         const size_t rows = n * w[b->n_windows].n;
 
-        if (b->n_groups > 0 && (b->rows + rows > BATCH_ROWS ||
-                                (uint64_t)(b->rows + rows) * bytes > budget ||
-                                (same_length && w[b->n_windows].n != w[0].n)))
+        if (b->n_groups > 0 &&
+            (b->rows + rows > BATCH_ROWS || b->rows + rows > most ||
+             (same_length && w[b->n_windows].n != w[0].n)))
             break;
         b->groups[b->n_groups++] = (struct tve_group){b->rows, rows};
         b->rows += rows;
@@ -741,11 +811,8 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
     b->starts = tv_calloc(b->n_windows + 1, sizeof(*b->starts));
     b->position = tv_calloc(b->rows, sizeof(*b->position));
     b->ids = tv_calloc(b->rows, sizeof(*b->ids));
-    if (!b->starts || !b->position || !b->ids ||
-        !tv_mul_size(b->rows, bytes, &b->memory_bytes)) {
-        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
-        goto out;
-    }
+    if (!b->starts || !b->position || !b->ids)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
     for (size_t i = 0; i < b->n_windows; i++) {
         const size_t at = b->starts[i];
 
@@ -754,6 +821,85 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         memcpy(b->ids + at, w[i].ids, w[i].n * sizeof(*b->ids));
         for (size_t k = 0; k < w[i].n; k++)
             b->position[at + k] = (uint32_t)k;
+    }
+    TV_TRY(make_rotations(b, err));
+    TV_TRY(make_slopes(b, err));
+out:
+    return rc;
+}
+
+/* A batch on the device, smaller when it has less memory than it is allowed to
+ * have. BUDGET: not even a group fits. */
+static enum tv_err batch_there(struct batch *b, const struct tve_window *w,
+                               size_t n_windows, size_t floats,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    size_t longest = 0, most = 0;
+
+    for (size_t i = 0; i < n_windows; i++)
+        longest = w[i].n > longest ? w[i].n : longest;
+    TV_TRY(tve_there_rows(b->m, floats, longest, false, &most, err));
+    do {
+        batch_empty(b);
+        TV_TRY(batch_fill(b, w, n_windows, most, err));
+        const struct tve_there_start start = {
+            .rows = b->rows,
+            .floats = floats,
+            .longest = b->longest,
+            .position = b->position,
+            .cos_rows = {b->cos_rows[0], b->cos_rows[1]},
+            .sin_rows = {b->sin_rows[0], b->sin_rows[1]},
+            .slopes = b->slopes,
+        };
+        rc = tve_there_open(b->m, &start, &b->there, err);
+        most = b->rows / 2;
+    } while (rc == TV_E_BUDGET && b->n_groups > 1);
+    if (rc == TV_OK)
+        b->is_there = true;
+out:
+    return rc;
+}
+
+/* Fills b with as many groups of w as the budget allows, at least one. With h
+ * (of w) the residual stream is there; else the batch has its own. `here`: not
+ * on a device. */
+static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
+                              size_t n_windows, uint64_t budget, float *h,
+                              bool here, struct batch *b, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_spec *const s = &m->spec;
+    struct tv_error why = {.code = TV_OK};
+    size_t floats = 0, bytes = 0;
+
+    memset(b, 0, sizeof(*b));
+    b->m = m;
+    b->spec = s;
+    floats = row_floats(s, b);
+    if (!here && tve_there_wanted(m)) {
+        rc = batch_there(b, w, n_windows, floats, &why);
+        if (rc == TV_OK) {
+            b->h = b->there.memory;
+            goto lay_out;
+        }
+        if (rc != TV_E_BUDGET) {
+            if (err)
+                *err = why;
+            goto out;
+        }
+        batch_empty(b);
+        tve_there_give_up(m, &why);
+    }
+    floats -= h ? s->hidden : 0;
+    if (!tv_mul_size(floats, sizeof(float), &bytes)) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    TV_TRY(batch_fill(b, w, n_windows, budget / bytes, err));
+    if (!tv_mul_size(b->rows, bytes, &b->memory_bytes)) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
     }
     if (b->memory_bytes > budget) {
         TV_TRY(map_scratch(m, b->memory_bytes, &b->memory, err));
@@ -768,11 +914,10 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         }
     }
     b->h = h ? h : b->memory;
-    b->x = b->memory + (h ? 0 : b->rows * s->hidden);
+lay_out:
+    b->x = h && !b->is_there ? b->memory : b->h + b->rows * s->hidden;
     b->y = b->x + b->rows * b->wide;
     b->s = b->y + b->rows * b->wide;
-    TV_TRY(make_rotations(b, err));
-    TV_TRY(make_slopes(b, err));
 out:
     return rc;
 }
@@ -836,11 +981,13 @@ static enum tv_err run_batches(tve_model *m, const struct tve_window *w,
     for (size_t i = 0; i < n; i++)
         t.total += w[i].n * t.steps;
     while (at < n) {
-        TV_TRY(
-            batch_open(m, w + at, n - at, activation_budget(m), NULL, &b, err));
+        TV_TRY(batch_open(m, w + at, n - at, activation_budget(m), NULL, false,
+                          &b, err));
         TV_TRY(embed(&b, err));
         for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
             TV_TRY(layer(&b, err));
+            if (b.is_there)
+                TV_TRY(tve_there_sync(m, err));
             TV_TRY(step(&t, b.rows, err));
         }
         TV_TRY(fn(&b, arg, err));
@@ -893,7 +1040,7 @@ static enum tv_err walk_batches(struct tve_walk *k, bool embedding, bool keep,
         float *const h = k->h + row * hidden;
 
         TV_TRY(batch_open(k->m, k->windows + at, k->n_windows - at, k->budget,
-                          keep ? NULL : h, &b, err));
+                          keep ? NULL : h, true, &b, err));
         if (keep)
             memcpy(b.h, h, b.rows * hidden * sizeof(*h));
         b.layer = k->layer;
@@ -1096,6 +1243,24 @@ static enum tv_err score_batch(struct batch *b, void *arg, struct tv_error *err)
     /* tiles behind the vocabulary (spare rows) are never looked at */
     s->n_tiles = (head->w.rows + tile_rows - 1) / tile_rows;
     TV_TRY(finish(b, &from, &ld, err));
+    if (b->is_there) {
+        const struct tve_scored there = {
+            .x = from,
+            .room = from == b->y ? b->x : b->y,
+            .ld = ld,
+            .windows = b->windows,
+            .starts = b->starts,
+            .n_windows = b->n_windows,
+            .groups = b->groups,
+            .n_groups = b->n_groups,
+        };
+        TV_TRY(tve_there_score(b->m, &b->there, &there, s->nll, err));
+        for (size_t i = 0; i < b->n_windows; i++)
+            s->nll += b->windows[i].n > b->windows[i].score_from
+                          ? b->windows[i].n - b->windows[i].score_from
+                          : 0;
+        goto out;
+    }
     x = (float *)(uintptr_t)from;
     for (size_t g = 0; g < b->n_groups; g++) {
         const struct tve_group *const group = &b->groups[g];
@@ -1176,23 +1341,35 @@ static enum tv_err logits_batch(struct batch *b, void *arg,
     enum tv_err rc = TV_OK;
     struct logits *const l = arg;
     const float *x = NULL;
+    float *host = NULL; /* rows of x that came back from the device */
     size_t ld = 0;
 
     TV_TRY(finish(b, &x, &ld, err));
+    if (b->is_there) {
+        host = tv_alloc_aligned(l->chunk * ld * sizeof(*host));
+        if (!host) {
+            rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+            goto out;
+        }
+    }
     /* Chunks begin at windows, so that batches do not show in them. */
     for (size_t w = 0; w < b->n_windows; w++) {
         for (size_t k = 0; k < b->windows[w].n; k += l->chunk) {
             const size_t left = b->windows[w].n - k;
             const struct tve_group g = {0, left < l->chunk ? left : l->chunk};
+            const float *const rows = x + (b->starts[w] + k) * ld;
 
+            if (host)
+                TV_TRY(tve_there_get(b->m, host, rows, g.n * ld, err));
             TV_TRY(tve_head_run(b->m, &b->m->globals[TVE_HEAD],
-                                x + (b->starts[w] + k) * ld, ld, &g, 1,
-                                logits_tile, l, err));
+                                host ? host : rows, ld, &g, 1, logits_tile, l,
+                                err));
             TV_TRY(l->sink(l->arg, l->at, g.n, l->rows, err));
             l->at += g.n;
         }
     }
 out:
+    tv_free(host);
     return rc;
 }
 

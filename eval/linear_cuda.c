@@ -9,10 +9,12 @@
  *
  * While product u runs, the host takes over the outputs of u - 1 and makes the
  * next tile ready. 16-bit weights without adapters travel as they are stored
- * and are widened there; everything else is made fp32 here. Activations between
- * the layers stay on the host. Pieces depend on the groups alone: x that does
- * not fit goes in several slices of whole pieces, weights then once for each,
- * and no result depends on it. Not run on a GPU so far (tv/cuda_math.h).
+ * and are widened there; everything else is made fp32 here. Pieces depend on
+ * the groups alone: x that does not fit goes in several slices of whole pieces,
+ * weights then once for each, and no result depends on it. So it is when the
+ * activations of a batch have no room there; else they stay there between the
+ * layers (forward_cuda.c, and the end of this file). Not run on a GPU so far
+ * (tv/cuda_math.h).
  */
 #include <string.h>
 
@@ -23,33 +25,20 @@
 #define PIECE   2048u /* rows of one product */
 #define ROWS_AT 64u   /* rows that one item of host work takes */
 
-struct pair { /* two buffers here and there */
-    size_t bytes;
-    void *host[2];
-    tvk_cuda_ptr device[2];
-};
-
-struct tve_device {
-    tvk_cuda *cuda;
-    tvk_cuda_math *math;
-    struct pair weights, outputs;
-    tvk_cuda_ptr raw; /* a tile of 16-bit weights */
-    size_t raw_bytes;
-};
-
 /* ---- memory -------------------------------------------------------------- */
 
-static void pair_free(struct tve_device *d, struct pair *p)
+static void pair_free(struct tve_device *d, struct tve_pair *p)
 {
     for (int i = 0; i < 2; i++) {
         tvk_cuda_unpin(d->cuda, p->host[i]);
         tvk_cuda_free(d->cuda, p->device[i], p->bytes);
     }
-    *p = (struct pair){.bytes = 0};
+    *p = (struct tve_pair){.bytes = 0};
 }
 
-static enum tv_err pair_need(struct tve_device *d, struct pair *p, size_t bytes,
-                             const char *what, struct tv_error *err)
+static enum tv_err pair_need(struct tve_device *d, struct tve_pair *p,
+                             size_t bytes, const char *what,
+                             struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
@@ -67,17 +56,21 @@ out:
     return rc;
 }
 
-static enum tv_err raw_need(struct tve_device *d, size_t bytes,
-                            struct tv_error *err)
+static void piece_free(struct tve_device *d, struct tve_piece *p)
 {
-    if (bytes <= d->raw_bytes)
+    tvk_cuda_free(d->cuda, p->at, p->bytes);
+    *p = (struct tve_piece){.bytes = 0};
+}
+
+enum tv_err tve_piece_need(struct tve_device *d, struct tve_piece *p,
+                           size_t bytes, const char *what, struct tv_error *err)
+{
+    if (bytes <= p->bytes)
         return TV_OK;
-    tvk_cuda_free(d->cuda, d->raw, d->raw_bytes);
-    d->raw_bytes = 0;
-    const enum tv_err rc =
-        tvk_cuda_alloc(d->cuda, bytes, "a tile of weights", err, &d->raw);
+    piece_free(d, p);
+    const enum tv_err rc = tvk_cuda_alloc(d->cuda, bytes, what, err, &p->at);
     if (rc == TV_OK)
-        d->raw_bytes = bytes;
+        p->bytes = bytes;
     return rc;
 }
 
@@ -104,9 +97,13 @@ void tve_device_shrink(struct tve_device *d)
 {
     pair_free(d, &d->weights);
     pair_free(d, &d->outputs);
-    tvk_cuda_free(d->cuda, d->raw, d->raw_bytes);
-    d->raw = 0;
-    d->raw_bytes = 0;
+    piece_free(d, &d->raw[0]);
+    piece_free(d, &d->raw[1]);
+    piece_free(d, &d->logits);
+    piece_free(d, &d->batch);
+    for (size_t i = 0; i < d->n_kept; i++)
+        piece_free(d, &d->kept[i].piece);
+    d->n_kept = 0;
 }
 
 void tve_device_close(struct tve_device *d)
@@ -114,6 +111,7 @@ void tve_device_close(struct tve_device *d)
     if (!d)
         return;
     tve_device_shrink(d);
+    tv_free(d->kept);
     tv_free(d);
 }
 
@@ -175,14 +173,12 @@ static enum tv_err bring_tile(struct tve_device *d, const struct tve_run *r,
 
     tv_pool_run(r->m->pool, (rows + ROWS_AT - 1) / ROWS_AT, read_rows,
                 (void *)(uintptr_t)t);
-    TV_TRY(tvk_cuda_upload(s, t->raw ? d->raw : d->weights.device[i], t->to,
-                           n * (t->raw ? 2 : sizeof(float)), err));
+    TV_TRY(tvk_cuda_upload(s, t->raw ? d->raw[i].at : d->weights.device[i],
+                           t->to, n * (t->raw ? 2 : sizeof(float)), err));
     TV_TRY(tvk_cuda_sync(s, err));
-    /* What used the raw bytes before was waited for by the first product of
-     * the tile before. */
     if (t->raw)
         TV_TRY(tvk_cuda_widen(d->math, t->j->rows.view.dtype == TV_BF16,
-                              d->weights.device[i], d->raw, n, err));
+                              d->weights.device[i], d->raw[i].at, n, err));
 out:
     return rc;
 }
@@ -361,7 +357,8 @@ static enum tv_err buffers(struct tve_device *d, const struct tve_run *r,
     }
     TV_TRY(pair_need(d, &d->weights, weights, "tiles of weights", err));
     TV_TRY(pair_need(d, &d->outputs, outputs, "outputs of a layer", err));
-    TV_TRY(raw_need(d, raw, err));
+    for (int i = 0; i < 2; i++)
+        TV_TRY(tve_piece_need(d, &d->raw[i], raw, "tiles of weights", err));
 out:
     return rc;
 }
@@ -414,6 +411,275 @@ out:
     if (rc != TV_OK)
         tvk_cuda_math_settle(d->math);
     tvk_cuda_free(d->cuda, at, bytes);
+    tv_free(pieces);
+    return rc;
+}
+
+/* ---- activations on the device ------------------------------------------- */
+
+/* Tiles as above, but x and y are there: nothing but weights travels. While the
+ * products of a tile run, the next one (of this layer, or of a later one while
+ * attention runs) is read and copied; before products join the stream, it is
+ * waited for, so that the tile before has given its buffers back.
+ *
+ *   host      read t+1 ------------> read t+2
+ *   copies        '-- upload t+1 ---.    '-- upload t+2
+ *   stream    products of t         '-- products of t+1
+ */
+
+static size_t tile_of(const tve_model *m, const struct tve_param *p)
+{
+    const size_t in = tve_linear_in(m, p), out = tve_linear_out(m, p);
+    const size_t rows = tve_tile_rows(in, out);
+
+    return (rows < out ? rows : out) * in;
+}
+
+enum tv_err tve_device_buffers(struct tve_device *d, const tve_model *m,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_param *const head = &m->globals[TVE_HEAD];
+    const size_t n_out = tve_tile_rows(head->w.cols, head->w.rows);
+    size_t most = tile_of(m, head);
+
+    for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS; i++) {
+        const struct tve_param *const p = &m->layers[i];
+        if (p->w.t && p->w.t->rank == 2 && tile_of(m, p) > most)
+            most = tile_of(m, p);
+    }
+    for (int i = TVE_PROJECT_IN; i <= TVE_PROJECT_OUT; i++) {
+        const struct tve_param *const p = &m->globals[i];
+        if (p->w.t && tile_of(m, p) > most)
+            most = tile_of(m, p);
+    }
+    TV_TRY(pair_need(d, &d->weights, most * sizeof(float), "tiles of weights",
+                     err));
+    for (int i = 0; i < 2; i++)
+        TV_TRY(
+            tve_piece_need(d, &d->raw[i], most * 2, "tiles of weights", err));
+    TV_TRY(tve_piece_need(d, &d->logits, PIECE * n_out * sizeof(float),
+                          "a tile of logits", err));
+out:
+    return rc;
+}
+
+static struct tve_kept *kept_for(struct tve_device *d,
+                                 const struct tv_input_tensor *t)
+{
+    for (size_t i = 0; i < d->n_kept; i++)
+        if (d->kept[i].t == t)
+            return &d->kept[i];
+    if (d->n_kept == d->cap_kept) {
+        const size_t cap = d->cap_kept ? 2 * d->cap_kept : 64;
+        struct tve_kept *const more = tv_calloc(cap, sizeof(*more));
+        if (!more)
+            return NULL;
+        if (d->n_kept > 0)
+            memcpy(more, d->kept, d->n_kept * sizeof(*more));
+        tv_free(d->kept);
+        d->kept = more;
+        d->cap_kept = cap;
+    }
+    d->kept[d->n_kept] = (struct tve_kept){.t = t};
+    return &d->kept[d->n_kept++];
+}
+
+enum tv_err tve_device_param(struct tve_device *d, tve_model *m,
+                             const struct tve_weight *w, tvk_cuda_ptr *out,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tvk_cuda_stream *const copies = tvk_cuda_math_copies(d->math);
+    float *here = NULL;
+
+    *out = 0;
+    if (!w->t)
+        return TV_OK;
+    const bool replaced = tve_is_replaced(m, w->t);
+    struct tve_kept *const k = kept_for(d, w->t);
+    const size_t bytes = (size_t)w->t->n_elems * sizeof(float);
+    if (!k)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    if (k->piece.at && !k->replaced && !replaced) {
+        *out = k->piece.at;
+        return TV_OK;
+    }
+    TV_TRY(tve_load(m, w, &here, err));
+    if (k->piece.at) /* it may be in use */
+        TV_TRY(tvk_cuda_sync(tvk_cuda_math_stream(d->math), err));
+    TV_TRY(tve_piece_need(d, &k->piece, bytes, "a norm or a bias", err));
+    k->replaced = true; /* in case of an error */
+    TV_TRY(tvk_cuda_upload(copies, k->piece.at, here, bytes, err));
+    TV_TRY(tvk_cuda_sync(copies, err));
+    k->replaced = replaced;
+    *out = k->piece.at;
+out:
+    tv_free(here);
+    return rc;
+}
+
+/* The k-th tile of j in *at, ready for products. */
+static enum tv_err next_tile(struct tve_device *d, const struct tve_run *r,
+                             const struct tve_job *j, size_t k,
+                             struct tile *tile, tvk_cuda_ptr *at,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const int i = (int)(d->n_tiles++ % 2);
+    const size_t out0 = k * j->tile_rows, left = j->out - out0;
+
+    *tile = (struct tile){j, out0, left < j->tile_rows ? left : j->tile_rows,
+                          is_raw(j), d->weights.host[i]};
+    TV_TRY(bring_tile(d, r, tile, i, err));
+    TV_TRY(tvk_cuda_sync(tvk_cuda_math_stream(d->math), err));
+    *at = d->weights.device[i];
+out:
+    return rc;
+}
+
+/* y = x w^T of n rows; addresses of the first. */
+static enum tv_err product(struct tve_device *d, const struct tile *tile,
+                           tvk_cuda_ptr w, tvk_cuda_ptr x, size_t ldx,
+                           tvk_cuda_ptr y, size_t ldy, size_t n,
+                           struct tv_error *err)
+{
+    const bool columns = tile->j->columns;
+    const struct tvk_cuda_gemm g = {.trans_b = !columns,
+                                    .m = n,
+                                    .n = tile->n_out,
+                                    .k = tile->j->in,
+                                    .alpha = 1.0f,
+                                    .a = x,
+                                    .lda = ldx,
+                                    .b = w,
+                                    .ldb = columns ? tile->n_out : tile->j->in,
+                                    .c = y,
+                                    .ldc = ldy};
+
+    return tvk_cuda_gemm(d->math, &g, err);
+}
+
+static tvk_cuda_ptr float_at(tvk_cuda_ptr p, size_t i)
+{
+    return p + i * sizeof(float);
+}
+
+static enum tv_err linear_there(struct tve_device *d, const struct tve_run *r,
+                                const struct tve_job *j, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const struct tve_linear *const l = j->item;
+    const tvk_cuda_ptr x = tve_there(l->x), y = tve_there(l->y);
+    tvk_cuda_ptr bias = 0;
+
+    for (size_t k = 0; k < j->n_tiles; k++) {
+        struct tile tile;
+        tvk_cuda_ptr w = 0;
+
+        TV_TRY(next_tile(d, r, j, k, &tile, &w, err));
+        for (size_t i = 0; i < r->n_groups; i++) {
+            const size_t row = r->groups[i].start;
+            TV_TRY(product(d, &tile, w, float_at(x, row * l->ldx), l->ldx,
+                           float_at(y, row * l->ldy + tile.out0), l->ldy,
+                           r->groups[i].n, err));
+        }
+    }
+    TV_TRY(tve_device_param(d, r->model, &l->p->b, &bias, err));
+    for (size_t i = 0; bias && i < r->n_groups; i++) {
+        const struct tvk_cuda_rows add = {
+            .dst = float_at(y, r->groups[i].start * l->ldy),
+            .src = bias,
+            .rows = r->groups[i].n,
+            .n = j->out,
+            .ld = l->ldy};
+        TV_TRY(tvk_cuda_add_rows(d->math, &add, err));
+    }
+out:
+    return rc;
+}
+
+enum tv_err tve_there_linear(tve_model *m, const struct tve_linear *items,
+                             size_t n_items, const struct tve_group *groups,
+                             size_t n_groups, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_run r = {
+        .m = m, .model = m, .groups = groups, .n_groups = n_groups};
+    size_t n_pieces = 0;
+    struct tve_group *const pieces = cut(&r, &n_pieces);
+
+    if (!pieces)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    r.groups = pieces;
+    r.n_groups = n_pieces;
+    for (size_t i = 0; i < n_items; i++) {
+        struct tve_job j = {.item = &items[i]};
+
+        rc = tve_job_open(m, items[i].p, &j, err);
+        if (rc == TV_OK)
+            rc = linear_there(m->device, &r, &j, err);
+        tve_job_close(&j);
+        if (rc != TV_OK)
+            goto out;
+    }
+out:
+    tv_free(pieces);
+    return rc;
+}
+
+enum tv_err tve_there_losses(tve_model *m, const struct tve_there_losses *a,
+                             struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_device *const d = m->device;
+    const struct tve_param *const head = &m->globals[TVE_HEAD];
+    const struct tve_linear item = {.p = head};
+    struct tve_run r = {
+        .m = m, .model = m, .groups = a->groups, .n_groups = a->n_groups};
+    struct tve_job j = {.item = &item};
+    size_t n_pieces = 0;
+    struct tve_group *const pieces = cut(&r, &n_pieces);
+    tvk_cuda_ptr bias = 0;
+
+    if (!pieces)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    r.groups = pieces;
+    r.n_groups = n_pieces;
+    TV_TRY(tve_job_open(m, head, &j, err));
+    TV_TRY(tve_device_param(d, m, &head->b, &bias, err));
+    for (size_t k = 0; k < j.n_tiles && k * j.tile_rows < m->spec.vocab; k++) {
+        struct tile tile;
+        tvk_cuda_ptr w = 0;
+
+        TV_TRY(next_tile(d, &r, &j, k, &tile, &w, err));
+        const size_t left = m->spec.vocab - tile.out0;
+        for (size_t i = 0; i < r.n_groups; i++) {
+            const size_t row = pieces[i].start;
+            const struct tvk_cuda_rows add = {.dst = d->logits.at,
+                                              .src = float_at(bias, tile.out0),
+                                              .rows = pieces[i].n,
+                                              .n = tile.n_out,
+                                              .ld = tile.n_out};
+            const struct tvk_cuda_losses losses = {
+                .logits = d->logits.at,
+                .losses = a->losses + row * sizeof(struct tvk_cuda_loss),
+                .targets = a->targets + row * sizeof(uint32_t),
+                .rows = pieces[i].n,
+                .n = left < tile.n_out ? left : tile.n_out,
+                .ld = tile.n_out,
+                .from = tile.out0,
+                .cap = m->spec.logit_cap};
+
+            TV_TRY(product(d, &tile, w, float_at(a->x, row * a->ldx), a->ldx,
+                           d->logits.at, tile.n_out, pieces[i].n, err));
+            if (bias)
+                TV_TRY(tvk_cuda_add_rows(d->math, &add, err));
+            TV_TRY(tvk_cuda_add_losses(d->math, &losses, err));
+        }
+    }
+out:
+    tve_job_close(&j);
     tv_free(pieces);
     return rc;
 }

@@ -133,14 +133,18 @@ enum tv_err tve_model_replace(tve_model *m, const char *tensor,
     return TV_OK;
 }
 
+bool tve_is_replaced(const tve_model *m, const struct tv_input_tensor *t)
+{
+    return m->replaced && m->replaced[index_of(m, t)].data[0];
+}
+
 enum tv_err tve_rows_open(struct tve_rows *r, tve_model *m,
                           const struct tve_weight *w, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const unsigned n = tv_pool_threads(m->pool);
-    const size_t index = index_of(m, w->t);
     const struct tve_replaced *const other =
-        m->replaced && m->replaced[index].data[0] ? &m->replaced[index] : NULL;
+        tve_is_replaced(m, w->t) ? &m->replaced[index_of(m, w->t)] : NULL;
     const size_t n_changes = other ? 0 : w->n_changes;
     const size_t floats = tva_patch_floats(w->changes, n_changes, w->t);
 
@@ -248,8 +252,8 @@ size_t tve_tile_rows(size_t in, size_t out)
     return rows;
 }
 
-static enum tv_err job_open(tve_model *m, const struct tve_param *p,
-                            struct tve_job *j, struct tv_error *err)
+enum tv_err tve_job_open(tve_model *m, const struct tve_param *p,
+                         struct tve_job *j, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
@@ -264,7 +268,7 @@ out:
     return rc;
 }
 
-static void job_close(struct tve_job *j)
+void tve_job_close(struct tve_job *j)
 {
     tve_rows_close(&j->rows);
     tv_free(j->bias);
@@ -362,7 +366,7 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
 
         j->item = &items[i];
         r->n_jobs++;
-        TV_TRY(job_open(m, items[i].p, j, err));
+        TV_TRY(tve_job_open(m, items[i].p, j, err));
         j->first_tile = n_tiles;
         n_tiles += j->n_tiles;
         if (j->tile_rows * j->in > tile_floats)
@@ -385,7 +389,7 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
     tv_pool_run(m->pool, n_tiles, run_tile, r);
 out:
     for (size_t i = 0; i < r->n_jobs; i++)
-        job_close(&r->jobs[i]);
+        tve_job_close(&r->jobs[i]);
     for (unsigned i = 0; r->tiles && i < n_workers; i++)
         tv_free(r->tiles[i]);
     for (unsigned i = 0; r->logits && i < n_workers; i++)

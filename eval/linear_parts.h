@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * linear_parts.h - what linear_layer.c and linear_cuda.c share: weights ready
- * to be cut into tiles, and a run over them (private to these two).
+ * linear_parts.h - what linear_layer.c, linear_cuda.c and forward_cuda.c share:
+ * weights ready to be cut into tiles, a run over them, what is kept on the
+ * device (private to these three).
  */
 #ifndef TVE_LINEAR_PARTS_H
 #define TVE_LINEAR_PARTS_H
 
 #include "decoder.h"
+#include "tv/cuda_eval.h"
 
 struct tve_job { /* one weight, ready to be cut into tiles */
     const struct tve_linear *item;
@@ -18,6 +20,7 @@ struct tve_job { /* one weight, ready to be cut into tiles */
 
 struct tve_run {
     const tve_model *m;
+    tve_model *model; /* the same, to load small weights; on the device */
     struct tve_job *jobs;
     size_t n_jobs;
     const struct tve_group *groups;
@@ -28,10 +31,58 @@ struct tve_run {
     void *arg;
 };
 
+/* The weight of j->item, and its shape. Also closed when opening failed. */
+TV_NODISCARD enum tv_err tve_job_open(tve_model *m, const struct tve_param *p,
+                                      struct tve_job *j, struct tv_error *err);
+void tve_job_close(struct tve_job *j);
 void tve_add_bias(float *y, size_t ldy, size_t rows, const float *bias,
                   size_t n);
 /* All jobs of the run on the device. */
 TV_NODISCARD enum tv_err tve_device_run(struct tve_device *d, struct tve_run *r,
                                         struct tv_error *err);
+
+/* ---- on the device ------------------------------------------------------- */
+
+struct tve_pair { /* two buffers here and there */
+    size_t bytes;
+    void *host[2];
+    tvk_cuda_ptr device[2];
+};
+struct tve_piece { /* device memory that grows when it must */
+    size_t bytes;
+    tvk_cuda_ptr at;
+};
+struct tve_kept { /* a norm's weight or a bias, fp32 */
+    const struct tv_input_tensor *t;
+    struct tve_piece piece;
+    bool replaced; /* it was when this was read: read it again */
+};
+
+struct tve_device {
+    tvk_cuda *cuda;
+    tvk_cuda_math *math;
+    struct tve_pair weights, outputs;
+    struct tve_piece raw[2]; /* tiles of 16-bit weights */
+    struct tve_piece logits; /* one tile of them */
+    struct tve_piece batch;  /* activations, forward_cuda.c */
+    struct tve_kept *kept;   /* [n_kept, cap_kept] */
+    size_t n_kept, cap_kept;
+    size_t n_tiles; /* brought so far: their parity names the buffers */
+    bool host_only; /* activations did not fit: they stay on the host */
+    struct tv_error why;
+};
+
+TV_NODISCARD enum tv_err tve_piece_need(struct tve_device *d,
+                                        struct tve_piece *p, size_t bytes,
+                                        const char *what, struct tv_error *err);
+/* Buffers for tiles of every weight of the model, and of logits. */
+TV_NODISCARD enum tv_err tve_device_buffers(struct tve_device *d,
+                                            const tve_model *m,
+                                            struct tv_error *err);
+/* A whole small weight on the device, kept there; 0 when the model has none. */
+TV_NODISCARD enum tv_err tve_device_param(struct tve_device *d, tve_model *m,
+                                          const struct tve_weight *w,
+                                          tvk_cuda_ptr *out,
+                                          struct tv_error *err);
 
 #endif

@@ -48,6 +48,11 @@ typedef void *tvk_cb_solver;
       (tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m, int n, int k,       \
        const float *alpha, const float *a, int lda, const float *b, int ldb,   \
        const float *beta, float *c, int ldc))                                  \
+    F(sgemm_batched, cublasSgemmBatched,                                       \
+      (tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m, int n, int k,       \
+       const float *alpha, const float *const *a, int lda,                     \
+       const float *const *b, int ldb, const float *beta, float *const *c,     \
+       int ldc, int n_problems))                                               \
     F(dtrsm, cublasDtrsm_v2,                                                   \
       (tvk_cb_handle h, tvk_cb_side side, tvk_cb_fill fill, tvk_cb_op ta,      \
        tvk_cb_diag diag, int m, int n, const double *alpha, const double *a,   \

@@ -4,7 +4,7 @@
  * transformers gives (tests/data/families, made by
  * tools/families/make_families.py): in both spellings of the config, for any
  * number of threads, any memory and any instruction set; and models that must
- * be refused.
+ * be refused. With "cuda" all of it on a device, or the emulated one.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -83,6 +83,7 @@ static float *run(const char *dir, const struct npy *ids, size_t vocab,
                          &c, &err),
               &err);
     assert_int_equal(c.n, ids->shape[0] * ids->shape[1]);
+    assert_null(tve_model_not_there(m));
     tve_model_close(m);
     tv_input_close(in);
     return c.logits;
@@ -210,10 +211,11 @@ static void test_scores(void **state)
     npy_read(want_path, "<f4", &want);
     to_ids(&ids, flat);
     const size_t seq = ids.shape[1], vocab = want.shape[2];
+    const struct tve_model_options opt = {.cuda = cuda};
     const struct tve_window w[3] = {
         {flat, seq, 1}, {flat + seq, seq, 20}, {flat, seq - 5, seq - 5}};
     assert_ok(tv_input_open_path(dir, &err, &in), &err);
-    assert_ok(tve_model_open(in, NULL, 0, NULL, &err, &m), &err);
+    assert_ok(tve_model_open(in, NULL, 0, &opt, &err, &m), &err);
     assert_ok(tve_score(m, w, 3, NULL, nll, &err), &err);
     for (size_t b = 0; b < 2; b++) {
         for (size_t i = w[b].score_from; i < seq; i++) {
@@ -342,6 +344,121 @@ static void test_refused_models(void **state)
     tmpdir_remove(dir);
 }
 
+/* Windows of the model in dir, scored on a device of its own; place: what
+ * tve_model_not_there says. */
+static enum tv_err score_on(const char *family, uint64_t bytes,
+                            unsigned long lose_at, const struct tve_window *w,
+                            size_t n, double *nll, bool *all_there,
+                            struct tv_error *err)
+{
+    struct tvk_cuda_options o = cuda_device_options();
+    struct fake_cuda f = {.total_bytes = 80u << 20, .lose_at = lose_at};
+    struct fake_cuda before = {.used_bytes = 0}; /* the other device's */
+    struct tve_model_options opt = {.n_threads = 2};
+    char *const dir = family_file(family, "");
+    tv_input *in = NULL;
+    tve_model *m = NULL;
+
+    o.memory_bytes = bytes;
+    if (fake_set) {
+        fake_set(&f);
+        fake_get(&before);
+    }
+    assert_ok(tvk_cuda_open(&o, err, &opt.cuda), err);
+    assert_ok(tv_input_open_path(dir, err, &in), err);
+    enum tv_err rc = tve_model_open(in, NULL, 0, &opt, err, &m);
+    if (rc == TV_OK)
+        rc = tve_score(m, w, n, NULL, nll, err);
+    *all_there = m && !tve_model_not_there(m);
+    if (fake_get) {
+        fake_get(&f);
+        assert_true(f.most_bytes - before.used_bytes <= bytes);
+    }
+    tve_model_close(m);
+    tv_input_close(in);
+    tvk_cuda_close(opt.cuda);
+    if (fake_get) {
+        fake_get(&f);
+        assert_int_equal(f.used_bytes, before.used_bytes);
+        assert_int_equal(f.n_pinned, before.n_pinned);
+    }
+    tv_free(dir);
+    return rc;
+}
+
+/* Batches, too little memory for one, for anything; a lost device. Losses are
+ * the CPU's. */
+static void test_device_memory(void **state)
+{
+    enum { N = 50, LENGTH = 48 };
+    static const char *const some[] = {"llama3", "gemma3"};
+    int32_t ids[N * LENGTH];
+    struct tve_window w[N];
+    static double want[N * LENGTH], got[N * LENGTH], again[N * LENGTH];
+    struct tv_error err = {0};
+    bool all_there = false;
+    size_t n = 0;
+
+    (void)state;
+    if (!cuda)
+        skip();
+    for (size_t i = 0; i < (size_t)N * LENGTH; i++)
+        ids[i] = (int32_t)(i * 7919 % 61);
+    for (size_t i = 0; i < N; i++) {
+        /* of several lengths and beginnings */
+        w[i] =
+            (struct tve_window){ids + i * LENGTH, i < 45 ? LENGTH : 31 + i % 3,
+                                i % 5 == 0 ? 20 : 1};
+        n += w[i].n - w[i].score_from;
+    }
+    for (size_t f = 0; f < sizeof(some) / sizeof(some[0]); f++) {
+        char *const dir = family_file(some[f], "");
+        tv_input *in = NULL;
+        tve_model *m = NULL;
+
+        assert_ok(tv_input_open_path(dir, &err, &in), &err);
+        assert_ok(tve_model_open(in, NULL, 0, NULL, &err, &m), &err);
+        assert_ok(tve_score(m, w, N, NULL, want, &err), &err);
+        tve_model_close(m);
+        tv_input_close(in);
+        tv_free(dir);
+        assert_ok(score_on(some[f], 60u << 20, 0, w, N, got, &all_there, &err),
+                  &err);
+        assert_true(all_there);
+        for (size_t i = 0; i < n; i++)
+            assert_true(fabs(got[i] - want[i]) < 1e-4);
+        if (f > 0)
+            continue;
+        /* one group at a time: the same bits */
+        assert_ok(
+            score_on(some[f], 26u << 20, 0, w, N, again, &all_there, &err),
+            &err);
+        assert_true(all_there);
+        assert_memory_equal(got, again, n * sizeof(*got));
+        /* not one */
+        assert_ok(
+            score_on(some[f], 12u << 20, 0, w, N, again, &all_there, &err),
+            &err);
+        assert_false(all_there);
+        for (size_t i = 0; i < n; i++)
+            assert_true(fabs(again[i] - want[i]) < 1e-4);
+        assert_code(
+            score_on(some[f], 4300u << 10, 0, w, N, again, &all_there, &err),
+            TV_E_BUDGET, &err);
+        assert_message(&err, "--device-memory");
+    }
+    for (unsigned long at = 1; fake_set; at += 29) {
+        const enum tv_err rc =
+            score_on(some[0], 60u << 20, at, w, 2, again, &all_there, &err);
+        if (rc == TV_OK) {
+            assert_true(at > 50);
+            break;
+        }
+        assert_code(rc, TV_E_IO, &err);
+        assert_message(&err, "CUDA_ERROR_LAUNCH_FAILED");
+    }
+}
+
 /* Every allocation of opening and scoring fails once. */
 static void test_allocations(void **state)
 {
@@ -384,6 +501,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_families),
         cmocka_unit_test(test_old_spelling),
         cmocka_unit_test(test_scores),
+        cmocka_unit_test(test_device_memory),
         cmocka_unit_test(test_bad_calls),
         cmocka_unit_test(test_refused_models),
         cmocka_unit_test(test_allocations),

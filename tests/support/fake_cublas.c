@@ -109,6 +109,50 @@ tvk_cb_status cublasSgemm_v2(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb, int m,
     return fake_call(x->stream, multiply, &p, sizeof p) ? FAILED : TVK_CB_OK;
 }
 
+struct batch { /* addresses are read when it runs, as the real one does */
+    struct product p;
+    const float *const *a, *const *b;
+    float *const *c;
+    size_t n;
+};
+
+static void multiply_all(const void *args)
+{
+    const struct batch *const x = args;
+    struct product p = x->p;
+
+    for (size_t i = 0; i < x->n; i++) {
+        p.a = x->a[i];
+        p.b = x->b[i];
+        p.c = x->c[i];
+        multiply(&p);
+    }
+}
+
+tvk_cb_status cublasSgemmBatched(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb,
+                                 int m, int n, int k, const float *alpha,
+                                 const float *const *a, int lda,
+                                 const float *const *b, int ldb,
+                                 const float *beta, float *const *c, int ldc,
+                                 int n_problems)
+{
+    const struct handle *const x = h;
+    const size_t bytes = (size_t)n_problems * sizeof(void *);
+
+    if (!is_ready(x) || n_problems < 1 || !fake_holds(a, bytes) ||
+        !fake_holds(b, bytes) || !fake_holds(c, bytes))
+        return INVALID;
+    const struct batch all = {{ta == TVK_CB_T, tb == TVK_CB_T, (size_t)m,
+                               (size_t)n, (size_t)k, (size_t)lda, (size_t)ldb,
+                               (size_t)ldc, *alpha, *beta, NULL, NULL, NULL},
+                              a,
+                              b,
+                              c,
+                              (size_t)n_problems};
+    return fake_call(x->stream, multiply_all, &all, sizeof all) ? FAILED
+                                                                : TVK_CB_OK;
+}
+
 struct solution {
     size_t m, n, lda, ldb;
     double alpha;

@@ -4,9 +4,9 @@
  *
  * A shared library with the functions that cuda_abi.h names, so that all of
  * kernels/cuda runs as it is: dlopen, staging, tiles, streams, running out of
- * memory, losing the device. Kernels are the host build of cu_ops.h and
- * cu_matrix.h under an emulated grid: blocks one after the other, in each block
- * phase by phase, in each phase thread by thread.
+ * memory, losing the device. Kernels are the host build of cu_ops.h,
+ * cu_matrix.h and cu_eval.h under an emulated grid: blocks one after the other,
+ * in each block phase by phase, in each phase thread by thread.
  *
  * It is stricter than a device, so that luck does not hide mistakes:
  *  - nothing on a stream happens before somebody waits for it (unless host
@@ -31,6 +31,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda/cu_eval.h"
 #include "cuda/cu_matrix.h"
 #include "cuda/cu_ops.h"
 #include "cuda/cuda_abi.h"
@@ -100,6 +101,7 @@ static struct tvk_cu_place place(const struct grid *g, uint32_t block,
     }
 TVK_CU_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
 TVK_CU_MATRIX_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
+TVK_CU_EVAL_KERNELS(EMULATE_ELEMENTS, EMULATE_BLOCKS2, EMULATE_BLOCKS3)
 
 struct kernel {
     const char *name;
@@ -112,7 +114,8 @@ struct kernel {
     ROW_ELEMENTS(name, args, p0)
 static const struct kernel kernels[] = {
     TVK_CU_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)
-        TVK_CU_MATRIX_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
+        TVK_CU_MATRIX_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)
+            TVK_CU_EVAL_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
 #define N_KERNELS (sizeof kernels / sizeof *kernels)
 
 /* ---- the driver's state -------------------------------------------------- */

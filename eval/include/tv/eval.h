@@ -86,7 +86,7 @@ struct tve_model_options {
     tv_store *quota_of; /* that file counts against its quota; borrowed, NULL:
                          * none */
     bool skip_verify;   /* do not check stored payloads' checksums */
-    tvk_cuda *cuda;     /* linear layers and X^T X are computed there, within
+    tvk_cuda *cuda;     /* the forward pass and X^T X are computed there, within
                          * rounding of the CPU's; borrowed. NULL: none */
 };
 
@@ -127,6 +127,12 @@ size_t tve_model_vocab(const tve_model *m);
 size_t tve_model_positions(const tve_model *m);
 /* Can it run over so many? Beyond its positions where these stretch. */
 bool tve_model_takes(const tve_model *m, size_t n_positions);
+
+/* Why activations are not where they should be: with a device whose memory did
+ * not suffice for the smallest batch, linear layers alone were computed there,
+ * the rest here. Borrowed until the model closes; NULL when all is well, also
+ * without a device. */
+const char *tve_model_not_there(const tve_model *m);
 
 /* ---- forward pass -------------------------------------------------------- */
 

@@ -96,9 +96,26 @@ $ sh gpu tvmerge cal.yml --into x --store s.tv -q --device cpu
 $ sh gpu tvmerge ties.yml cpu2 --device cuda 2>&1 | grep -c already
 1
 # A comparison makes them on the device too, and stays on it.
-$ head -c 700 $DATA/text/code.val.txt > few.txt; sh gpu tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --text few.txt --context 33 -q --device cuda > table && cmp cmp/ties_sparsegpt/model.safetensors calg/model.safetensors && grep -o '"device": "cuda' cmp/ties_sparsegpt/tvmerge.json
+$ head -c 700 $DATA/text/code.val.txt > few.txt; sh gpu tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --context 32 --text few.txt --context 33 -q --device cuda > table && cmp cmp/ties_sparsegpt/model.safetensors calg/model.safetensors && grep -o '"device": "cuda' cmp/ties_sparsegpt/tvmerge.json
 "device": "cuda
-$ tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --text few.txt --context 33 -q
+$ tvmerge compare cal.yml -o cmp --methods sparsegpt_ties --context 32 --text few.txt --context 33 -q
 2> tvmerge: error: cmp: what .tvcompare holds of 'base0' was taken of other inputs, recipes, texts or settings, or on another device
 2>   hint: give another OUT, or --force to begin again
 => 4
+# Perplexity: all of it there, or linear layers alone where a batch has no room.
+$ head -c 200 $DATA/text/prose.val.txt > few.txt; tveval ppl $DATA/base --context 32 --text few.txt --json -q --device cpu | grep -o '"ppl": [0-9]*\.[0-9]' > ppl.cpu
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda > ppl.json; grep -E 'device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
+  "device": "cuda:0",
+  "on_device": "all"
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda --device-memory 12M > ppl.json; grep -E 'on_device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
+  "on_device": "linear layers"
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --progress=none --device cuda --device-memory 12M 2>&1 | grep note
+tveval: note: only linear layers were computed on the device, the rest on the CPU: activations of a batch needs <n> bytes of device memory, <n> of <n> are left (--device-memory)
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt -q --device cuda --device-memory 4300k
+2> tveval: error: few.txt: <*> needs <n> bytes of device memory, <*>
+2> ...
+=> 5
+$ FAKE_CUDA_LOSE=60 sh gpu tveval ppl $DATA/base --context 32 --text few.txt -q --device cuda
+2> tveval: error: few.txt: CUDA device 0 (Fake GPU 0): cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED (719)
+2> ...
+=> 1
