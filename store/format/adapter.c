@@ -16,6 +16,8 @@
  *                                                are values, not differences)
  *   m.modules_to_save.weight, m.weight, m.bias   values that replace the base's
  *   m.base_layer.weight, m.base_layer.bias       the same of wrapped modules
+ *   m.original_module.weight                     the base's before training:
+ *                                                not read
  *   m.[base_layer.]*lora_A.weight                stacked experts, one level of
  *                                                base_layer per parameter
  *
@@ -643,21 +645,75 @@ static int compare_modules(const void *a, const void *b)
     return strcmp(x->target, y->target);
 }
 
-static enum tv_err read_tensors(tv_adapter *a, struct tv_error *err)
+/* The base's own values: peft writes them beside saved modules when the
+ * embedding was resized. */
+static bool is_original(const struct tv_input_tensor *t)
 {
-    const size_t n = tv_input_count(a->in);
-    struct entry *e = (struct entry *)tv_calloc(n + 1, sizeof *e);
+    return strstr(t->name, ".original_module.") != NULL;
+}
+
+static enum tv_err same_bytes(tv_input *in, const struct tv_input_tensor *a,
+                              const struct tv_input_tensor *b,
+                              struct tv_error *err, bool *same)
+{
+    struct tv_view va;
+    struct tv_view vb;
     enum tv_err rc = TV_OK;
 
-    a->cap = n;
+    memset(&va, 0, sizeof va);
+    memset(&vb, 0, sizeof vb);
+    *same = a->dtype == b->dtype && a->rank == b->rank &&
+            memcmp(a->shape, b->shape, a->rank * sizeof *a->shape) == 0;
+    if (!*same)
+        return TV_OK;
+    TV_TRY(tv_input_view(in, a, err, &va));
+    TV_TRY(tv_input_view(in, b, err, &vb));
+    *same = va.bytes == vb.bytes;
+    for (uint64_t off = 0; *same && off < va.bytes;) {
+        uint64_t na = 0;
+        uint64_t nb = 0;
+        const unsigned char *const pa = tv_view_at(&va, off, &na);
+        const unsigned char *const pb = tv_view_at(&vb, off, &nb);
+        const uint64_t n = na < nb ? na : nb;
+
+        *same = memcmp(pa, pb, (size_t)n) == 0;
+        off += n;
+    }
+out:
+    tv_input_release(in, &vb);
+    tv_input_release(in, &va);
+    return rc;
+}
+
+static void drop_module(tv_adapter *a, size_t i)
+{
+    tv_free((void *)(uintptr_t)a->modules[i].module);
+    tv_free((void *)(uintptr_t)a->modules[i].target);
+    a->n--;
+    memmove(&a->modules[i], &a->modules[i + 1],
+            (a->n - i) * sizeof *a->modules);
+}
+
+static enum tv_err read_tensors(tv_adapter *a, struct tv_error *err)
+{
+    const size_t n_all = tv_input_count(a->in);
+    struct entry *e = (struct entry *)tv_calloc(n_all + 1, sizeof *e);
+    size_t n = 0;
+    enum tv_err rc = TV_OK;
+
+    a->cap = n_all;
     a->modules =
-        (struct tv_adapter_module *)tv_calloc(n + 1, sizeof *a->modules);
+        (struct tv_adapter_module *)tv_calloc(n_all + 1, sizeof *a->modules);
     if (e == NULL || a->modules == NULL) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    for (size_t i = 0; i < n; i++)
-        TV_TRY(parse_name(a, tv_input_tensor(a->in, i), &e[i], err));
+    for (size_t i = 0; i < n_all; i++) {
+        if (is_original(tv_input_tensor(a->in, i)))
+            continue;
+        n++;
+        TV_TRY(parse_name(a, tv_input_tensor(a->in, i), &e[n - 1], err));
+    }
     qsort(e, n, sizeof *e, compare_entries);
     for (size_t i = 0, end = 0; i < n; i = end) {
         for (end = i + 1; end < n && e[end].depth == e[i].depth &&
@@ -666,12 +722,21 @@ static enum tv_err read_tensors(tv_adapter *a, struct tv_error *err)
         TV_TRY(add_group(a, &e[i], end - i, err));
     }
     qsort(a->modules, a->n, sizeof *a->modules, compare_modules);
-    for (size_t i = 1; i < a->n; i++) {
-        if (compare_modules(&a->modules[i - 1], &a->modules[i]) == 0) {
+    for (size_t i = 1; i < a->n;) {
+        bool twice = compare_modules(&a->modules[i - 1], &a->modules[i]) == 0;
+        bool equal = false;
+        if (twice && a->modules[i].kind == TV_CHANGE_REPLACE)
+            TV_TRY(same_bytes(a->in, a->modules[i - 1].a, a->modules[i].a, err,
+                              &equal));
+        if (twice && !equal) {
             rc = bad_tensor(a->in, a->modules[i].a->name, TV_E_CORRUPT,
                             "occurs a second time under another spelling", err);
             goto out;
         }
+        if (twice)
+            drop_module(a, i);
+        else
+            i++;
     }
 out:
     for (size_t i = 0; e != NULL && i < n; i++)
@@ -888,18 +953,27 @@ static enum tv_err misfit(const tv_adapter *a, const tv_input *base,
     const bool low = m->kind == TV_CHANGE_LOW_RANK;
     const uint64_t want[2] = {m->transposed ? m->in_features : m->out_features,
                               m->transposed ? m->out_features : m->in_features};
+    const uint64_t rows = low ? want[0] : m->a->shape[0];
+    const uint64_t cols = low ? want[1] : m->a->shape[1];
     char have_text[24 * TV_RANK_MAX + 3];
     char want_text[24 * TV_RANK_MAX + 3];
+    char hint[80] = "";
     struct tv_shown shown;
 
+    /* As wide, but longer: trained with more tokens. */
+    if (m->kind != TV_CHANGE_ROWS && t->rank == 2 && (low || m->a->rank == 2) &&
+        cols == t->shape[1] && rows > t->shape[0])
+        (void)snprintf(hint, sizeof hint,
+                       "; a base of fewer tokens is resized to %llu rows first",
+                       (unsigned long long)rows);
     return tv_error_set(
-        err, TV_E_INPUT, "%s: tensor '%s' %s %s%s, but %s in %s is %s",
+        err, TV_E_INPUT, "%s: tensor '%s' %s %s%s, but %s in %s is %s%s",
         tv_input_label(a->in), tv_show(m->a->name, &shown),
         m->kind == TV_CHANGE_ROWS ? "has trained tokens" : "changes a weight",
         low ? tv_shape_format(want, 2, want_text, sizeof want_text)
             : shape_text(m->a, want_text, sizeof want_text),
         m->n_experts > 1 ? " of each expert" : "", t->name,
-        tv_input_label(base), shape_text(t, have_text, sizeof have_text));
+        tv_input_label(base), shape_text(t, have_text, sizeof have_text), hint);
 }
 
 static enum tv_err not_one(const tv_adapter *a, const tv_input *base,

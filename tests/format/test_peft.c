@@ -569,6 +569,43 @@ static enum tv_err bind_to(const struct ff_tensor *t, size_t n, size_t *targets,
     return rc;
 }
 
+/* What peft writes when the embedding was resized before training: saved
+ * modules under both spellings, and the base's beside them. */
+static void test_saved_twice(void **state)
+{
+    struct ff_tensor t[] = {
+        {"base_model.model.lm_head.modules_to_save.weight",
+         TV_F32,
+         2,
+         {34, 8},
+         1},
+        {"base_model.model.lm_head.original_module.weight",
+         TV_F32,
+         2,
+         {34, 8},
+         2},
+        {"base_model.model.lm_head.weight", TV_F32, 2, {34, 8}, 1},
+    };
+    static const struct ff_tensor b[1] = {
+        {"lm_head.weight", TV_F32, 2, {32, 8}, 4}};
+    size_t targets[1] = {0};
+    struct tv_error err;
+    tv_adapter *a = NULL;
+
+    (void)state;
+    config("{\"r\": 4, \"modules_to_save\": [\"lm_head\"]}");
+    tensors(t, 3);
+    a = open_adapter();
+    assert_int_equal(tv_adapter_count(a), 1);
+    assert_string_equal(tv_adapter_module(a, 0)->target, "lm_head.weight");
+    close_adapter(a);
+    assert_code(bind_to(b, 1, targets, &err), TV_E_INPUT, &err);
+    assert_message(&err, "resized to 34 rows first");
+    t[2].seed = 3;
+    tensors(t, 3);
+    refuse(TV_E_CORRUPT, "occurs a second time under another spelling");
+}
+
 static void test_bind(void **state)
 {
     static const struct ff_tensor t[] = {
@@ -821,6 +858,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_changes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_experts, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind_changes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_saved_twice, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind_shapes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bind_twice, setup, teardown),
