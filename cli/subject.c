@@ -196,7 +196,7 @@ enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
     return tv_error_set(&c->err, TV_E_BUDGET,
                         "windows of %zu tokens need %s of memory (%llu bytes), "
                         "--memory allows %s",
-                        n, tv_format_bytes(least, a, sizeof a),
+                        n, tv_format_bytes_up(least, a, sizeof a),
                         (unsigned long long)least,
                         tv_format_bytes(c->memory_bytes, b, sizeof b));
 }

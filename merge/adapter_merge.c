@@ -555,7 +555,7 @@ static enum tv_err measure(struct tvm_adapters *a, struct tv_error *err)
         char b[32], c[32];
         tvm_problem_add(a->problems, true, TV_E_BUDGET, "",
                         "this merge needs at least --memory %s, it is %s",
-                        tv_format_bytes(a->scratch, b, sizeof b),
+                        tv_format_bytes_up(a->scratch, b, sizeof b),
                         tv_format_bytes(a->options.memory_bytes, c, sizeof c));
     }
     return TV_OK;

@@ -357,7 +357,7 @@ static enum tv_err decompose(struct extract *e, struct diff *f, struct svd *s,
     if (need > budget)
         return tv_error_set(err, TV_E_BUDGET,
                             "%s needs %s of memory, --memory allows %s", name,
-                            tv_format_bytes(need, a, sizeof a),
+                            tv_format_bytes_up(need, a, sizeof a),
                             tv_format_bytes(budget, b, sizeof b));
     if (!*randomized)
         return svd_full(f, s, err);

@@ -530,9 +530,9 @@ static void report_space(struct planner *pl, const char *what, uint64_t need,
     plan_report(pl, what, 1, true, TV_E_NOSPACE, "",
                 "%s: the output needs %s (%llu bytes), %s are available; %s "
                 "(%llu bytes) are missing",
-                what, tv_format_bytes(need, a, sizeof(a)),
+                what, tv_format_bytes_up(need, a, sizeof(a)),
                 (unsigned long long)need, tv_format_bytes(have, b, sizeof(b)),
-                tv_format_bytes(need - have, c, sizeof(c)),
+                tv_format_bytes_up(need - have, c, sizeof(c)),
                 (unsigned long long)(need - have));
 }
 
@@ -595,7 +595,7 @@ static void check_shared_quota(struct planner *pl)
                 tv_format_bytes(st.quota_bytes, a, sizeof(a)),
                 tv_format_bytes(st.used_bytes, b, sizeof(b)),
                 (unsigned long long)plan->peak_disk_bytes,
-                tv_format_bytes(missing, c, sizeof(c)),
+                tv_format_bytes_up(missing, c, sizeof(c)),
                 what_could_go(plan->options.store, go));
 }
 
@@ -609,7 +609,8 @@ static enum tv_err check_out_dir(struct planner *pl)
     char *parent = NULL;
 
     tv_error_clear(&e);
-    if (plan->options.quota_bytes != 0 && need > plan->options.quota_bytes)
+    if (plan->options.quota_bytes != 0 && !plan->options.of_several &&
+        need > plan->options.quota_bytes)
         report_space(pl, "quota", need, plan->options.quota_bytes);
     if (plan->options.out_dir == NULL)
         return TV_OK;
@@ -626,7 +627,7 @@ static enum tv_err check_out_dir(struct planner *pl)
              tv_disk_used(plan->options.out_dir, &used, &e) != TV_OK)
         plan_report(pl, "disk", 1, false, TV_OK, plan->options.out_dir,
                     "cannot tell how much room there is: %s", e.msg);
-    else if (need > add_capped(disk, used))
+    else if (!plan->options.of_several && need > add_capped(disk, used))
         report_space(pl, "disk", need, add_capped(disk, used));
     tv_free(parent);
     return TV_OK;
@@ -867,7 +868,7 @@ static enum tv_err check_room(struct planner *pl)
         plan_report(pl, "memory", 1, true, TV_E_BUDGET, "",
                     "this merge needs at least --memory %s (%llu bytes), it "
                     "is %s",
-                    tv_format_bytes(needed, a, sizeof(a)),
+                    tv_format_bytes_up(needed, a, sizeof(a)),
                     (unsigned long long)needed,
                     tv_format_bytes(plan->options.memory_bytes, b, sizeof(b)));
     return plan->options.into != NULL ? check_store(pl) : check_out_dir(pl);

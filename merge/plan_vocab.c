@@ -141,12 +141,12 @@ static void report_memory(struct planner *pl, size_t input, size_t n_text)
     char a[32];
     char b[32];
     const uint64_t need = PER_BYTE * (uint64_t)n_text;
-    plan_report(pl, "memory for tokenizers", 1, true, TV_E_BUDGET,
-                ref_of(pl, input),
-                "aligning a tokenizer.json of %s needs --memory %s (%llu "
-                "bytes)",
-                tv_format_bytes(n_text, a, sizeof(a)),
-                tv_format_bytes(need, b, sizeof(b)), (unsigned long long)need);
+    plan_report(
+        pl, "memory for tokenizers", 1, true, TV_E_BUDGET, ref_of(pl, input),
+        "aligning a tokenizer.json of %s needs --memory %s (%llu "
+        "bytes)",
+        tv_format_bytes(n_text, a, sizeof(a)),
+        tv_format_bytes_up(need, b, sizeof(b)), (unsigned long long)need);
 }
 
 /* Reads the tokenizer of an input, once per contents; *out NULL when it has

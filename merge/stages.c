@@ -180,6 +180,7 @@ static void stage_options(const struct tvm_stages *s, size_t i,
     *o = st->options;
     o->stages = st->refs;
     o->n_stages = st->n_refs;
+    o->of_several = true;
     if (is_output(s, i))
         return;
     o->out_dir = s->items[i].dir;
@@ -305,7 +306,15 @@ static void add_up(struct tvm_stages *s)
     }
 }
 
-/* Each stage alone was checked with its plan. */
+static bool all_planned(const struct tvm_stages *s)
+{
+    size_t i = 0;
+    while (i < s->n && s->items[i].plan != NULL)
+        i++;
+    return i == s->n;
+}
+
+/* Of all of them, with the number that is enough, whatever else is wrong. */
 static void check_room(struct tvm_stages *s, struct tvm_problems *problems)
 {
     const struct storage *const st = storage_of(s);
@@ -320,7 +329,7 @@ static void check_room(struct tvm_stages *s, struct tvm_problems *problems)
         tvm_problem_add(problems, true, TV_E_NOSPACE, "",
                         "quota: stages and output together need %s (%llu "
                         "bytes), %s are allowed",
-                        tv_format_bytes(s->peak_disk_bytes, a, sizeof(a)),
+                        tv_format_bytes_up(s->peak_disk_bytes, a, sizeof(a)),
                         (unsigned long long)s->peak_disk_bytes,
                         tv_format_bytes(quota, b, sizeof(b)));
     if (st->dir == NULL)
@@ -469,7 +478,7 @@ enum tv_err tvm_stages_make(tvm_recipe *first, const struct tvm_options *o,
         TV_TRY(plan_one(s, i, problems, err));
     find_needed(s);
     add_up(s);
-    if (problems->n_errors == 0)
+    if (all_planned(s))
         check_room(s, problems);
     *out = s;
     s = NULL;

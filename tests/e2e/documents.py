@@ -107,6 +107,12 @@ def disk():
     check(2 * one < p["peak_disk_bytes"] < 3.5 * one,
           f"peak {p['peak_disk_bytes']} of six results of {one}")
     quota = str(p["peak_disk_bytes"])
+    # However much is missing, the number is the one of all documents.
+    for small in ("100KB", str(p["bytes_written"] // 4)):
+        r = run(TVMERGE, "plan", "chain.yml", "out", "--quota", small,
+                code=5)
+        check("together need " in r.stderr and f"({quota} bytes)" in r.stderr
+              and r.stderr.count("error:") == 1, f"quota {small}: {r.stderr}")
     r = run(TVMERGE, "run", "chain.yml", "out", "--quota",
             str(p["peak_disk_bytes"] - 1))
     check(r.returncode == 5 and "stages" in r.stderr and
