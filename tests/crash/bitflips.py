@@ -34,7 +34,7 @@ OUT = os.path.join(WORK, "out")
 R = Recorder(A.recorder, WORK, WORK)
 rng = random.Random(A.seed)
 table = Table()
-LIMIT = 20  # seconds; LMDB may walk a damaged tree in circles
+LIMIT = 20 * crashlib.SLOWER  # seconds; LMDB may walk a damaged tree in circles
 
 
 def flip(path, at, bit):

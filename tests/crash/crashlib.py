@@ -21,6 +21,7 @@ from common import (check, finish, read_safetensors, run, run_json,  # noqa
 import common  # noqa
 
 SKIP = 77
+SLOWER = int(os.environ.get("TV_TEST_SLOWER", "1"))
 SHARD = ["--out-shard-size", "24kB"]
 GROUP = "8kB"
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -158,7 +159,7 @@ class Recorder:
         self.library, self.watched = library, watched
         self.stat = os.path.join(work, "counts")
 
-    def run(self, *argv, cwd=None, env=None, timeout=120, **settings):
+    def run(self, *argv, cwd=None, env=None, timeout=120 * SLOWER, **settings):
         """Settings are TVREC_ names in lower case. Returns the process; its
         .calls, .fired, .allocs, .allocs_fired say what happened."""
         if os.path.exists(self.stat):

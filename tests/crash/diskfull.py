@@ -96,7 +96,7 @@ class Limited:
         e.update(ENV)
         return subprocess.run(
             [str(a) for a in command], env=e, text=True, capture_output=True,
-            timeout=120, preexec_fn=lambda: resource.setrlimit(
+            timeout=120 * crashlib.SLOWER, preexec_fn=lambda: resource.setrlimit(
                 resource.RLIMIT_FSIZE, (n, n)))
 
 

@@ -27,7 +27,7 @@ R = Recorder(A.recorder, W.disk, WORK)
 table = Table()
 rng = random.Random(A.seed)
 SOON = ["--lock-timeout", "0.05"]
-WAIT = 15  # seconds that nothing here takes unless it waits for a lock
+WAIT = 15 * crashlib.SLOWER  # seconds that nothing here takes unless it waits for a lock
 
 
 def stopped(command, k):
@@ -58,7 +58,7 @@ def go_on(p, *signals):
     for s in signals:
         p.send_signal(s)
     p.send_signal(signal.SIGCONT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=60 * crashlib.SLOWER)
     return p.returncode, out, err
 
 
@@ -156,7 +156,7 @@ def one(job, saved, after, k):
             code, out, err = go_on(p, getattr(signal, how))
     if beside:
         try:
-            _, said = beside.communicate(timeout=60)
+            _, said = beside.communicate(timeout=60 * crashlib.SLOWER)
         except subprocess.TimeoutExpired:
             beside.kill()
             said = "it never ended"

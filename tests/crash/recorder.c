@@ -352,10 +352,50 @@ int __libc_start_main(main_fn fn, int argc, char **argv, void (*init)(void),
 /* ---- allocations ----------------------------------------------------------
  */
 
+#ifdef TVREC_NEXT_ALLOCATOR
+/* ThreadSanitizer's allocator, which frees what it has given out only. */
+#define FORWARD(type, name, ...)                                               \
+    static _Atomic(type) real;                                                 \
+    type f = atomic_load(&real);                                               \
+    if (!f) {                                                                  \
+        *(void **)&f = next(name);                                             \
+        atomic_store(&real, f);                                                \
+    }                                                                          \
+    return f(__VA_ARGS__)
+
+typedef void *(*malloc_fn)(size_t);
+typedef void *(*calloc_fn)(size_t, size_t);
+typedef void *(*realloc_fn)(void *, size_t);
+
+static void *real_malloc(size_t n)
+{
+    FORWARD(malloc_fn, "malloc", n);
+}
+
+static void *real_calloc(size_t n, size_t each)
+{
+    FORWARD(calloc_fn, "calloc", n, each);
+}
+
+static void *real_realloc(void *p, size_t n)
+{
+    FORWARD(realloc_fn, "realloc", p, n);
+}
+
+static void *real_memalign(size_t align, size_t n)
+{
+    FORWARD(calloc_fn, "memalign", align, n);
+}
+#else
 void *__libc_malloc(size_t n);
 void *__libc_calloc(size_t n, size_t each);
 void *__libc_realloc(void *p, size_t n);
 void *__libc_memalign(size_t align, size_t n);
+#define real_malloc   __libc_malloc
+#define real_calloc   __libc_calloc
+#define real_realloc  __libc_realloc
+#define real_memalign __libc_memalign
+#endif
 
 static bool no_memory(void)
 {
@@ -370,29 +410,29 @@ static bool no_memory(void)
 
 void *malloc(size_t n)
 {
-    return no_memory() ? NULL : __libc_malloc(n);
+    return no_memory() ? NULL : real_malloc(n);
 }
 
 void *calloc(size_t n, size_t each)
 {
-    return no_memory() ? NULL : __libc_calloc(n, each);
+    return no_memory() ? NULL : real_calloc(n, each);
 }
 
 void *realloc(void *p, size_t n)
 {
-    return no_memory() ? NULL : __libc_realloc(p, n);
+    return no_memory() ? NULL : real_realloc(p, n);
 }
 
 void *aligned_alloc(size_t align, size_t n)
 {
-    return no_memory() ? NULL : __libc_memalign(align, n);
+    return no_memory() ? NULL : real_memalign(align, n);
 }
 
 int posix_memalign(void **out, size_t align, size_t n)
 {
     if (no_memory())
         return ENOMEM;
-    *out = __libc_memalign(align, n);
+    *out = real_memalign(align, n);
     return *out ? 0 : ENOMEM;
 }
 

@@ -152,7 +152,7 @@ def while_running(count):
             continue
         truncate(n)
         p.send_signal(signal.SIGCONT)
-        out, err = p.communicate(timeout=60)
+        out, err = p.communicate(timeout=60 * crashlib.SLOWER)
         put_back()
         if p.returncode == 0:
             # Everything had been read.
