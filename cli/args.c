@@ -53,7 +53,9 @@ static const struct argp_option common_options[] = {
     {"device", KEY_DEVICE, "DEVICE", 0, "auto, cpu or cuda[:N] (default: auto)",
      -2},
     {"device-memory", KEY_DEVICE_MEMORY, "SIZE", 0,
-     "Most GPU memory to use (default: 80% of what is free)", -2},
+     "Most GPU memory to use (default: 80% of what is free); what needs more "
+     "comes in parts",
+     -2},
     {"help", 'h', NULL, 0, "Give this help", -1},
     {"usage", KEY_USAGE, NULL, 0, "Give a short usage message", -1},
     {"version", 'V', NULL, 0, "Print versions, CPU features and the GPU", -1},

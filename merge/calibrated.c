@@ -181,7 +181,13 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
     }
     if (p->options.cuda) {
         char core[128];
+        size_t rows = 0;
+        size_t cols = 0;
         tv_buf_str(to, tvk_cuda_math_core(p->options.cuda, core, sizeof core));
+        tvm_layer_shape(t, &rows, &cols);
+        if (tvm_rule_needs_gram(r) &&
+            !tvk_cuda_layer_factors(p->options.cuda, rows, cols))
+            tv_buf_str(to, "factor by the CPU");
     }
     return TV_OK;
 }
@@ -205,7 +211,8 @@ static uint64_t kept_most(const struct tvm_trim_rule *r, uint64_t n)
 }
 
 /* Bytes for one entry; statistics as tvm_prune takes them included. */
-static uint64_t entry_bytes(const struct tvm_tensor *t,
+static uint64_t entry_bytes(const struct tvm_plan *p,
+                            const struct tvm_tensor *t,
                             const struct tvm_trim_rule *r)
 {
     size_t rows = 0;
@@ -217,7 +224,7 @@ static uint64_t entry_bytes(const struct tvm_tensor *t,
     /* A table is never in memory as a whole. */
     uint64_t bytes =
         (r->counts ? cols * sizeof(double) : t->n_elems * sizeof(float)) +
-        t->n_elems / 8 + tvm_prune_bytes(r, rows, cols) +
+        t->n_elems / 8 + tvm_prune_bytes(r, rows, cols, p->options.cuda) +
         2 * TVM_BLOCK * sizeof(float);
     if (tvm_rule_makes_values(r))
         bytes += kept_most(r, t->n_elems) * sizeof(float) +
@@ -254,8 +261,8 @@ bool tvm_calibrated_wanted(const struct tvm_plan *p, uint64_t *needed,
             if (!tvm_calibrated_rule(t, s, &r))
                 continue;
             any = true;
-            if (entry_bytes(t, &r) > most_entry)
-                most_entry = entry_bytes(t, &r);
+            if (entry_bytes(p, t, &r) > most_entry)
+                most_entry = entry_bytes(p, t, &r);
             if (stat_bytes(t, &r) > most_stat)
                 most_stat = stat_bytes(t, &r);
             if (r.gram_only) {
@@ -328,7 +335,7 @@ enum tv_err tvm_calibrated_scratch(const struct tvm_plan *p, uint64_t *bytes,
                 continue;
             struct pass one = {.gram = tvm_rule_needs_gram(&r),
                                .merged = r.inputs == TVM_INPUTS_MERGED,
-                               .entry = entry_bytes(t, &r)};
+                               .entry = entry_bytes(p, t, &r)};
             one.owner = tvm_calibration_owner(p, t, s, &r, &one.model);
             if (one.owner < p->n_inputs)
                 add_pass(all, &n, &one);
@@ -1197,7 +1204,8 @@ static uint64_t most_bytes(const struct work *w)
         const struct entry *e = &w->c->entries[i];
         if (!wants(w, e))
             continue;
-        const uint64_t bytes = entry_bytes(&w->p->tensors[e->tensor], &e->rule);
+        const uint64_t bytes =
+            entry_bytes(w->p, &w->p->tensors[e->tensor], &e->rule);
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -1362,7 +1370,8 @@ static enum tv_err run_merged(struct work *w, struct tv_error *err)
         if (e->rule.inputs != TVM_INPUTS_MERGED)
             continue;
         add_text(&s, k.texts, e);
-        const uint64_t bytes = entry_bytes(&w->p->tensors[e->tensor], &e->rule);
+        const uint64_t bytes =
+            entry_bytes(w->p, &w->p->tensors[e->tensor], &e->rule);
         s.reserve = bytes > s.reserve ? bytes : s.reserve;
     }
     if (s.reserve + TVM_MODEL_LEAST > w->p->options.memory_bytes) {

@@ -132,7 +132,7 @@ struct measured {
     struct tvm_layer *l;
     float *t, *p, *d, *work; /* T, P [rows, cols]; rows of D */
     const float *gram, *other;
-    float *h;    /* NULL with a device */
+    float *h;    /* NULL: a device has it */
     size_t tile; /* rows of d */
 };
 
@@ -148,12 +148,14 @@ static enum tv_err error_under(const struct measured *m, const float *gram,
     double unused = 0;
 
     *out = 0;
-    if (cuda) {
+    if (cuda)
         TV_TRY(tvk_cuda_layer_open(cuda, 0, cols, err, &device));
-        TV_TRY(tvk_cuda_layer_gram(device, gram, NULL, err));
-    } else {
+    if (m->h)
         tvm_gram_unpack(m->h, gram, cols);
-    }
+    else
+        TV_TRY(tvk_cuda_layer_gram(device, gram, NULL, err));
+    if (m->h && device)
+        TV_TRY(tvk_cuda_layer_square(device, m->h, err));
     for (size_t row = 0, n = 0; row < m->l->rows; row += n) {
         const float *t = m->t + row * cols;
         n = m->l->rows - row;
@@ -249,7 +251,13 @@ out:
     return rc;
 }
 
-static uint64_t layer_bytes(const struct tvm_tensor *t, bool here)
+/* H is on the host: without a device, and where that has no memory for it. */
+static bool gram_here(const tvk_cuda *cuda, size_t cols)
+{
+    return !cuda || !tvk_cuda_layer_factors(cuda, 0, cols);
+}
+
+static uint64_t layer_bytes(const struct tvm_tensor *t, const tvk_cuda *cuda)
 {
     size_t rows = 0;
     size_t cols = 0;
@@ -257,15 +265,16 @@ static uint64_t layer_bytes(const struct tvm_tensor *t, bool here)
 
     tvm_layer_shape(t, &rows, &cols);
     for (size_t i = 0; i < N_WAYS; i++) {
-        const uint64_t b = tvm_prune_bytes(&ways[i].rule, rows, cols);
+        const uint64_t b = tvm_prune_bytes(&ways[i].rule, rows, cols, cuda);
         most = b > most ? b : most;
     }
-    if (!here)
-        return most + (2 * t->n_elems + TVK_CUDA_CG_ROWS * (uint64_t)cols) *
-                          sizeof(float);
-    return most + (2 * t->n_elems + (uint64_t)cols * cols +
-                   TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols)) *
-                      sizeof(float);
+    most += 2 * t->n_elems * sizeof(float);
+    if (gram_here(cuda, cols))
+        most += (uint64_t)cols * cols * sizeof(float);
+    if (cuda)
+        return most + TVK_CUDA_CG_ROWS * (uint64_t)cols * sizeof(float);
+    return most +
+           (TVK_CG_ROWS * (uint64_t)cols + tvk_cg_work(cols)) * sizeof(float);
 }
 
 static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
@@ -276,10 +285,10 @@ static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
     struct tvm_layer l;
     struct measured m = {.l = &l, .gram = in->gram};
     const size_t at = tve_calibration_find(s->c, in->tensors[0]);
-    const bool here = s->p->options.cuda == NULL;
+    const tvk_cuda *const cuda = s->p->options.cuda;
     double whole = 0;
 
-    m.tile = here ? TVK_CG_ROWS : TVK_CUDA_CG_ROWS;
+    m.tile = cuda ? TVK_CUDA_CG_ROWS : TVK_CG_ROWS;
     TV_TRY(tvm_layer_open(&l, s->p, t, source, err));
     if (in->n != l.cols) {
         rc = tv_error_set(err, TV_E_INTERNAL, "%s: %zu inputs for %zu columns",
@@ -289,11 +298,12 @@ static enum tv_err measure(const struct scan *s, const struct tvm_tensor *t,
     m.t = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
     m.p = tv_alloc_aligned((size_t)t->n_elems * sizeof(float));
     m.d = tv_alloc_aligned(m.tile * l.cols * sizeof(float));
-    if (here) {
+    if (gram_here(cuda, l.cols))
         m.h = tv_alloc_aligned(l.cols * l.cols * sizeof(float));
+    if (!cuda)
         m.work = tv_alloc_aligned(tvk_cg_work(l.cols) * sizeof(float));
-    }
-    if (!m.t || !m.p || !m.d || (here && (!m.h || !m.work))) {
+    if (!m.t || !m.p || !m.d || (gram_here(cuda, l.cols) && !m.h) ||
+        (!cuda && !m.work)) {
         rc = tv_error_set(err, TV_E_NOMEM, "%s: out of memory", t->name);
         goto out;
     }
@@ -515,7 +525,7 @@ static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
 
     s->ref = s->p->inputs[s->model].ref;
     for (; next(s, &i, &k); k++) {
-        const uint64_t b = layer_bytes(&s->p->tensors[i], !s->p->options.cuda);
+        const uint64_t b = layer_bytes(&s->p->tensors[i], s->p->options.cuda);
         most = b > most ? b : most;
     }
     if (most + MODEL_LEAST > s->p->options.memory_bytes) {

@@ -264,30 +264,81 @@ static enum tv_err check_model(struct planner *pl, size_t model, size_t owner,
     return has_text ? check_window(pl, model, owner) : TV_OK;
 }
 
+/* ---- a device ------------------------------------------------------------ */
+
+/* Is this layer worked on by the plan's device? Then its shape as y = T x. */
+static bool takes_device(const struct tvm_plan *plan,
+                         const struct tvm_tensor *t,
+                         const struct tvm_trim_rule *r, size_t *rows,
+                         size_t *cols)
+{
+    *rows = (size_t)t->shape[t->in_first ? 1 : 0];
+    *cols = (size_t)t->shape[t->in_first ? 0 : 1];
+    return plan->options.cuda && tvm_rule_needs_gram(r) && !r->gram_only;
+}
+
+size_t plan_host_factors(const struct tvm_plan *plan, size_t *n_all)
+{
+    size_t n = 0;
+
+    *n_all = 0;
+    for (size_t i = 0; i < plan->n_tensors; i++)
+        for (size_t s = 0; s < plan->tensors[i].n_sources; s++) {
+            struct tvm_trim_rule r;
+            size_t rows = 0;
+            size_t cols = 0;
+            if (!tvm_calibrated_rule(&plan->tensors[i], s, &r) ||
+                !takes_device(plan, &plan->tensors[i], &r, &rows, &cols))
+                continue;
+            ++*n_all;
+            n += !tvk_cuda_layer_factors(plan->options.cuda, rows, cols);
+        }
+    return n;
+}
+
+struct beyond { /* layers that the device has no memory for */
+    size_t n;
+    uint64_t most; /* what the largest of them needs */
+    const char *name;
+};
+
 /* What a device must have for this tensor's statistics. */
 static void check_device(struct planner *pl, const struct tvm_tensor *t,
-                         const struct tvm_trim_rule *r)
+                         const struct tvm_trim_rule *r, struct beyond *b)
 {
-    tvk_cuda *const cuda = pl->plan->options.cuda;
+    const tvk_cuda *const cuda = pl->plan->options.cuda;
+    size_t rows = 0;
+    size_t cols = 0;
     struct tv_error e;
 
-    if (!cuda || !tvm_rule_needs_gram(r) || r->gram_only)
+    if (!takes_device(pl->plan, t, r, &rows, &cols))
         return;
     tv_error_clear(&e);
     if (tvk_cuda_math_find(&e) != TV_OK) {
         plan_report(pl, e.msg, 1, true, e.code, "", "%s", e.msg);
         return;
     }
-    const uint64_t needed =
-        tvk_cuda_layer_bytes((size_t)t->shape[t->in_first ? 1 : 0],
-                             (size_t)t->shape[t->in_first ? 0 : 1]);
-    const uint64_t left = tvk_cuda_left(cuda);
-    if (needed > left)
-        plan_report(pl, "layers beyond the device", 5, true, TV_E_BUDGET,
-                    t->name,
-                    "the layer needs %llu bytes of device memory, %llu are "
-                    "there (--device-memory)",
-                    (unsigned long long)needed, (unsigned long long)left);
+    const uint64_t needed = tvk_cuda_layer_least(cuda, rows, cols);
+    if (needed <= tvk_cuda_about(cuda)->budget_bytes)
+        return;
+    b->n++;
+    if (needed > b->most) {
+        b->most = needed;
+        b->name = t->name;
+    }
+}
+
+static void report_beyond(struct planner *pl, const struct beyond *b)
+{
+    if (b->n == 0)
+        return;
+    plan_report(pl, "layers beyond the device", 1, true, TV_E_BUDGET, b->name,
+                "the layer needs %llu bytes of device memory, %llu are there "
+                "(--device-memory); %zu layers in all do not fit",
+                (unsigned long long)b->most,
+                (unsigned long long)tvk_cuda_about(pl->plan->options.cuda)
+                    ->budget_bytes,
+                b->n);
 }
 
 enum tv_err plan_calibration_make(struct planner *pl)
@@ -297,6 +348,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
     /* [model, owner, 2]: as it is, and behind merged blocks; then [owner]: a
      * text is no good */
     bool *seen = NULL;
+    struct beyond beyond = {.n = 0};
     enum tv_err rc = TV_OK;
 
     seen = tv_calloc((2 * n + 1) * n + 1, sizeof(*seen));
@@ -310,7 +362,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
             size_t model = 0;
             if (!tvm_calibrated_rule(t, s, &rule))
                 continue;
-            check_device(pl, t, &rule);
+            check_device(pl, t, &rule, &beyond);
             const size_t owner =
                 tvm_calibration_owner(plan, t, s, &rule, &model);
             const char *const ref = plan->inputs[t->sources[s].input].ref;
@@ -336,6 +388,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
             *done = true;
         }
     }
+    report_beyond(pl, &beyond);
 out:
     tv_free(seen);
     return rc;

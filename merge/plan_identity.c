@@ -428,10 +428,13 @@ static bool uses_blas(const struct tvm_plan *plan)
 }
 
 /* Results of BLAS depend on which of its kernels do the work, and on which GPU
- * where there is one. Element-wise work has the same bits everywhere. */
+ * where there is one and how much of the work it has memory for. Element-wise
+ * work has the same bits everywhere. */
 static bool put_numerics(json_t *to, const struct tvm_plan *plan)
 {
     char core[128];
+    char device[192];
+    size_t n_factors = 0;
 
     if (!uses_blas(plan))
         return true;
@@ -440,7 +443,13 @@ static bool put_numerics(json_t *to, const struct tvm_plan *plan)
     if (plan->options.cuda == NULL)
         return true;
     (void)tvk_cuda_math_core(plan->options.cuda, core, sizeof(core));
-    return json_object_set_new(to, "device", json_string(core)) == 0;
+    const size_t n_here = plan_host_factors(plan, &n_factors);
+    (void)snprintf(device, sizeof(device), "%s", core);
+    if (n_here > 0)
+        (void)snprintf(device, sizeof(device),
+                       "%s, %zu of %zu factors by the CPU", core, n_here,
+                       n_factors);
+    return json_object_set_new(to, "device", json_string(device)) == 0;
 }
 
 /* Hash of what the weights depend on, wherever and in whatever shards they are

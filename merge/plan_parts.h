@@ -186,6 +186,9 @@ TV_NODISCARD enum tv_err plan_tensors_make(struct planner *pl);
 /* Which text calibrates what; files are read and hashed. */
 TV_NODISCARD enum tv_err plan_calibration_find(struct planner *pl);
 TV_NODISCARD enum tv_err plan_calibration_make(struct planner *pl);
+/* Layers whose factor the CPU makes although there is a device, which has no
+ * memory for it; of *n_all. */
+size_t plan_host_factors(const struct tvm_plan *plan, size_t *n_all);
 TV_NODISCARD enum tv_err plan_files_make(struct planner *pl);
 /* config.json of input `from` for the stack that the output or one of its
  * modules (of plan_slice) is; *out owned, NULL when nothing changes. */

@@ -13,7 +13,9 @@
  * damping, up to four times; then the layer is masked by the diagonal alone.
  *
  * With a CUDA device H and U live there, and only masks by weights are made
- * here; the ladder, the order of steps and what is read again are the same.
+ * here; the ladder, the order of steps and what is read again are the same. A
+ * square that the device has no memory for is made here, too, and goes there in
+ * panels (tvk_cuda_layer_factors).
  */
 #include "prune.h"
 
@@ -37,9 +39,9 @@ struct prune {
     const struct tvm_prune_again *again;
     double *weight;    /* [cols] of scores */
     uint32_t *buckets; /* [HI_BUCKETS] */
-    float *h;          /* [cols, cols]: H or U */
+    float *h;          /* [cols, cols]: H or U; NULL: the device has them */
     float *work;
-    tvk_cuda_layer *device; /* has H or U instead of h; NULL: none */
+    tvk_cuda_layer *device; /* NULL: none */
     float *diagonal;        /* [cols] with a device: of H damped, then of U */
 };
 
@@ -76,25 +78,30 @@ static uint64_t work_floats(const struct tvm_trim_rule *r, size_t rows,
     return most > cg ? most : cg;
 }
 
-/* On the CPU, or beside a device: rows of T and a diagonal. */
-static uint64_t most_floats(const struct tvm_trim_rule *r, size_t rows,
-                            size_t cols)
+/* Beside a device: rows of T and a diagonal; H and U where it has no memory
+ * for them. */
+static uint64_t floats_beside(const tvk_cuda *cuda, size_t rows, size_t cols)
 {
-    const uint64_t here = tvk_gram_floats(cols) + work_floats(r, rows, cols);
-    const uint64_t beside = (TVK_CUDA_CG_ROWS + 1) * (uint64_t)cols;
+    const uint64_t few = (TVK_CUDA_CG_ROWS + 1) * (uint64_t)cols;
 
-    return here > beside ? here : beside;
+    if (tvk_cuda_layer_factors(cuda, rows, cols))
+        return few;
+    return tvk_gram_floats(cols) + few + tvk_gram_work(cols);
 }
 
 uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
-                         size_t cols)
+                         size_t cols, const tvk_cuda *cuda)
 {
     uint64_t bytes =
         cols * sizeof(double) + (uint64_t)HI_BUCKETS * sizeof(uint32_t);
 
-    if (tvm_rule_needs_gram(r) && tvk_layer_built())
-        bytes += most_floats(r, rows, cols) * sizeof(float);
-    return bytes;
+    if (!tvm_rule_needs_gram(r) || !tvk_layer_built())
+        return bytes;
+    if (cuda)
+        return bytes + floats_beside(cuda, rows, cols) * sizeof(float) +
+               tvk_cuda_layer_staging(cols);
+    return bytes +
+           (tvk_gram_floats(cols) + work_floats(r, rows, cols)) * sizeof(float);
 }
 
 /* ---- masks --------------------------------------------------------------- */
@@ -264,20 +271,30 @@ static void weigh_by_diagonal(const struct prune *p)
             p->weight[j] = n_live > 0 ? sum / (double)n_live : 1.0;
 }
 
-/* H on the device, its diagonal damped. */
-static enum tv_err gram_to_device(const struct prune *p, double damping,
-                                  struct tv_error *err)
+/* H, its diagonal damped, where it is worked on. */
+static enum tv_err put_gram(const struct prune *p, double damping,
+                            struct tv_error *err)
 {
+    if (p->h) {
+        tvm_gram_unpack(p->h, p->stats->gram, p->cols);
+        (void)tvk_gram_damp(p->h, p->cols, damping);
+        return p->device ? tvk_cuda_layer_square(p->device, p->h, err) : TV_OK;
+    }
     for (size_t j = 0; j < p->cols; j++)
         p->diagonal[j] = (float)diagonal(p->stats, j);
     (void)tvk_diagonal_damp(p->diagonal, p->cols, damping);
     return tvk_cuda_layer_gram(p->device, p->stats->gram, p->diagonal, err);
 }
 
-static void gram_here(const struct prune *p, double damping)
+static enum tv_err factor_once(const struct prune *p, bool *definite,
+                               struct tv_error *err)
 {
-    tvm_gram_unpack(p->h, p->stats->gram, p->cols);
-    (void)tvk_gram_damp(p->h, p->cols, damping);
+    if (!p->h)
+        return tvk_cuda_layer_factor(p->device, definite, p->diagonal, err);
+    *definite = tvk_gram_factor(p->h, p->cols, p->work) == 0;
+    if (!p->device || !*definite)
+        return TV_OK;
+    return tvk_cuda_layer_square(p->device, p->h, err);
 }
 
 /* H becomes U. *took: the damping that it took, 0 when none did, and how often
@@ -294,14 +311,8 @@ static enum tv_err factor(const struct prune *p, double *took,
          i++, damping *= 10.0) {
         bool definite = false;
 
-        if (p->device) {
-            TV_TRY(gram_to_device(p, damping, err));
-            TV_TRY(
-                tvk_cuda_layer_factor(p->device, &definite, p->diagonal, err));
-        } else {
-            gram_here(p, damping);
-            definite = tvk_gram_factor(p->h, p->cols, p->work) == 0;
-        }
+        TV_TRY(put_gram(p, damping, err));
+        TV_TRY(factor_once(p, &definite, err));
         *n_raised = i;
         if (definite)
             *took = damping;
@@ -313,7 +324,7 @@ out:
 /* U_jj, behind factor(). */
 static double factor_at(const struct prune *p, size_t j)
 {
-    return (double)(p->device ? p->diagonal[j] : p->h[j * p->cols + j]);
+    return (double)(p->h ? p->h[j * p->cols + j] : p->diagonal[j]);
 }
 
 /* ---- correction ---------------------------------------------------------- */
@@ -432,10 +443,7 @@ static enum tv_err prune_with_gram(const struct prune *p,
     }
     if (r->correct < TVM_CORRECT_CG && !r->rescale)
         goto out;
-    if (p->device)
-        TV_TRY(gram_to_device(p, out->damping, err));
-    else
-        gram_here(p, out->damping);
+    TV_TRY(put_gram(p, out->damping, err));
     if (r->correct >= TVM_CORRECT_CG)
         TV_TRY(refine(p, err));
     if (r->rescale)
@@ -451,6 +459,7 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
 {
     enum tv_err rc = TV_OK;
     const bool gram = tvm_rule_needs_gram(r);
+    size_t n_work = 0;
     struct prune p = {.rule = r,
                       .t = t,
                       .rows = rows,
@@ -465,17 +474,24 @@ enum tv_err tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows,
     if (!p.weight || !p.buckets)
         goto no_memory;
     if (gram && stats->cuda) {
+        n_work = TVK_CUDA_CG_ROWS * cols;
+        if (tvk_gram_work(cols) > n_work)
+            n_work = tvk_gram_work(cols);
         TV_TRY(tvk_cuda_layer_open(stats->cuda, rows, cols, err, &p.device));
-        p.work =
-            tv_alloc_aligned(TVK_CUDA_CG_ROWS * cols * sizeof *p.work + 64);
         p.diagonal = tv_alloc((cols + 1) * sizeof *p.diagonal);
-        if (!p.work || !p.diagonal)
+        if (!p.diagonal)
             goto no_memory;
     } else if (gram) {
+        n_work = (size_t)work_floats(r, rows, cols);
+    }
+    if (gram && (!p.device || tvk_cuda_layer_on_host(p.device))) {
         p.h = tv_alloc_aligned(tvk_gram_floats(cols) * sizeof *p.h);
-        p.work = tv_alloc_aligned(
-            (size_t)work_floats(r, rows, cols) * sizeof *p.work + 64);
-        if (!p.h || !p.work)
+        if (!p.h)
+            goto no_memory;
+    }
+    if (gram) {
+        p.work = tv_alloc_aligned(n_work * sizeof *p.work + 64);
+        if (!p.work)
             goto no_memory;
     }
     for (size_t j = 0; j < cols; j++)

@@ -38,9 +38,10 @@ struct tvm_pruned {
     bool uncorrected;  /* no damping was enough: a mask by the diagonal */
 };
 
-/* Bytes of heap that tvm_prune takes, T not counted. */
+/* Bytes of heap that tvm_prune takes with that device (NULL: none), T not
+ * counted. */
 uint64_t tvm_prune_bytes(const struct tvm_trim_rule *r, size_t rows,
-                         size_t cols);
+                         size_t cols, const tvk_cuda *cuda);
 /* t in: T; out: what is kept, else +0. NOMEM; of a device: BUDGET, IO. */
 TV_NODISCARD enum tv_err
 tvm_prune(const struct tvm_trim_rule *r, float *t, size_t rows, size_t cols,

@@ -152,6 +152,7 @@ struct tvk_cu_obs {
     uint32_t *equal;   /* [rows]: scores at the limit, then those before */
     struct tvk_cu_obs_limit *limit;
     uint64_t rows, cols;
+    uint64_t ldt;      /* row stride of t; that of u is cols */
     uint32_t width;    /* of the block */
     uint32_t n_prune;  /* of the block's entries */
     uint32_t lower;    /* buckets are of the lower half of the bits */
@@ -173,7 +174,7 @@ TVK_HD uint32_t tvk_cu_obs_score(float w, float u)
 TVK_HD uint32_t tvk_cu_obs_bits(const struct tvk_cu_obs *a, uint64_t r,
                                 uint64_t j)
 {
-    return tvk_cu_obs_score(a->t[r * a->cols + j], a->u[j * a->cols + j]);
+    return tvk_cu_obs_score(a->t[r * a->ldt + j], a->u[j * a->cols + j]);
 }
 
 TVK_HD void tvk_cu_obs_count(const struct tvk_cu_place *at,
@@ -317,7 +318,7 @@ TVK_HD void tvk_cu_obs_strip(const struct tvk_cu_place *at,
                              const struct tvk_cu_obs *a)
 {
     for (uint64_t r = tvk_cu_first(at); r < a->rows; r += tvk_cu_step(at)) {
-        float *const t = a->t + r * a->cols;
+        float *const t = a->t + r * a->ldt;
         float *const err = a->err + r * TVK_CU_OBS_LD;
         float v[TVK_CU_OBS_BLOCK];
         for (uint32_t j = a->from; j < a->to; j++)

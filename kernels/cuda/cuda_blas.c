@@ -29,6 +29,7 @@ static const char *const solver_names[] = {"libcusolver.so.12",
 /* Of cuBLAS; behind it a counter for conversions. */
 #define WORKSPACE ((size_t)4 << 20)
 #define COUNTER   256u
+_Static_assert(TVK_CUDA_WORKSPACE == WORKSPACE + COUNTER, "one size");
 
 /* Written once under the guard, read-only afterwards. */
 static struct tvk_cublas_api blas;

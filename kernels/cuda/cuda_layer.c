@@ -1,62 +1,33 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * cuda_layer.c - the Gram matrix of a layer's inputs, and tv/layer.h's work
- * with it, on the device: see tv/cuda_math.h and kernels/layer.c.
+ * with it, on the device: see tv/cuda_math.h, kernels/layer.c and cuda_obs.c.
  *
- *   h    [cols, cols]   H, or its factor U
+ *   h    [cols, cols]   H, or its factor U; or a panel of rows of what the host
+ *        has of them
  *   m    the other operand: the packed triangle that becomes H; H in fp64 that
- *        becomes R, and a tile of R^-1 behind it; T in the loop, the tiles of
- *        refinement
+ *        becomes R, and a tile of R^-1 behind it; T in the loop, or tiles of
+ *        it; the tiles of refinement
  *   err  [rows, 512]    of the loop
  *
- * The loop asks nothing of the host: limits are searched, ties are counted and
- * strips are corrected by kernels, and the stream is waited for once, at the
- * end. U is the CPU's by the same reversal: the flat reversal of H is potrf's
+ * Products are cut the same way whether their operands are there as a whole or
+ * not, so that no bit depends on the memory: 512 rows of T, 2,048 of H. But
+ * whether the factor is made here at all does; see tvk_cuda_layer_factors.
+ *
+ * U is the CPU's by the same reversal: the flat reversal of H is potrf's
  * operand, and R is inverted by solves with columns of the identity (cuBLAS has
  * no trtri for one matrix), which are rounded to fp32 as they are reversed
  * again. potrf and the solves are in fp64 (see gram_factor.c).
  */
-#include "cuda/cuda_math_parts.h"
+#include "cuda/cuda_layer_parts.h"
 
 #include <assert.h>
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 
 #include "cuda/cu_matrix.h"
 #include "tv/alloc.h"
-
-_Static_assert(TVK_CU_OBS_BLOCK == TVK_OBS_BLOCK, "blocks of columns");
-_Static_assert(TVK_CU_OBS_LD == TVK_OBS_GROUP, "stride of errors");
-
-#define STRIP    32u /* as kernels/layer.c */
-#define THREADS  256u
-#define GRID_MAX 4096u
-
-/* ---- launching ----------------------------------------------------------- */
-
-/* Enough blocks of `threads` for n items, which the kernel loops over. */
-static enum tv_err over(tvk_cuda_stream *s, const char *name, uint64_t n,
-                        unsigned threads, void *args, struct tv_error *err)
-{
-    const uint64_t blocks = (n + threads - 1) / threads;
-
-    if (n == 0)
-        return TV_OK;
-    return tvk_cuda_launch(s, name,
-                           blocks < GRID_MAX ? (unsigned)blocks : GRID_MAX, 1,
-                           threads, 0, args, err);
-}
-
-static size_t min_size(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
-/* Floats behind an address. */
-static tvk_cuda_ptr at_float(tvk_cuda_ptr p, size_t n)
-{
-    return p + n * sizeof(float);
-}
 
 /* ---- the Gram matrix ----------------------------------------------------- */
 
@@ -73,7 +44,7 @@ struct gram {
 
 static size_t strip_entries(size_t n, size_t i0)
 {
-    const size_t ni = min_size(TVK_CUDA_GRAM_STRIP, n - i0);
+    const size_t ni = tvk_cuda_least(TVK_CUDA_GRAM_STRIP, n - i0);
 
     return ni * (n - i0) - ni * (ni - 1) / 2;
 }
@@ -82,11 +53,11 @@ static enum tv_err gram_open(struct gram *g, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tvk_cuda *const d = g->m->device;
-    const size_t rows = min_size(g->rows, TVK_CUDA_GRAM_CHUNK);
+    const size_t rows = tvk_cuda_least(g->rows, TVK_CUDA_GRAM_CHUNK);
 
     g->chunk_bytes = ((rows - 1) * g->ldx + g->n) * sizeof(float);
     g->product_bytes =
-        min_size(TVK_CUDA_GRAM_STRIP, g->n) * g->n * sizeof(float);
+        tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n) * g->n * sizeof(float);
     TV_TRY(tvk_cuda_alloc(d, g->product_bytes, "a product of inputs", err,
                           &g->product));
     TV_TRY(tvk_cuda_alloc(d, g->chunk_bytes, "inputs of a layer", err,
@@ -128,7 +99,7 @@ static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
 
     for (size_t row = 0, k = 0; row < g->rows;
          row += TVK_CUDA_GRAM_CHUNK, k++) {
-        const size_t rows = min_size(TVK_CUDA_GRAM_CHUNK, g->rows - row);
+        const size_t rows = tvk_cuda_least(TVK_CUDA_GRAM_CHUNK, g->rows - row);
         const tvk_cuda_ptr x = g->chunk[k % g->n_chunks];
         tvk_cuda_ptr to_sums = sums;
 
@@ -141,15 +112,15 @@ static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
         /* The other buffer is free for the next chunk then. */
         TV_TRY(tvk_cuda_sync(s, err));
         for (size_t i0 = from; i0 < to; i0 += TVK_CUDA_GRAM_STRIP) {
-            const size_t ni = min_size(TVK_CUDA_GRAM_STRIP, g->n - i0);
+            const size_t ni = tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n - i0);
             const struct tvk_cuda_gemm p = {.trans_a = true,
                                             .m = ni,
                                             .n = g->n - i0,
                                             .k = rows,
                                             .alpha = 1.0f,
-                                            .a = at_float(x, i0),
+                                            .a = tvk_cuda_float(x, i0),
                                             .lda = g->ldx,
-                                            .b = at_float(x, i0),
+                                            .b = tvk_cuda_float(x, i0),
                                             .ldb = g->ldx,
                                             .c = g->product,
                                             .ldc = g->n - i0};
@@ -160,8 +131,8 @@ static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
                                           .width = g->n - i0};
 
             TV_TRY(tvk_cuda_gemm(g->m, &p, err));
-            TV_TRY(
-                over(s, "tv_gram_sum", ni * (g->n - i0), THREADS, &sum, err));
+            TV_TRY(tvk_cuda_over(s, "tv_gram_sum", ni * (g->n - i0),
+                                 TVK_CUDA_THREADS, &sum, err));
             to_sums += strip_entries(g->n, i0) * sizeof(double);
         }
     }
@@ -184,8 +155,8 @@ static enum tv_err gram_on_host(struct gram *g, double *sums,
 
         TV_TRY(
             tvk_cuda_upload(g->m->stream, strip, sums, n * sizeof *sums, err));
-        TV_TRY(gram_strips(g, i0, min_size(i0 + TVK_CUDA_GRAM_STRIP, g->n),
-                           strip, err));
+        TV_TRY(gram_strips(
+            g, i0, tvk_cuda_least(i0 + TVK_CUDA_GRAM_STRIP, g->n), strip, err));
         TV_TRY(tvk_cuda_download(g->m->stream, sums, strip, n * sizeof *sums,
                                  err));
         TV_TRY(tvk_cuda_sync(g->m->stream, err));
@@ -221,17 +192,6 @@ out:
 
 /* ---- one layer ----------------------------------------------------------- */
 
-struct tvk_cuda_layer {
-    tvk_cuda_math *math;
-    tvk_cuda *device;
-    tvk_cuda_stream *stream;
-    size_t rows, cols;
-    tvk_cuda_ptr h, m, err, small;
-    size_t h_bytes, m_bytes, err_bytes, small_bytes;
-    /* parts of small */
-    tvk_cuda_ptr diagonal, buckets, equal, limit, info, doubles;
-};
-
 /* Room for potrf's own workspace; what it asks for is taken from the budget. */
 #define SOLVER_LEAST ((uint64_t)16 << 20)
 /* A tile of refinement: T, P, residual, direction, its product; keep. */
@@ -239,11 +199,31 @@ struct tvk_cuda_layer {
 /* Columns of R^-1 that one solve makes. */
 #define INVERSE_COLS 256u
 
-static uint64_t m_floats(size_t rows, size_t cols)
+/* Rows of H that one product takes, and most of H or U that a panel holds. */
+#define PANEL        2048u
+/* Rows of T that the stage holds. */
+#define STAGE_ROWS   64u
+
+/* Where T is: there as a whole; in tiles, two that take turns, or one. */
+static const unsigned ways[] = {0, 2, 1};
+#define N_WAYS (sizeof ways / sizeof *ways)
+
+static uint64_t h_floats(size_t cols, bool on_host)
+{
+    return (uint64_t)cols * (on_host && cols > PANEL ? PANEL : cols);
+}
+
+static uint64_t m_floats(size_t rows, size_t cols, bool on_host,
+                         unsigned n_tiles)
 {
     const uint64_t square =
-        2 * ((uint64_t)cols * cols + (uint64_t)INVERSE_COLS * cols);
-    const uint64_t t = (uint64_t)rows * cols;
+        on_host ? 0
+                : 2 * ((uint64_t)cols * cols + (uint64_t)INVERSE_COLS * cols);
+    const uint64_t t =
+        n_tiles == 0 ? (uint64_t)rows * cols
+                     : (uint64_t)rows * TVK_OBS_GROUP +
+                           (uint64_t)n_tiles *
+                               tvk_cuda_least(rows, TVK_CUDA_CG_ROWS) * cols;
     const uint64_t tile =
         ((uint64_t)TILE_ARRAYS * TVK_CUDA_CG_ROWS + TVK_CUDA_CG_ROWS / 4) *
         cols;
@@ -265,12 +245,46 @@ static uint64_t small_size(size_t rows, size_t cols)
            aligned(3 * TVK_CUDA_CG_ROWS * sizeof(double));
 }
 
-uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
+static uint64_t layer_bytes(size_t rows, size_t cols, bool on_host,
+                            unsigned n_tiles)
 {
-    return ((uint64_t)cols * cols + m_floats(rows, cols) +
+    return (h_floats(cols, on_host) + m_floats(rows, cols, on_host, n_tiles) +
             (uint64_t)rows * TVK_OBS_GROUP) *
                sizeof(float) +
-           small_size(rows, cols) + SOLVER_LEAST;
+           small_size(rows, cols) + (on_host ? 0 : SOLVER_LEAST);
+}
+
+static uint64_t least_bytes(size_t rows, size_t cols, bool on_host)
+{
+    uint64_t least = UINT64_MAX;
+
+    for (size_t i = 0; i < N_WAYS; i++) {
+        const uint64_t bytes = layer_bytes(rows, cols, on_host, ways[i]);
+
+        least = bytes < least ? bytes : least;
+    }
+    return least + TVK_CUDA_WORKSPACE;
+}
+
+uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
+{
+    return layer_bytes(rows, cols, false, 0);
+}
+
+/* By the budget, which stays what it is, not by what is left of it. */
+bool tvk_cuda_layer_factors(const tvk_cuda *d, size_t rows, size_t cols)
+{
+    return least_bytes(rows, cols, false) <= d->info.budget_bytes;
+}
+
+uint64_t tvk_cuda_layer_least(const tvk_cuda *d, size_t rows, size_t cols)
+{
+    return least_bytes(rows, cols, !tvk_cuda_layer_factors(d, rows, cols));
+}
+
+size_t tvk_cuda_layer_staging(size_t cols)
+{
+    return 2 * (size_t)STAGE_ROWS * cols * sizeof(float);
 }
 
 static tvk_cuda_ptr carve(tvk_cuda_ptr *at, size_t bytes)
@@ -279,6 +293,67 @@ static tvk_cuda_ptr carve(tvk_cuda_ptr *at, size_t bytes)
 
     *at += aligned(bytes);
     return mine;
+}
+
+/* Owned by the layer; what is there already is let go by the caller. */
+static enum tv_err take_memory(tvk_cuda_layer *l, unsigned n_tiles,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tvk_cuda *const d = l->device;
+
+    l->n_tiles = n_tiles;
+    l->h_bytes = (size_t)h_floats(l->cols, l->on_host) * sizeof(float);
+    l->m_bytes =
+        (size_t)m_floats(l->rows, l->cols, l->on_host, n_tiles) * sizeof(float);
+    l->err_bytes = l->rows * TVK_OBS_GROUP * sizeof(float);
+    l->small_bytes = (size_t)small_size(l->rows, l->cols);
+    TV_TRY(tvk_cuda_alloc(d, l->h_bytes, "X^T X of a layer", err, &l->h));
+    TV_TRY(tvk_cuda_alloc(d, l->m_bytes, "a layer", err, &l->m));
+    TV_TRY(tvk_cuda_alloc(d, l->err_bytes, "errors of a layer", err, &l->err));
+    TV_TRY(tvk_cuda_alloc(d, l->small_bytes, "a layer", err, &l->small));
+out:
+    return rc;
+}
+
+static void give_memory(tvk_cuda_layer *l)
+{
+    /* All calls wait for the stream: nobody uses the memory. */
+    tvk_cuda_free(l->device, l->h, l->h_bytes);
+    tvk_cuda_free(l->device, l->m, l->m_bytes);
+    tvk_cuda_free(l->device, l->err, l->err_bytes);
+    tvk_cuda_free(l->device, l->small, l->small_bytes);
+    l->h = l->m = l->err = l->small = 0;
+}
+
+/* The first way that there is memory for. */
+static enum tv_err choose_way(tvk_cuda_layer *l, struct tv_error *err)
+{
+    enum tv_err rc = TV_E_BUDGET;
+    uint64_t least = UINT64_MAX;
+
+    for (size_t i = 0; i < N_WAYS && rc == TV_E_BUDGET; i++) {
+        const uint64_t bytes =
+            layer_bytes(l->rows, l->cols, l->on_host, ways[i]);
+        const uint64_t left = tvk_cuda_left(l->device);
+
+        if (bytes >= least)
+            continue;
+        least = bytes;
+        tv_error_clear(err);
+        if (bytes > left) {
+            rc = tv_error_set(err, TV_E_BUDGET,
+                              "a layer [%zu, %zu] needs %" PRIu64
+                              " bytes of device memory, %" PRIu64
+                              " are left (--device-memory)",
+                              l->rows, l->cols, bytes, left);
+            continue;
+        }
+        rc = take_memory(l, ways[i], err);
+        if (rc != TV_OK)
+            give_memory(l);
+    }
+    return rc;
 }
 
 enum tv_err tvk_cuda_layer_open(tvk_cuda *d, size_t rows, size_t cols,
@@ -294,16 +369,13 @@ enum tv_err tvk_cuda_layer_open(tvk_cuda *d, size_t rows, size_t cols,
     l->device = d;
     l->rows = rows;
     l->cols = cols;
-    l->h_bytes = cols * cols * sizeof(float);
-    l->m_bytes = (size_t)m_floats(rows, cols) * sizeof(float);
-    l->err_bytes = rows * TVK_OBS_GROUP * sizeof(float);
-    l->small_bytes = (size_t)small_size(rows, cols);
+    l->on_host = !tvk_cuda_layer_factors(d, rows, cols);
     TV_TRY(tvk_cuda_math_of(d, err, &l->math));
     l->stream = l->math->stream;
-    TV_TRY(tvk_cuda_alloc(d, l->h_bytes, "X^T X of a layer", err, &l->h));
-    TV_TRY(tvk_cuda_alloc(d, l->m_bytes, "a layer", err, &l->m));
-    TV_TRY(tvk_cuda_alloc(d, l->err_bytes, "errors of a layer", err, &l->err));
-    TV_TRY(tvk_cuda_alloc(d, l->small_bytes, "a layer", err, &l->small));
+    TV_TRY(choose_way(l, err));
+    if (cols > 0 && (l->on_host || l->n_tiles > 0))
+        TV_TRY(
+            tvk_cuda_stage_open(d, (size_t)STAGE_ROWS * cols, err, &l->stage));
     tvk_cuda_ptr at = l->small;
     l->diagonal = carve(&at, cols * sizeof(float));
     l->buckets = carve(&at, TVK_CU_OBS_BUCKETS * sizeof(uint32_t));
@@ -322,12 +394,65 @@ void tvk_cuda_layer_close(tvk_cuda_layer *l)
 {
     if (l == NULL)
         return;
-    /* All calls wait for the stream: nobody uses the memory. */
-    tvk_cuda_free(l->device, l->h, l->h_bytes);
-    tvk_cuda_free(l->device, l->m, l->m_bytes);
-    tvk_cuda_free(l->device, l->err, l->err_bytes);
-    tvk_cuda_free(l->device, l->small, l->small_bytes);
+    tvk_cuda_stage_close(&l->stage);
+    give_memory(l);
     tv_free(l);
+}
+
+bool tvk_cuda_layer_on_host(const tvk_cuda_layer *l)
+{
+    return l->on_host;
+}
+
+unsigned tvk_cuda_layer_tiles(const tvk_cuda_layer *l)
+{
+    return l->n_tiles;
+}
+
+/* ---- H and U ------------------------------------------------------------- */
+
+enum tv_err tvk_cuda_layer_square(tvk_cuda_layer *l, const float *square,
+                                  struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    float *const diagonal = l->stage.host[0];
+
+    assert(l->on_host);
+    l->square = square;
+    l->from = l->to = 0;
+    if (l->cols == 0)
+        return TV_OK;
+    for (size_t j = 0; j < l->cols; j++)
+        diagonal[j] = square[j * l->cols + j];
+    TV_TRY(tvk_cuda_upload(l->stream, l->diagonal, diagonal,
+                           l->cols * sizeof *diagonal, err));
+out:
+    return tvk_cuda_layer_finish(l, rc, err);
+}
+
+enum tv_err tvk_cuda_layer_panel(tvk_cuda_layer *l, size_t from, size_t to,
+                                 struct tv_error *err, tvk_cuda_ptr *at)
+{
+    enum tv_err rc = TV_OK;
+
+    *at = tvk_cuda_float(l->h, from * l->cols);
+    if (!l->on_host)
+        return TV_OK;
+    if (from < l->from || to > l->to) {
+        /* What it may take, as much of it as there is. */
+        const size_t n = tvk_cuda_least(PANEL, l->cols - from);
+
+        assert(to - from <= n && l->square);
+        l->from = l->to = 0;
+        TV_TRY(tvk_cuda_sync(l->stream, err)); /* who used the one before */
+        TV_TRY(tvk_cuda_stage_up(&l->stage, l->h, l->square + from * l->cols,
+                                 l->cols, n, l->cols, err));
+        l->from = from;
+        l->to = from + n;
+    }
+    *at = tvk_cuda_float(l->h, (from - l->from) * l->cols);
+out:
+    return rc;
 }
 
 static enum tv_err unpack(tvk_cuda_layer *l, const float *packed,
@@ -346,14 +471,14 @@ static enum tv_err unpack(tvk_cuda_layer *l, const float *packed,
     if (diagonal)
         TV_TRY(tvk_cuda_upload(l->stream, l->diagonal, diagonal,
                                n * sizeof *diagonal, err));
-    TV_TRY(over(l->stream, "tv_unpack", n * n, THREADS, &a, err));
+    TV_TRY(tvk_cuda_over(l->stream, "tv_unpack", n * n, TVK_CUDA_THREADS, &a,
+                         err));
 out:
     return rc;
 }
 
-/* The host's memory may change again. */
-static enum tv_err finish(tvk_cuda_layer *l, enum tv_err rc,
-                          struct tv_error *err)
+enum tv_err tvk_cuda_layer_finish(tvk_cuda_layer *l, enum tv_err rc,
+                                  struct tv_error *err)
 {
     if (rc == TV_OK)
         return tvk_cuda_sync(l->stream, err);
@@ -367,7 +492,8 @@ static enum tv_err take_diagonal(tvk_cuda_layer *l, struct tv_error *err)
                               .src = tvk_cuda_address(l->h),
                               .n = l->cols};
 
-    return over(l->stream, "tv_diagonal", l->cols, THREADS, &a, err);
+    return tvk_cuda_over(l->stream, "tv_diagonal", l->cols, TVK_CUDA_THREADS,
+                         &a, err);
 }
 
 enum tv_err tvk_cuda_layer_gram(tvk_cuda_layer *l, const float *packed,
@@ -375,12 +501,13 @@ enum tv_err tvk_cuda_layer_gram(tvk_cuda_layer *l, const float *packed,
 {
     enum tv_err rc = TV_OK;
 
+    assert(!l->on_host);
     if (l->cols == 0)
         return TV_OK;
     TV_TRY(unpack(l, packed, diagonal, err));
     TV_TRY(take_diagonal(l, err));
 out:
-    return finish(l, rc, err);
+    return tvk_cuda_layer_finish(l, rc, err);
 }
 
 static enum tv_err potrf(tvk_cuda_layer *l, int *info, struct tv_error *err)
@@ -430,11 +557,12 @@ static enum tv_err invert(tvk_cuda_layer *l, struct tv_error *err)
         .n = n};
 
     for (size_t from = 0; from < n; from += INVERSE_COLS) {
-        const size_t to = min_size(from + INVERSE_COLS, n);
+        const size_t to = tvk_cuda_least(from + INVERSE_COLS, n);
 
         a.from = from;
         a.to = to;
-        TV_TRY(over(l->stream, "tv_unit", (to - from) * to, THREADS, &a, err));
+        TV_TRY(tvk_cuda_over(l->stream, "tv_unit", (to - from) * to,
+                             TVK_CUDA_THREADS, &a, err));
         TV_TRY(tvk_cuda_blas_done(
             m,
             (int)m->blas->dtrsm(m->blas_handle, TVK_CB_LEFT, TVK_CB_UPPER,
@@ -442,7 +570,8 @@ static enum tv_err invert(tvk_cuda_layer *l, struct tv_error *err)
                                 (int)(to - from), &one, tvk_cuda_address(l->m),
                                 (int)n, a.tile, (int)to),
             "cublasDtrsm", err));
-        TV_TRY(over(l->stream, "tv_take", (to - from) * n, THREADS, &a, err));
+        TV_TRY(tvk_cuda_over(l->stream, "tv_take", (to - from) * n,
+                             TVK_CUDA_THREADS, &a, err));
     }
 out:
     return rc;
@@ -458,13 +587,15 @@ enum tv_err tvk_cuda_layer_factor(tvk_cuda_layer *l, bool *definite,
     float *diagonal = NULL;
     int info = 0;
 
+    assert(!l->on_host);
     *definite = true;
     if (n == 0)
         return TV_OK;
     diagonal = tv_alloc(n * sizeof *diagonal);
     if (diagonal == NULL)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
-    TV_TRY(over(l->stream, "tv_flip", n * n, THREADS, &flip, err));
+    TV_TRY(tvk_cuda_over(l->stream, "tv_flip", n * n, TVK_CUDA_THREADS, &flip,
+                         err));
     TV_TRY(potrf(l, &info, err));
     if (info != 0) {
         *definite = false;
@@ -487,139 +618,38 @@ out:
     return rc;
 }
 
-/* ---- the loop ------------------------------------------------------------ */
-
-/* Entries of a block that are pruned, by their scores' bits. */
-static enum tv_err mark_block(tvk_cuda_layer *l, struct tvk_cu_obs *a,
-                              double density, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    const uint64_t n = a->rows * a->width;
-
-    a->n_prune = (uint32_t)floor((double)n * (1.0 - density));
-    TV_TRY(tvk_cuda_fill(l->stream, l->limit, 0,
-                         sizeof(struct tvk_cu_obs_limit), err));
-    TV_TRY(
-        tvk_cuda_fill(l->stream, l->equal, 0, l->rows * sizeof(uint32_t), err));
-    for (a->lower = 0; a->n_prune > 0 && a->lower < 2; a->lower++) {
-        TV_TRY(tvk_cuda_fill(l->stream, l->buckets, 0,
-                             TVK_CU_OBS_BUCKETS * sizeof(uint32_t), err));
-        TV_TRY(over(l->stream, "tv_obs_count", n, THREADS, a, err));
-        TV_TRY(
-            over(l->stream, "tv_obs_find", TVK_CU_FIND, TVK_CU_FIND, a, err));
-    }
-    if (a->n_prune > 0) {
-        TV_TRY(over(l->stream, "tv_obs_equal", n, THREADS, a, err));
-        TV_TRY(
-            over(l->stream, "tv_obs_scan", TVK_CU_FIND, TVK_CU_FIND, a, err));
-    }
-    TV_TRY(over(l->stream, "tv_obs_mark", a->rows, TVK_CU_ROWS, a, err));
-out:
-    return rc;
-}
-
-/* As `spread` of kernels/layer.c. */
-static enum tv_err spread(tvk_cuda_layer *l, size_t origin, size_t from,
-                          size_t to, size_t end, struct tv_error *err)
-{
-    const struct tvk_cuda_gemm g = {.m = l->rows,
-                                    .n = end > to ? end - to : 0,
-                                    .k = to - from,
-                                    .alpha = -1.0f,
-                                    .beta = 1.0f,
-                                    .a = at_float(l->err, from - origin),
-                                    .lda = TVK_OBS_GROUP,
-                                    .b = at_float(l->h, from * l->cols + to),
-                                    .ldb = l->cols,
-                                    .c = at_float(l->m, to),
-                                    .ldc = l->cols};
-
-    return tvk_cuda_gemm(l->math, &g, err);
-}
-
-static enum tv_err block(tvk_cuda_layer *l, size_t g, size_t i,
-                         const struct tvk_obs *how, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    const size_t end = min_size(i + TVK_OBS_BLOCK, l->cols);
-    const size_t strip = how->group > STRIP ? TVK_OBS_BLOCK : STRIP;
-    struct tvk_cu_obs a = {
-        .t = tvk_cuda_address(at_float(l->m, i)),
-        .u = tvk_cuda_address(at_float(l->h, i * l->cols + i)),
-        .err = tvk_cuda_address(at_float(l->err, i - g)),
-        .buckets = tvk_cuda_address(l->buckets),
-        .equal = tvk_cuda_address(l->equal),
-        .limit = tvk_cuda_address(l->limit),
-        .rows = l->rows,
-        .cols = l->cols,
-        .width = (uint32_t)(end - i),
-        .group = how->group,
-        .n_pruned = how->n_pruned};
-
-    if (how->group == 0)
-        TV_TRY(mark_block(l, &a, how->density, err));
-    for (size_t s = i; s < end; s += strip) {
-        const size_t s_end = min_size(s + strip, end);
-
-        a.from = (uint32_t)(s - i);
-        a.to = (uint32_t)(s_end - i);
-        TV_TRY(over(l->stream, "tv_obs_strip", a.rows, TVK_CU_ROWS, &a, err));
-        TV_TRY(spread(l, g, s, s_end, end, err));
-    }
-out:
-    return rc;
-}
-
-enum tv_err tvk_cuda_layer_obs(tvk_cuda_layer *l, float *t,
-                               const struct tvk_obs *how, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    const size_t bytes = l->rows * l->cols * sizeof *t;
-
-    assert(how->density >= 0 && how->density <= 1);
-    assert(how->group == 0 || TVK_OBS_BLOCK % how->group == 0);
-    if (bytes == 0)
-        return TV_OK;
-    TV_TRY(tvk_cuda_upload(l->stream, l->m, t, bytes, err));
-    for (size_t g = 0; g < l->cols; g += TVK_OBS_GROUP) {
-        const size_t g_end = min_size(g + TVK_OBS_GROUP, l->cols);
-
-        for (size_t i = g; i < g_end; i += TVK_OBS_BLOCK) {
-            TV_TRY(block(l, g, i, how, err));
-            TV_TRY(spread(l, g, i, min_size(i + TVK_OBS_BLOCK, l->cols), g_end,
-                          err));
-        }
-        TV_TRY(spread(l, g, g, g_end, l->cols, err));
-    }
-    TV_TRY(tvk_cuda_download(l->stream, t, l->m, bytes, err));
-out:
-    return finish(l, rc, err);
-}
-
 /* ---- refinement ---------------------------------------------------------- */
 
 /* Array i of a tile. */
 static tvk_cuda_ptr tile(const tvk_cuda_layer *l, unsigned i)
 {
-    return at_float(l->m, (size_t)i * TVK_CUDA_CG_ROWS * l->cols);
+    return tvk_cuda_float(l->m, (size_t)i * TVK_CUDA_CG_ROWS * l->cols);
 }
 
-/* y [rows, cols] = x h */
+/* y [rows, cols] = x h, PANEL columns at a time: H is symmetric. */
 static enum tv_err times_gram(tvk_cuda_layer *l, tvk_cuda_ptr y, tvk_cuda_ptr x,
                               size_t rows, struct tv_error *err)
 {
-    const struct tvk_cuda_gemm g = {.m = rows,
-                                    .n = l->cols,
-                                    .k = l->cols,
-                                    .alpha = 1.0f,
-                                    .a = x,
-                                    .lda = l->cols,
-                                    .b = l->h,
-                                    .ldb = l->cols,
-                                    .c = y,
-                                    .ldc = l->cols};
+    enum tv_err rc = TV_OK;
 
-    return tvk_cuda_gemm(l->math, &g, err);
+    for (size_t j = 0; j < l->cols; j += PANEL) {
+        const size_t end = tvk_cuda_least(j + PANEL, l->cols);
+        struct tvk_cuda_gemm g = {.trans_b = true,
+                                  .m = rows,
+                                  .n = end - j,
+                                  .k = l->cols,
+                                  .alpha = 1.0f,
+                                  .a = x,
+                                  .lda = l->cols,
+                                  .ldb = l->cols,
+                                  .c = tvk_cuda_float(y, j),
+                                  .ldc = l->cols};
+
+        TV_TRY(tvk_cuda_layer_panel(l, j, end, err, &g.b));
+        TV_TRY(tvk_cuda_gemm(l->math, &g, err));
+    }
+out:
+    return rc;
 }
 
 enum tv_err tvk_cuda_layer_refine(tvk_cuda_layer *l, float *p, const float *t,
@@ -647,22 +677,23 @@ enum tv_err tvk_cuda_layer_refine(tvk_cuda_layer *l, float *p, const float *t,
         return TV_OK;
     TV_TRY(tvk_cuda_upload(l->stream, tile(l, 0), p, bytes, err));
     TV_TRY(tvk_cuda_upload(l->stream, tile(l, 1), t, bytes, err));
-    TV_TRY(over(l->stream, "tv_cg_begin", rows * l->cols, THREADS, &a, err));
+    TV_TRY(tvk_cuda_over(l->stream, "tv_cg_begin", rows * l->cols,
+                         TVK_CUDA_THREADS, &a, err));
     TV_TRY(times_gram(l, tile(l, 2), tile(l, 3), rows, err));
-    TV_TRY(over(l->stream, "tv_cg_first", rows * TVK_CU_LINE, TVK_CU_LINE, &a,
-                err));
+    TV_TRY(tvk_cuda_over(l->stream, "tv_cg_first", rows * TVK_CU_LINE,
+                         TVK_CU_LINE, &a, err));
     for (unsigned step = 0; step < n_steps; step++) {
         double *const before = a.rz_next;
 
         a.rz_next = doubles + (step % 2 == 0 ? 2 : 1) * TVK_CUDA_CG_ROWS;
         a.rz = before;
         TV_TRY(times_gram(l, tile(l, 4), tile(l, 3), rows, err));
-        TV_TRY(over(l->stream, "tv_cg_step", rows * TVK_CU_LINE, TVK_CU_LINE,
-                    &a, err));
+        TV_TRY(tvk_cuda_over(l->stream, "tv_cg_step", rows * TVK_CU_LINE,
+                             TVK_CU_LINE, &a, err));
     }
     TV_TRY(tvk_cuda_download(l->stream, p, tile(l, 0), bytes, err));
 out:
-    return finish(l, rc, err);
+    return tvk_cuda_layer_finish(l, rc, err);
 }
 
 enum tv_err tvk_cuda_layer_product(tvk_cuda_layer *l, const float *t,
@@ -686,8 +717,8 @@ enum tv_err tvk_cuda_layer_product(tvk_cuda_layer *l, const float *t,
     TV_TRY(tvk_cuda_upload(l->stream, tile(l, 1), p, bytes, err));
     TV_TRY(times_gram(l, tile(l, 2), tile(l, 0), rows, err));
     TV_TRY(times_gram(l, tile(l, 3), tile(l, 1), rows, err));
-    TV_TRY(
-        over(l->stream, "tv_traces", rows * TVK_CU_LINE, TVK_CU_LINE, &a, err));
+    TV_TRY(tvk_cuda_over(l->stream, "tv_traces", rows * TVK_CU_LINE,
+                         TVK_CU_LINE, &a, err));
     TV_TRY(tvk_cuda_download(l->stream, sums, l->doubles,
                              rows * 3 * sizeof *sums, err));
     TV_TRY(tvk_cuda_sync(l->stream, err));

@@ -9,6 +9,9 @@
 #include "cuda/cuda_parts.h"
 #include "tv/cuda_math.h"
 
+/* Device memory that a handle takes: cuBLAS's workspace, a counter. */
+#define TVK_CUDA_WORKSPACE (((size_t)4 << 20) + 256u)
+
 struct tvk_cuda_math {
     tvk_cuda *device;
     const struct tvk_cublas_api *blas;

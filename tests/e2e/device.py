@@ -4,10 +4,12 @@
 
 A merge by sparsegpt_ties from its texts to its weights with --device cuda, on
 the emulated device (tests/support/fake_cuda.c): beside the CPU's within I2 of
-methods.md; killed, its device lost, or without device memory at any moment it
-ends with the documented status and goes on to the same bytes.
+methods.md, also with the least memory that the plan asks for; killed, its
+device lost, or without device memory at any moment it ends with the documented
+status and goes on to the same bytes.
 """
 import os
+import re
 import shutil
 import sys
 
@@ -58,32 +60,79 @@ def same(a, b, what):
         check(f.read() == g.read(), what)
 
 
-def beside_the_cpu(where):
+def compare(name, cpu, gpu):
     """I2: 99.9% of a mask; where all of it is equal, deltas within 1e-4."""
+    a, b = deltas(cpu), deltas(gpu)
+    other = total = 0
+    worst = 0.0
+    for n in a:
+        swapped = np.count_nonzero((a[n] != 0) != (b[n] != 0))
+        other += swapped
+        total += a[n].size
+        if swapped == 0 and np.any(a[n]):
+            worst = max(worst, np.linalg.norm(a[n] - b[n]) /
+                        np.linalg.norm(a[n]))
+    print(f"{name}: {other} of {total} entries chosen otherwise, relative "
+          f"difference at most {worst:.1e}")
+    check(other <= 1e-3 * total, f"{name}: {other} of {total} are chosen "
+          "otherwise")
+    check(worst <= 1e-4, f"{name}: relative difference {worst}")
+
+
+def beside_the_cpu(where):
     for name, donors, settings in (
             ("one", ("code",), ""),
             ("cg", ("code",), "error_correction: obs+cg, rescale: true"),
             ("nm", ("code",), "pattern: 2:4"),
             ("two", ("code", "prose"), "")):
         r = recipe(f"{where}/{name}.yml", donors, settings)
-        cpu, gpu = f"{where}/{name}.cpu", f"{where}/{name}.gpu"
-        merge(r, cpu, "--device", "cpu")
-        merge(r, gpu, "--device", "cuda")
-        a, b = deltas(cpu), deltas(gpu)
-        other = total = 0
-        worst = 0.0
-        for n in a:
-            swapped = np.count_nonzero((a[n] != 0) != (b[n] != 0))
-            other += swapped
-            total += a[n].size
-            if swapped == 0 and np.any(a[n]):
-                worst = max(worst, np.linalg.norm(a[n] - b[n]) /
-                            np.linalg.norm(a[n]))
-        print(f"{name}: {other} of {total} entries chosen otherwise, relative "
-              f"difference at most {worst:.1e}")
-        check(other <= 1e-3 * total, f"{name}: {other} of {total} are chosen "
-              "otherwise")
-        check(worst <= 1e-4, f"{name}: relative difference {worst}")
+        merge(r, f"{where}/{name}.cpu", "--device", "cpu")
+        merge(r, f"{where}/{name}.gpu", "--device", "cuda")
+        compare(name, f"{where}/{name}.cpu", f"{where}/{name}.gpu")
+
+
+def device_of(out):
+    with open(f"{out}/tvmerge.json") as f:
+        return re.findall('"device": "(Fake[^"]*)', f.read())
+
+
+def least_memory(where):
+    """Refused with a number before anything is written; with it, it runs."""
+    r, cpu, out = f"{where}/cg.yml", f"{where}/cg.cpu", f"{where}/least"
+    p = merge(r, out, "--device", "cuda", "--device-memory", "5000000", code=5)
+    needed = re.search(r"needs (\d+) bytes of device memory", p.stderr)
+    if not check(needed and not os.path.exists(out), f"refused: {p.stderr}"):
+        return
+    merge(r, out, "--device", "cuda", "--device-memory",
+          str(int(needed[1]) - 1), code=5)
+    merge(r, out, "--device", "cuda", "--device-memory", needed[1],
+          FAKE_CUDA_MEMORY=needed[1])
+    compare(f"with {needed[1]} bytes", cpu, out)
+    # What that changes is part of the plan.
+    check(device_of(out) == ["Fake GPU 0, 28 of 28 factors by the CPU"],
+          f"the device is {device_of(out)}")
+    p = merge(r, out, "--device", "cuda", code=4)
+    check("28 factors by the CPU" in p.stderr, p.stderr)
+    merge(r, out, "--device", "cuda", "--accept-numerics")
+
+
+def full_once(where, r, want):
+    """One allocation finds nothing: smaller tiles, or exit 5 and going on."""
+    out, ended = f"{where}/once", {0: 0, 5: 0}
+    for n in (1, 2, 3, 5, 8, 14, 20, 21, 22, 23, 24, 40, 100):
+        p = run(TVMERGE, r, out, "-q", "-j", "1", "--device", "cuda",
+                env={**DEVICE, "FAKE_CUDA_FULL": str(n),
+                     "FAKE_CUDA_FULL_FOR": "1"})
+        if not check(p.returncode in ended,
+                     f"full once at {n}: exit {p.returncode}: {p.stderr}"):
+            continue
+        ended[p.returncode] += 1
+        if p.returncode == 5:
+            check("device memory" in p.stderr, p.stderr)
+            merge(r, out, "--device", "cuda")
+        same(out, want, f"full once at {n}")
+        shutil.rmtree(out)
+    print(f"full once: {ended}")
 
 
 def sweep(where, r, want, what, code, said, status="unfinished", **env):
@@ -118,6 +167,7 @@ def sweep(where, r, want, what, code, said, status="unfinished", **env):
 def main():
     where = temp()
     beside_the_cpu(where)
+    least_memory(where)
     r = recipe(f"{where}/short.yml", ("code",), "", 1, 16)
     want = f"{where}/want"
     merge(r, want, "--device", "cuda")
@@ -128,6 +178,7 @@ def main():
     check(n > 6, f"lost {n} times")
     n = sweep(where, r, want, "full", 5, "device memory", FAKE_CUDA_FULL=None)
     check(n > 3, f"full {n} times")
+    full_once(where, r, want)
     finish("device")
 
 

@@ -439,6 +439,187 @@ static void test_refine(void **state)
     case_close(&c);
 }
 
+/* ---- a layer that does not fit ------------------------------------------- */
+
+/* Few correlated inputs, H well away from singular. */
+static void few_inputs(struct layer_case *c, size_t rows, size_t cols)
+{
+    const size_t n = cols;
+    enum { INPUTS = 12 };
+    float *const x = normal(INPUTS * n, n);
+
+    *c = (struct layer_case){.rows = rows, .cols = cols};
+    c->t = normal(rows * cols, rows);
+    c->h = zeroed(n * n, sizeof *c->h);
+    c->u = zeroed(tvk_gram_floats(n), sizeof *c->u);
+    c->p = zeroed(rows * n, sizeof *c->p);
+    c->packed = zeroed(n * (n + 1) / 2, sizeof *c->packed);
+    c->diagonal = zeroed(n, sizeof *c->diagonal);
+    c->work =
+        zeroed(tvk_obs_work(rows, cols) + tvk_cg_work(cols) + tvk_gram_work(n),
+               sizeof *c->work);
+    for (size_t i = 0; i < n; i++)
+        c->h[i * n + i] = 4.0f;
+    for (size_t k = 0; k < INPUTS; k++)
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < n; j++)
+                c->h[i * n + j] += x[k * n + i] * x[k * n + j];
+    for (size_t i = 0, e = 0; i < n; i++) {
+        c->diagonal[i] = c->h[i * n + i];
+        for (size_t j = i; j < n; j++)
+            c->packed[e++] = c->h[i * n + j];
+    }
+    memcpy(c->u, c->h, n * n * sizeof *c->u);
+    assert_int_equal(tvk_gram_factor(c->u, n, c->work), 0);
+    free(x);
+}
+
+/* A device of so much memory, all of it the budget's. */
+static tvk_cuda *device_of(uint64_t total, uint64_t budget)
+{
+    const struct fake_cuda f = {.total_bytes = (size_t)total};
+    struct tv_error err = {.code = TV_OK};
+    struct tvk_cuda_options o = cuda_device_options();
+    tvk_cuda *d = NULL;
+
+    if (fake_set)
+        fake_set(&f);
+    o.memory_bytes = budget;
+    assert_ok(tvk_cuda_open(&o, &err, &d), &err);
+    return d;
+}
+
+/* H, or its factor: made here, or taken from the host. */
+static void layer_square(tvk_cuda_layer *l, const struct layer_case *c,
+                         bool factor)
+{
+    struct tv_error err = {.code = TV_OK};
+    bool definite = true;
+
+    if (tvk_cuda_layer_on_host(l)) {
+        assert_ok(tvk_cuda_layer_square(l, factor ? c->u : c->h, &err), &err);
+        return;
+    }
+    assert_ok(tvk_cuda_layer_gram(l, c->packed, c->diagonal, &err), &err);
+    if (factor)
+        assert_ok(tvk_cuda_layer_factor(l, &definite, NULL, &err), &err);
+    assert_true(definite);
+}
+
+static void obs_with(tvk_cuda *d, const struct layer_case *c, bool on_host,
+                     unsigned n_tiles, const struct tvk_obs *how, float *got)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda_layer *l = NULL;
+
+    memcpy(got, c->t, c->rows * c->cols * sizeof *got);
+    assert_ok(tvk_cuda_layer_open(d, c->rows, c->cols, &err, &l), &err);
+    assert_int_equal(tvk_cuda_layer_on_host(l), on_host);
+    assert_int_equal(tvk_cuda_layer_tiles(l), n_tiles);
+    layer_square(l, c, true);
+    assert_ok(tvk_cuda_layer_obs(l, got, how, &err), &err);
+    tvk_cuda_layer_close(l);
+    device_close(d);
+}
+
+/* T in two tiles and in one: not a bit is different. With H and U on the
+ * device and on the host, where they are the CPU's. */
+static void test_obs_tiles(void **state)
+{
+    enum { ROWS = 3600, COLS = 1060, N = ROWS * COLS };
+    const struct tvk_obs half = {.density = 0.5};
+    const uint64_t handle = (4u << 20) + 256, solver = 16u << 20;
+    const uint64_t all = tvk_cuda_layer_bytes(ROWS, COLS) + handle;
+    const uint64_t saved = (N - ROWS * 512 - 2 * 512 * COLS) * sizeof(float);
+    struct layer_case c;
+    float *const want = zeroed(N, sizeof *want);
+    float *const got = zeroed(N, sizeof *got);
+    const size_t bytes = N * sizeof *want;
+
+    (void)state;
+    few_inputs(&c, ROWS, COLS);
+    obs_with(device_of(all, all), &c, false, 0, &half, want);
+    obs_with(device_of(all, all - 1), &c, false, 2, &half, got);
+    assert_same_bytes("two tiles", got, want, bytes);
+    obs_with(device_of(all, all - saved - 1), &c, false, 1, &half, got);
+    assert_same_bytes("one tile", got, want, bytes);
+    if (fake_set) { /* the device has less than its budget */
+        obs_with(device_of(all - solver - 1, all), &c, false, 2, &half, got);
+        assert_same_bytes("two tiles", got, want, bytes);
+    }
+    const uint64_t here = all - solver;
+    obs_with(device_of(here, here), &c, true, 0, &half, want);
+    obs_with(device_of(here, here - saved - 1), &c, true, 1, &half, got);
+    assert_same_bytes("one tile, U on the host", got, want, bytes);
+
+    memcpy(c.p, c.t, bytes);
+    (void)tvk_obs_prune(c.p, c.u, ROWS, COLS, &half, c.work);
+    size_t n_other = 0;
+    for (size_t i = 0; i < N; i++)
+        n_other += (got[i] != 0) != (c.p[i] != 0);
+    if ((double)n_other > 1e-3 * N)
+        fail_msg("%zu of %d entries are chosen otherwise", n_other, N);
+    free(want);
+    free(got);
+    case_close(&c);
+}
+
+/* H and U in panels, with no more memory than the layer says it needs. */
+static void test_panels(void **state)
+{
+    enum { ROWS = 9, COLS = 2100, N = ROWS * COLS };
+    const struct tvk_obs two_four = {.n_pruned = 2, .group = 4};
+    struct tv_error err = {.code = TV_OK};
+    struct layer_case c;
+    float *const got = zeroed(N, sizeof *got);
+    uint8_t *const keep = zeroed(N, 1);
+    tvk_cuda_layer *l = NULL;
+
+    (void)state;
+    few_inputs(&c, ROWS, COLS);
+    tvk_cuda *d = device_of(64u << 20, 40u << 20);
+    const uint64_t least = tvk_cuda_layer_least(d, ROWS, COLS);
+    tvk_cuda_close(d);
+    assert_true(least < tvk_cuda_layer_bytes(ROWS, COLS));
+    d = device_of(64u << 20, least - 1);
+    assert_int_equal(tvk_cuda_layer_least(d, ROWS, COLS), least);
+    assert_int_equal(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), TV_E_BUDGET);
+    assert_non_null(strstr(err.msg, "--device-memory"));
+    device_close(d);
+
+    d = device_of(64u << 20, least);
+    obs_with(d, &c, true, 0, &two_four, got);
+    memcpy(c.p, c.t, N * sizeof *c.p);
+    (void)tvk_obs_prune(c.p, c.u, ROWS, COLS, &two_four, c.work);
+    for (size_t i = 0; i < N; i++)
+        assert_int_equal(got[i] != 0, c.p[i] != 0);
+    assert_true(difference(got, c.p, N) < 1e-5);
+
+    d = device_of(64u << 20, least);
+    assert_ok(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), &err);
+    layer_square(l, &c, false);
+    for (size_t i = 0; i < N; i++) {
+        keep[i] = got[i] != 0;
+        c.p[i] = got[i] = keep[i] ? c.t[i] : 0.0f;
+    }
+    tvk_cg_rows(c.p, c.t, keep, c.h, ROWS, COLS, 3, c.work);
+    assert_ok(tvk_cuda_layer_refine(l, got, c.t, ROWS, 3, &err), &err);
+    assert_true(difference(got, c.p, N) < 1e-5);
+    double want[3] = {0}, sums[3] = {0};
+    tvk_gram_product(c.t, c.p, c.h, ROWS, COLS, &want[0], &want[1], &want[2],
+                     c.work);
+    assert_ok(tvk_cuda_layer_product(l, c.t, c.p, ROWS, &sums[0], &sums[1],
+                                     &sums[2], &err),
+              &err);
+    for (size_t i = 0; i < 3; i++)
+        assert_true(fabs(sums[i] / want[i] - 1) < 1e-5);
+    tvk_cuda_layer_close(l);
+    device_close(d);
+    free(keep);
+    free(got);
+    case_close(&c);
+}
+
 /* What a layer says it needs is enough, and a little less is not. */
 static void test_layer_memory(void **state)
 {
@@ -484,10 +665,17 @@ static enum tv_err work_through(tvk_cuda *d, const struct layer_case *c,
     TV_TRY(tvk_cuda_math_of(d, err, &m));
     TV_TRY(tvk_cuda_gram_add(m, gram, 0, c->t, c->cols, c->rows, c->cols, err));
     TV_TRY(tvk_cuda_layer_open(d, c->rows, c->cols, err, &l));
-    TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
-    TV_TRY(tvk_cuda_layer_factor(l, &definite, NULL, err));
+    if (tvk_cuda_layer_on_host(l)) {
+        TV_TRY(tvk_cuda_layer_square(l, c->u, err));
+    } else {
+        TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
+        TV_TRY(tvk_cuda_layer_factor(l, &definite, NULL, err));
+    }
     TV_TRY(tvk_cuda_layer_obs(l, t, &half, err));
-    TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
+    if (tvk_cuda_layer_on_host(l))
+        TV_TRY(tvk_cuda_layer_square(l, c->h, err));
+    else
+        TV_TRY(tvk_cuda_layer_gram(l, c->packed, c->diagonal, err));
     TV_TRY(tvk_cuda_layer_refine(l, t, c->t, c->rows, 2, err));
     TV_TRY(tvk_cuda_layer_product(l, c->t, t, c->rows, &sums[0], &sums[1],
                                   &sums[2], err));
@@ -497,6 +685,7 @@ out:
     return rc;
 }
 
+/* With H and U on the device, then on the host. */
 static void test_lost(void **state)
 {
     struct layer_case c;
@@ -508,20 +697,23 @@ static void test_lost(void **state)
         skip();
     case_open(&c, 6, 140, false);
     t = zeroed(c.rows * c.cols, sizeof *t);
-    struct tv_error err = {.code = TV_OK};
-    tvk_cuda *d = device_open(64u << 20, 0);
-    assert_ok(work_through(d, &c, t, &err), &err);
-    fake_get(&f);
-    const unsigned long n = f.n_launches;
-    assert_true(n > 30);
-    device_close(d);
-    for (unsigned long at = 1; at <= n; at += at < 8 ? 1 : 5) {
-        tv_error_clear(&err);
-        d = device_open(64u << 20, at);
-        assert_int_equal(work_through(d, &c, t, &err), TV_E_IO);
-        assert_non_null(strstr(err.msg, "Fake GPU 0"));
-        assert_int_equal(tvk_cuda_trouble(d, &err), TV_E_IO);
+    for (size_t i = 0; i < 2; i++) {
+        const size_t bytes = (size_t)(i == 0 ? 64 : 12) << 20;
+        struct tv_error err = {.code = TV_OK};
+        tvk_cuda *d = device_open(bytes, 0);
+        assert_ok(work_through(d, &c, t, &err), &err);
+        fake_get(&f);
+        const unsigned long n = f.n_launches;
+        assert_true(n > 20);
         device_close(d);
+        for (unsigned long at = 1; at <= n; at += at < 8 ? 1 : 5) {
+            tv_error_clear(&err);
+            d = device_open(bytes, at);
+            assert_int_equal(work_through(d, &c, t, &err), TV_E_IO);
+            assert_non_null(strstr(err.msg, "Fake GPU 0"));
+            assert_int_equal(tvk_cuda_trouble(d, &err), TV_E_IO);
+            device_close(d);
+        }
     }
     free(t);
     case_close(&c);
@@ -533,6 +725,7 @@ int main(void)
         cmocka_unit_test(test_gemm),         cmocka_unit_test(test_gram),
         cmocka_unit_test(test_gram_memory),  cmocka_unit_test(test_factor),
         cmocka_unit_test(test_obs),          cmocka_unit_test(test_refine),
+        cmocka_unit_test(test_obs_tiles),    cmocka_unit_test(test_panels),
         cmocka_unit_test(test_layer_memory), cmocka_unit_test(test_lost),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

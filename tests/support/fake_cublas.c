@@ -73,19 +73,29 @@ struct product {
     float *c;
 };
 
+#define AT_ONCE 64u /* sums of a column, each in its own order of l */
+
 static void multiply(const void *args)
 {
     const struct product *const p = args;
+    float sums[AT_ONCE];
 
     for (size_t j = 0; j < p->n; j++)
-        for (size_t i = 0; i < p->m; i++) {
-            float *const c = &p->c[j * p->ldc + i];
-            float sum = 0;
-            for (size_t l = 0; l < p->k; l++)
-                sum += p->a[p->ta ? i * p->lda + l : l * p->lda + i] *
-                       p->b[p->tb ? l * p->ldb + j : j * p->ldb + l];
+        for (size_t i0 = 0; i0 < p->m; i0 += AT_ONCE) {
+            const size_t n = p->m - i0 < AT_ONCE ? p->m - i0 : AT_ONCE;
+            const size_t by_i = p->ta ? p->lda : 1, by_l = p->ta ? 1 : p->lda;
+            float *const c = &p->c[j * p->ldc + i0];
+
+            memset(sums, 0, sizeof sums);
+            for (size_t l = 0; l < p->k; l++) {
+                const float *const a = p->a + l * by_l + i0 * by_i;
+                const float b = p->b[p->tb ? l * p->ldb + j : j * p->ldb + l];
+                for (size_t i = 0; i < n; i++)
+                    sums[i] += a[i * by_i] * b;
+            }
             /* beta 0 means that c may hold anything. */
-            *c = p->alpha * sum + (p->beta != 0 ? p->beta * *c : 0);
+            for (size_t i = 0; i < n; i++)
+                c[i] = p->alpha * sums[i] + (p->beta != 0 ? p->beta * c[i] : 0);
         }
 }
 

@@ -6,9 +6,9 @@
  * cuBLAS and cuSOLVER are loaded when a handle is first opened, as the
  * driver is. Arithmetic is fp32 as the CPU's, never TF32; sums have another
  * order, so results differ from the CPU's within rounding. They depend on the
- * shapes, the GPU and the libraries, never on how much device memory there is.
- * So far all of this has run on emulations only (tests/support/fake_cuda.c,
- * fake_cublas.c), not on a GPU.
+ * shapes, the GPU and the libraries, and on how much device memory there is
+ * only as tvk_cuda_layer_factors says. So far all of this has run on emulations
+ * only (tests/support/fake_cuda.c, fake_cublas.c), not on a GPU.
  *
  * Matrices are row-major fp32 as in tv/layer.h. A device has one handle, which
  * belongs to one thread at a time; everything happens in the order of its
@@ -84,13 +84,36 @@ typedef struct tvk_cuda_layer tvk_cuda_layer;
 /* Rows that tvk_cuda_layer_refine and _product take at a time. */
 #define TVK_CUDA_CG_ROWS 512u
 
-/* Device memory that a layer needs, all in all. */
+/* Device memory that a layer needs, all in all, when all of it is there. */
 uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols);
+/* Is the factor of such a layer made on the device? Where the budget does not
+ * suffice for that (12 cols^2 bytes and some), the host makes it and H and U
+ * come in panels of 2,048 rows: less exactly the same numbers, and the only way
+ * in which results depend on the budget. */
+bool tvk_cuda_layer_factors(const tvk_cuda *d, size_t rows, size_t cols);
+/* The least budget with which a layer can be worked on: T, too, is then on the
+ * host but for 512 columns of it and a tile of 512 rows. */
+uint64_t tvk_cuda_layer_least(const tvk_cuda *d, size_t rows, size_t cols);
+/* Host memory that is pinned for panels and tiles, at most. */
+size_t tvk_cuda_layer_staging(size_t cols);
+
+/* T stays on the host in as far as there is no memory for it. BUDGET: not even
+ * for the least. */
 TV_NODISCARD enum tv_err tvk_cuda_layer_open(tvk_cuda *d, size_t rows,
                                              size_t cols, struct tv_error *err,
                                              tvk_cuda_layer **out);
 void tvk_cuda_layer_close(tvk_cuda_layer *l); /* NULL allowed */
+/* H and U are the host's (!tvk_cuda_layer_factors); tiles of T that the device
+ * has at a time, 0: T is there as a whole. */
+bool tvk_cuda_layer_on_host(const tvk_cuda_layer *l);
+unsigned tvk_cuda_layer_tiles(const tvk_cuda_layer *l);
 
+/* On the host only, instead of the two below: H with its diagonal damped, or U,
+ * [cols, cols], both triangles of H, zeros below U's diagonal; borrowed until
+ * the next one or close, and must not change meanwhile. */
+TV_NODISCARD enum tv_err tvk_cuda_layer_square(tvk_cuda_layer *l,
+                                               const float *square,
+                                               struct tv_error *err);
 /* H from its packed upper triangle [cols (cols + 1) / 2] with `diagonal` [cols]
  * in place of its own (NULL: its own). */
 TV_NODISCARD enum tv_err tvk_cuda_layer_gram(tvk_cuda_layer *l,
