@@ -18,6 +18,7 @@
 #include "tv/text.h"
 
 #define CARD_MAX (4u << 20)
+#define KEPT_MAX 5u
 #define N_OF(a)  (sizeof(a) / sizeof((a)[0]))
 
 /* ---- front matter ---------------------------------------------------------
@@ -275,6 +276,40 @@ static void vocabulary_part(const struct tvm_vocabulary *v, struct tv_buf *b)
     }
 }
 
+/* What became of the tensors; names of those that are no weights to merge. */
+static void tensors_part(const struct planner *pl, struct tv_buf *b)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    size_t n_copied = 0;
+    size_t n_kept = 0;
+
+    for (size_t i = 0; i < plan->n_tensors; i++)
+        n_copied += plan->tensors[i].action == TVM_COPY;
+    tv_buf_fmt(b,
+               "\n## Tensors\n\n%zu tensors: %zu merged, %zu copied from one "
+               "model.\n",
+               plan->n_tensors, plan->n_tensors - n_copied, n_copied);
+    if (pl->guessed != NULL) {
+        tv_buf_str(b, "\n- ");
+        inline_code(b, pl->guessed);
+        tv_buf_str(b, "\n");
+    }
+    for (size_t i = 0; i < plan->n_tensors; i++) {
+        const struct tvm_tensor *const t = &plan->tensors[i];
+        if (t->action != TVM_COPY || tv_dtype_is_math(t->dtype))
+            continue;
+        if (n_kept < KEPT_MAX) {
+            tv_buf_str(b, n_kept == 0 ? "\n- no weights, copied: " : ", ");
+            inline_code(b, t->name);
+        }
+        n_kept++;
+    }
+    if (n_kept > KEPT_MAX)
+        tv_buf_fmt(b, " and %zu more", n_kept - KEPT_MAX);
+    if (n_kept > 0)
+        tv_buf_str(b, "\n");
+}
+
 enum tv_err plan_card_make(struct planner *pl, const char **out, size_t *n)
 {
     const struct tvm_plan *const plan = pl->plan;
@@ -287,6 +322,7 @@ enum tv_err plan_card_make(struct planner *pl, const char **out, size_t *n)
     tv_buf_str(&b, "Made with tvmerge " TV_VERSION ".\n");
     method_line(pl, &b);
     TV_TRY(models_part(pl, &b));
+    tensors_part(pl, &b);
     vocabulary_part(plan->vocabulary, &b);
     tv_buf_str(&b, "\n## Recipe\n\n");
     fenced(&b, pl->r->text, pl->r->n_text);

@@ -15,6 +15,7 @@
 
 #include "tv/alloc.h"
 #include "tv/format.h"
+#include "tv/text.h"
 
 #define N_OF(a)   (sizeof(a) / sizeof((a)[0]))
 #define FILES_MAX 40u
@@ -440,6 +441,45 @@ out:
     return rc;
 }
 
+/* What is told by names and shapes alone, since no table has this class. */
+static void note_guessed(struct planner *pl)
+{
+    const size_t donor = pl->st->donor;
+    const struct tv_arch *const a = pl->plan->inputs[donor].arch;
+    const struct plan_ref *const ref = &pl->refs[donor];
+    const struct tv_arch_tensor *in_layer = NULL;
+    char names[3][100] = {"", "none", "none"};
+    const size_t at[] = {SIZE_MAX, ref->embed, ref->head};
+
+    if (!a->inferred)
+        return;
+    for (size_t i = 0; i < a->n_tensors && in_layer == NULL; i++) {
+        if (a->tensors[i].layer >= 0 && a->tensors[i].module == 0)
+            in_layer = &a->tensors[i];
+    }
+    for (size_t i = 1; i < 3; i++) {
+        if (at[i] != SIZE_MAX)
+            (void)tv_text_printable(a->tensors[at[i]].name, names[i],
+                                    sizeof(names[i]));
+    }
+    if (in_layer != NULL) {
+        (void)tv_text_printable(in_layer->name, names[0], sizeof(names[0]));
+        if (in_layer->layer_at < sizeof(names[0]))
+            names[0][in_layer->layer_at] = '\0';
+    }
+    pl->guessed = tvm_arena_fmt(
+        plan_arena(pl),
+        "no table of names has '%s': %lld layers in '%s', embedding '%s' and "
+        "head '%s' are told by names and shapes",
+        a->architecture[0] == '\0' ? a->model_type : a->architecture,
+        (long long)a->n_layers, names[0], names[1], names[2]);
+    if (pl->guessed == NULL)
+        pl->oom = true;
+    else
+        tvm_problem_note(pl->problems, pl->plan->inputs[donor].ref, "%s",
+                         pl->guessed);
+}
+
 enum tv_err plan_files_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -451,6 +491,7 @@ enum tv_err plan_files_make(struct planner *pl)
         tvm_arena_get(plan_arena(pl), FILES_MAX, sizeof(*plan->files));
     if (plan->files == NULL)
         return plan_oom(pl);
+    note_guessed(pl);
     TV_TRY(add_generation(pl));
     if (plan->options.copy_tokenizer || is_aligned(pl))
         TV_TRY(add_tokenizer(pl));

@@ -113,6 +113,7 @@ struct planner {
     struct plan_vocab *vocab;  /* plan_vocab.h; NULL: nothing to align */
     bool vocab_bad;            /* it could not be decided: reported */
     const char *chat_template; /* of the output; NULL: as it is */
+    const char *guessed;       /* what of an architecture; NULL: known */
     bool tied;                 /* the output has no head of its own */
     bool lend_head; /* tied inputs lend their embedding to a written head ... */
     const char *head_name; /* ... of this name, NULL when unknown */

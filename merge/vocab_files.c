@@ -686,10 +686,13 @@ static void add_ids(struct editor *ed, const json_t *other)
 
 static void edit_size(struct editor *ed, json_t *object)
 {
-    json_t *const old = json_object_get(object, "vocab_size");
-    if (json_is_integer(old) &&
-        json_integer_value(old) != (json_int_t)ed->v->n_rows)
-        put(ed, object, "vocab_size", json_integer((json_int_t)ed->v->n_rows));
+    static const char *const keys[] = {"vocab_size", "padded_vocab_size"};
+    for (size_t i = 0; i < sizeof(keys) / sizeof(*keys); i++) {
+        json_t *const old = json_object_get(object, keys[i]);
+        if (json_is_integer(old) &&
+            json_integer_value(old) != (json_int_t)ed->v->n_rows)
+            put(ed, object, keys[i], json_integer((json_int_t)ed->v->n_rows));
+    }
 }
 
 /* config.json of the model that the tokenizer comes from, when the rest comes

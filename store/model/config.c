@@ -36,7 +36,8 @@ static const char *const keys_own_dim[] = {"qk_nope_head_dim",
                                            NULL};
 static const char *const keys_inner[] = {"intermediate_size", "ffn_dim",
                                          "n_inner", "ffn_hidden_size", NULL};
-static const char *const keys_vocab[] = {"vocab_size", NULL};
+static const char *const keys_vocab[] = {"vocab_size", "padded_vocab_size",
+                                         NULL};
 static const char *const keys_positions[] = {"max_position_embeddings",
                                              "n_positions",
                                              "seq_length",

@@ -179,6 +179,8 @@ static const struct hint hints_layer[] = {
 static const struct hint hints_outside[] = {
     {"lm_head", TV_ROLE_LM_HEAD},
     {"embed_out", TV_ROLE_LM_HEAD},
+    {"unembed", TV_ROLE_LM_HEAD},
+    {"output_layer", TV_ROLE_LM_HEAD}, /* ChatGLM */
     {"position", TV_ROLE_POSITION},
     {"pos_emb", TV_ROLE_POSITION},
     {"wpe", TV_ROLE_POSITION},
@@ -190,6 +192,9 @@ static const struct hint hints_outside[] = {
     {"ln_f", TV_ROLE_FINAL_NORM},
     {"embed", TV_ROLE_EMBED},
     {"wte", TV_ROLE_EMBED},
+    {"tok_emb", TV_ROLE_EMBED},
+    {"token_emb", TV_ROLE_EMBED},
+    {"word_emb", TV_ROLE_EMBED},
     {NULL, TV_ROLE_OTHER},
 };
 

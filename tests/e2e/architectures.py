@@ -311,6 +311,50 @@ def spellings():
               f"the names of {other}, which is first")
 
 
+def unknown():
+    """An architecture that nobody knows: every tensor is there, and plan and
+    model card say what was taken for what."""
+    names = {"net.tok_emb.weight": (V, H), "net.scale": (), "unembed.weight": (V, H),
+             "aux.7.x": (3,)}
+    for i in range(3):
+        names[f"net.blocks.{i}.0.w"] = (H, H)
+        names[f"net.blocks.{i}.1.w"] = (H,)
+    kind = {"model_type": "wholly-new", "vocab_size": V, "d": H}
+    for path, seed in (("ua", 1), ("ub", 2)):
+        save(path, names, kind, seed)
+        t = read_safetensors(path)
+        t["counter"] = ("I64", (1,), (5).to_bytes(8, "little"))
+        write_safetensors(os.path.join(path, "model.safetensors"), t)
+    with open("r.yml", "w") as f:
+        f.write(pair(LINEAR, "ua", "ub"))
+    p = run_json(TVMERGE, "plan", "r.yml", "uo", "--json")
+    said = [x["message"] for x in p["problems"]]
+    want = ("no table of names has 'wholly-new': 3 layers in 'net.blocks.', "
+            "embedding 'net.tok_emb.weight' and head 'unembed.weight' are told by "
+            "names and shapes")
+    check(want in said, f"inferred: plan says {said}")
+    check({(t["name"], t["action"]) for t in p["tensors"]}
+          == {(n, "merge") for n in names} | {("counter", "copy")},
+          "inferred: the plan has every tensor")
+    run(TVMERGE, "run", "r.yml", "uo", "-q", "--no-sync", code=0)
+    for n in names:
+        check(np.allclose(values("uo", n), (values("ua", n)
+                                            + values("ub", n)) / 2),
+              f"inferred: {n} is the mean")
+    with open("uo/README.md", encoding="utf-8") as f:
+        card = f.read()
+    check(want in card, "inferred: the model card says so")
+    check("11 tensors: 10 merged, 1 copied from one model." in card
+          and "no weights, copied: `counter`" in card,
+          f"the model card counts tensors: {card[-900:]}")
+    # never another number in silence
+    t = read_safetensors("ub")
+    t["counter"] = ("I64", (1,), (6).to_bytes(8, "little"))
+    write_safetensors(os.path.join("ub", "model.safetensors"), t)
+    r = merge(pair(LINEAR, "ua", "ub"), code=4)
+    check("counter" in r.stderr, r.stderr)
+
+
 def tokenizer_memory():
     """What aligning large tokenizers takes is in the plan."""
     words = {f"word{i:06}-{'x' * 40}": i for i in range(20000)}
@@ -482,6 +526,7 @@ def main():
     two_stacks()
     numbers()
     tokenizer_memory()
+    unknown()
     finish("architectures")
 
 

@@ -158,6 +158,40 @@ static void test_no_layers(void **state)
     tv_arch_free(a);
 }
 
+/* ChatGLM's names and size, and other ways to call a table of tokens. */
+static void test_token_tables(void **state)
+{
+    (void)state;
+    static const char *const pairs[][2] = {
+        {"transformer.embedding.word_embeddings.weight",
+         "transformer.output_layer.weight"},
+        {"tok_emb.weight", "unembed.weight"},
+        {"net.token_emb.weight", "output.weight"},
+    };
+    for (size_t i = 0; i < sizeof(pairs) / sizeof(*pairs); i++) {
+        const struct named list[] = {
+            {pairs[i][0], 20, 8},
+            {pairs[i][1], 20, 8},
+            {"h.0.output_layer.weight", 20, 8}, /* of a layer */
+            {"h.0.norm1.weight", 8, 0},
+            {"proj.output_layer.weight", 8, 8}, /* too short */
+            {NULL, 0, 0},
+        };
+        struct tv_arch *const a =
+            model("{\"model_type\":\"chatglm\",\"num_layers\":1,"
+                  "\"padded_vocab_size\":20}",
+                  list);
+        assert_int_equal(a->vocab, 20);
+        expect(a, pairs[i][0], TV_ROLE_EMBED, PRE, -1);
+        expect(a, pairs[i][1], TV_ROLE_LM_HEAD, POST, -1);
+        assert_int_equal(entry(a, pairs[i][0])->vocab_dim, 0);
+        assert_int_equal(entry(a, pairs[i][1])->vocab_dim, 0);
+        expect(a, "h.0.output_layer.weight", TV_ROLE_OTHER, LAY, 0);
+        expect(a, "proj.output_layer.weight", TV_ROLE_OTHER, POST, -1);
+        tv_arch_free(a);
+    }
+}
+
 /* A leading number is a layer too (module lists saved on their own). */
 static void test_leading_number(void **state)
 {
@@ -181,6 +215,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_made_up),
+        cmocka_unit_test(test_token_tables),
         cmocka_unit_test(test_experts_are_not_layers),
         cmocka_unit_test(test_no_layers),
         cmocka_unit_test(test_leading_number),
