@@ -158,6 +158,7 @@ static int run(struct tvc *c)
     int status = 0;
 
     TV_TRY(tvc_merge_prepare(c, true));
+    o->merge.options.many_methods = true; /* its own */
     TV_TRY(tvc_merge_plan(c, &m));
     tvc_problems_print(c, &m.problems, false);
     if (m.problems.n_errors > 0) {

@@ -68,6 +68,7 @@ void tvc_compare_init(struct tvc *c)
     struct compare_opts *o = c->opt;
 
     tvm_options_init(&o->options);
+    o->options.many_methods = true;
     o->store_path = tvc_default_store();
     tvc_eval_init(&o->eval);
 }

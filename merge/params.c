@@ -220,6 +220,19 @@ static void check_setting(const struct check *c, const struct tvm_node *node)
     }
 }
 
+/* A recipe that several methods take has what only some of them know. */
+static bool is_of_another(const char *key)
+{
+    for (size_t i = 0; i < tvm_method_count(); i++) {
+        struct tvm_method_info m;
+        tvm_method_info(tvm_method_at(i), &m);
+        for (size_t k = 0; k < m.n_params; k++)
+            if (strcmp(m.params[k].name, key) == 0)
+                return true;
+    }
+    return false;
+}
+
 static void unknown_parameter(const struct tvm_recipe *r,
                               const struct tvm_node *e,
                               struct tvm_problems *problems)
@@ -244,6 +257,10 @@ static void unknown_parameter(const struct tvm_recipe *r,
         tv_buf_fmt(&list, "%s%s", i == 0 ? "" : ", ", names[i]);
     }
     like = tv_suggest(e->key, names, n);
+    if (like == NULL && r->other_method && is_of_another(e->key)) {
+        tv_buf_free(&list);
+        return;
+    }
     if (like != NULL)
         tvm_problem_add(problems, false, TV_OK, where,
                         "%s has no parameter '%s', it is ignored; did you "

@@ -236,6 +236,8 @@ static enum tv_err check_window(struct planner *pl, size_t model, size_t owner)
     char why[160];
 
     tv_error_clear(&e);
+    if (in->calibration->n_texts == 0 && !in->calibration->random)
+        return TV_OK; /* the recipe was told so */
     const enum tv_err rc =
         tvm_calibrated_texts(pl->plan, model, in->calibration, &x, &e);
     if (rc != TV_OK)
@@ -341,6 +343,57 @@ static void report_beyond(struct planner *pl, const struct beyond *b)
                 b->n);
 }
 
+/* Why nothing looks at the inputs of layers. */
+static void why_unused(const struct planner *pl, char *dst, size_t cap)
+{
+    const char *const name = pl->plan->method_name;
+    const char *const chosen = tvm_plan_choice(pl->plan, "sparsify");
+
+    bool merges = false;
+
+    for (size_t i = 0; i < pl->plan->n_tensors; i++)
+        merges = merges || pl->plan->tensors[i].action == TVM_MERGE;
+    if (!merges || (chosen != NULL && (strcmp(chosen, "importance") == 0 ||
+                                       strcmp(chosen, "sparsegpt") == 0)))
+        (void)snprintf(dst, cap, "no density below 1, so nothing is left out");
+    else if (chosen == NULL)
+        (void)snprintf(dst, cap,
+                       "%s looks at no inputs of layers; ties and "
+                       "task_arithmetic with 'sparsify: importance' or "
+                       "'sparsegpt' do, and regmean",
+                       name);
+    else
+        (void)snprintf(dst, cap,
+                       "%s keeps %s%s here; 'sparsify: importance' or "
+                       "'sparsegpt' would look at the inputs of layers",
+                       name, strcmp(chosen, "none") == 0 ? "" : "by ",
+                       strcmp(chosen, "none") == 0 ? "everything" : chosen);
+}
+
+/* Texts that somebody has named, and no tensor of this merge asks for. */
+static void warn_unused(struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    const struct tvm_calibration *c = NULL;
+    const struct tvm_recipe_ref *whose = NULL;
+    char why[240];
+
+    for (size_t i = 0; i < plan->n_inputs; i++) {
+        if (plan->inputs[i].calibrated)
+            return;
+        if (c == NULL && plan->inputs[i].calibration != NULL) {
+            c = plan->inputs[i].calibration;
+            whose = pl->refs[i].where;
+        }
+    }
+    if (c == NULL || plan->options.many_methods || pl->problems->n_errors > 0)
+        return;
+    why_unused(pl, why, sizeof(why));
+    plan_report(pl, "calibration for nothing", 1, false, TV_OK,
+                c->n_texts > 0 ? c->places[0] : plan_where(pl, whose),
+                "the calibration text is not used: %s", why);
+}
+
 enum tv_err plan_calibration_make(struct planner *pl)
 {
     struct tvm_plan *const plan = pl->plan;
@@ -389,6 +442,7 @@ enum tv_err plan_calibration_make(struct planner *pl)
         }
     }
     report_beyond(pl, &beyond);
+    warn_unused(pl);
 out:
     tv_free(seen);
     return rc;

@@ -362,23 +362,22 @@ static void read_range(struct reader *rd, const struct tvm_node *map,
     s->has_range = true;
 }
 
-static bool read_count(struct reader *rd, const struct tvm_node *map,
+static void read_count(struct reader *rd, const struct tvm_node *map,
                        const char *key, uint64_t least, uint64_t *out)
 {
     const struct tvm_node *const e = given(map, key);
     char message[120];
     int64_t n = 0;
     if (e == NULL)
-        return true;
+        return;
     if (read_layer(e, &n) && n >= (int64_t)least && n <= 1 << 24) {
         *out = (uint64_t)n;
-        return true;
+        return;
     }
     (void)snprintf(message, sizeof(message),
                    "'%s' must be a whole number from %llu to 16777216", key,
                    (unsigned long long)least);
     error_node(rd, e, message);
-    return false;
 }
 
 static void read_texts(struct reader *rd, const struct tvm_node *node,
@@ -446,9 +445,9 @@ read_calibration(struct reader *rd, const struct tvm_node *map)
                                "true', not both"
                              : "'calibration' needs 'text': the name of a file "
                                "or a list of them");
-    if (!read_count(rd, node, "samples", 1, &c->samples) ||
-        !read_count(rd, node, "context", 2, &c->context))
-        return NULL;
+    /* What is wrong with a number hides nothing of the texts. */
+    read_count(rd, node, "samples", 1, &c->samples);
+    read_count(rd, node, "context", 2, &c->context);
     return c;
 }
 
@@ -1369,6 +1368,7 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
     if (r == NULL)
         return tv_error_set(err, TV_E_NOMEM, "out of memory");
     r->is_first = true;
+    r->other_method = method != NULL;
     r->path = tv_strdup(path);
     if (r->path == NULL) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");

@@ -115,6 +115,7 @@ struct tvm_recipe {
     bool bad_parameters;
     const struct tvm_calibration *calibration; /* of models without their own */
     bool bad_dtype;    /* dtype or out_dtype is given, but none */
+    bool other_method; /* than is written: so asked for by the caller */
     bool has_errors;   /* some of the above is not as written */
     bool whole_models; /* written as `models:` */
     struct tvm_recipe_slice *slices;

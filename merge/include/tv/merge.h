@@ -170,8 +170,10 @@ struct tvm_options {
     char device[TVM_DEVICE_MAX];
     const struct tvm_stage_ref *stages; /* [n_stages] names of results */
     size_t n_stages;
-    bool of_several; /* quota_bytes and the disk are looked at for all
-                      * documents of a file together, not here */
+    bool many_methods; /* the recipe serves several: calibration that one of
+                        * them does not look at is no mistake */
+    bool of_several;   /* quota_bytes and the disk are looked at for all
+                        * documents of a file together, not here */
 };
 /* The result of another merge, as a model reference. It is known by that
  * merge's plan, not by the files, so that a plan does not change when they are

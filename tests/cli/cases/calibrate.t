@@ -82,6 +82,23 @@ $ tveval calibrate $DATA/base --text $DATA/text/code.val.txt --store none.tv
 2> tveval: error: no store at none.tv
 2> <*>hint: <*>
 => 10
+# A text that no method looks at is said to be of no use, but not where a recipe
+# serves several methods; a wrong number hides no missing text.
+$ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-code\n  parameters: {weight: 1, density: 0.5}\n  calibration: {text: %s/text/code.val.txt}\n' $DATA $DATA $DATA > idle.yml
+$ tvmerge plan idle.yml > plan
+2> idle.yml:6:23: warning: the calibration text is not used: ties keeps by magnitude here; 'sparsify: importance' or 'sparsegpt' would look at the inputs of layers
+$ sed 's/0.5/1/' idle.yml > all.yml; printf 'parameters: {sparsify: importance}\n' >> all.yml; tvmerge plan all.yml > plan
+2> all.yml:6:23: warning: the calibration text is not used: no density below 1, so nothing is left out
+$ sed 's/ties/dare_ties/' idle.yml > dare.yml; tvmerge run dare.yml dare -q
+2> dare.yml:6:23: warning: the calibration text is not used: dare_ties looks at no inputs of layers; <*>, and regmean
+$ head -c 2000 $DATA/text/code.val.txt > few.txt; printf 'parameters: {sparsify: importance}\n' >> idle.yml; tvmerge compare idle.yml -o cmp --text few.txt --context 64 --methods ties_magnitude,dare_ties -q > table
+$ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-code\n  parameters: {weight: 1, density: 0.5}\n  calibration: {text: gone.txt, samples: many, context: 1}\nparameters: {sparsify: importance}\n' $DATA $DATA > wrong.yml
+$ tvmerge plan wrong.yml
+2> wrong.yml:6:42: error: 'samples' must be a whole number from 1 to 16777216
+2> wrong.yml:6:57: error: 'context' must be a whole number from 2 to 16777216
+2> wrong.yml:6:23: error: calibration text of <*>: cannot open gone.txt: no such file or directory
+2> tvmerge: error: 3 problems; nothing was written
+=> 2
 # refused before the work: the quota, then the memory
 $ tvstore init q.tv --quota 800kB -q; tveval calibrate $DATA/base --text $DATA/text/code.val.txt --stat gram --samples 4 --store q.tv; tvstore stat q.tv --json | grep n_stat
   "n_statistics": 0,
