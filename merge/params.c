@@ -117,7 +117,12 @@ static void check_bounds(const struct check *c, const struct tvm_node *node,
     char message[160];
     if ((!p->has_min || v >= p->min) && (!p->has_max || v <= p->max))
         return;
-    if (p->has_min && p->has_max)
+    if (strcmp(p->name, "density") == 0 && p->has_min && p->has_max)
+        (void)snprintf(message, sizeof(message),
+                       "%.10g is not between %.10g and %.10g; mergekit takes "
+                       "it as %.10g: write that",
+                       v, p->min, p->max, v < p->min ? p->min : p->max);
+    else if (p->has_min && p->has_max)
         (void)snprintf(message, sizeof(message),
                        "%.10g is not between %.10g and %.10g", v, p->min,
                        p->max);

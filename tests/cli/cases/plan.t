@@ -74,6 +74,12 @@ $ sed -i s/0.3/0.4/ dare.yml && tvmerge run dare.yml dare -q
 2> tvmerge: error: <*>models[ft-prose].parameters.density was 0.3, is 0.4
 2>   hint: --force replaces it
 => 4
+# mergekit takes any density; what it makes of it can be written.
+$ sed 's/density: 0.4/density: [1.2, -1]/' dare.yml > beyond.yml && tvmerge plan beyond.yml
+2> beyond.yml:4:<n>: error: parameter 'density': 1.2 is not between 0 and 1; mergekit takes it as 1: write that
+2> beyond.yml:4:<n>: error: parameter 'density': -1 is not between 0 and 1; mergekit takes it as 0: write that
+2> tvmerge: error: 2 problems; nothing was written
+=> 2
 # OUT in an input.
 $ cp -r $DATA/base in && printf 'merge_method: linear\nmodels:\n- {model: ./in, parameters: {weight: 1}}\n' > in.yml
 $ tvmerge run in.yml in --force
