@@ -31,13 +31,19 @@ def start(argv):
 
 
 def worked(p):
-    """Past opening its inputs, in time of its own."""
+    """Past opening its inputs, in time of its own, and not stopped within a
+    transaction of the store, for whose end every writer would wait."""
     def ready():
         with open(f"/proc/{p.pid}/stat") as f:
             ticks = int(f.read().rsplit(")", 1)[1].split()[11])
         with open(os.path.join(store, "writer.lock")) as f:
             locked = f.read() != ""
-        return ticks >= 0.1 * os.sysconf("SC_CLK_TCK") and not locked
+        if ticks < 0.1 * os.sysconf("SC_CLK_TCK") or locked:
+            return False
+        # 11: the test itself has the lock of writers.
+        return subprocess.run([TVSTORE, "gc", store, "--lock-timeout", "0"],
+                              capture_output=True,
+                              timeout=5 * SLOWER).returncode in (0, 11)
     return ready
 
 
