@@ -94,61 +94,30 @@ TVK_HD uint16_t tvk_cu_to_f16(uint32_t u)
     return (uint16_t)(sign | q);
 }
 
-TVK_HD void tvk_cu_bf16_to_f32(const struct tvk_cu_place *at,
-                               const struct tvk_cu_convert *a)
-{
-    const uint16_t *src = (const uint16_t *)a->src;
-    float *dst = (float *)a->dst;
-
-    for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
-        const uint32_t u = tvk_cu_of_bf16(src[i]);
-        dst[i] = tvk_cu_float(u);
-        if ((u & TVK_CU_INF) == TVK_CU_INF)
-            tvk_cu_add64(a->n_bad, 1);
+/* dst = what `store` makes of u, u = `bits` of x, an element of src; counted
+ * where u's exponent is all ones. */
+#define TVK_CU_CONVERSION(name, from, to, bits, store, exponent)               \
+    TVK_HD void name(const struct tvk_cu_place *at,                            \
+                     const struct tvk_cu_convert *a)                           \
+    {                                                                          \
+        const from *src = (const from *)a->src;                                \
+        to *dst = (to *)a->dst;                                                \
+        for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {  \
+            const from x = src[i];                                             \
+            const uint32_t u = bits;                                           \
+            dst[i] = store;                                                    \
+            if ((u & (exponent)) == (exponent))                                \
+                tvk_cu_add64(a->n_bad, 1);                                     \
+        }                                                                      \
     }
-}
-
-TVK_HD void tvk_cu_f16_to_f32(const struct tvk_cu_place *at,
-                              const struct tvk_cu_convert *a)
-{
-    const uint16_t *src = (const uint16_t *)a->src;
-    float *dst = (float *)a->dst;
-
-    for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
-        const uint32_t u = tvk_cu_of_f16(src[i]);
-        dst[i] = tvk_cu_float(u);
-        if ((u & TVK_CU_INF) == TVK_CU_INF)
-            tvk_cu_add64(a->n_bad, 1);
-    }
-}
-
-TVK_HD void tvk_cu_f32_to_bf16(const struct tvk_cu_place *at,
-                               const struct tvk_cu_convert *a)
-{
-    const float *src = (const float *)a->src;
-    uint16_t *dst = (uint16_t *)a->dst;
-
-    for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
-        const uint16_t h = tvk_cu_to_bf16(tvk_cu_bits(src[i]));
-        dst[i] = h;
-        if ((h & 0x7f80u) == 0x7f80u)
-            tvk_cu_add64(a->n_bad, 1);
-    }
-}
-
-TVK_HD void tvk_cu_f32_to_f16(const struct tvk_cu_place *at,
-                              const struct tvk_cu_convert *a)
-{
-    const float *src = (const float *)a->src;
-    uint16_t *dst = (uint16_t *)a->dst;
-
-    for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
-        const uint16_t h = tvk_cu_to_f16(tvk_cu_bits(src[i]));
-        dst[i] = h;
-        if ((h & 0x7c00u) == 0x7c00u)
-            tvk_cu_add64(a->n_bad, 1);
-    }
-}
+TVK_CU_CONVERSION(tvk_cu_bf16_to_f32, uint16_t, float, tvk_cu_of_bf16(x),
+                  tvk_cu_float(u), TVK_CU_INF)
+TVK_CU_CONVERSION(tvk_cu_f16_to_f32, uint16_t, float, tvk_cu_of_f16(x),
+                  tvk_cu_float(u), TVK_CU_INF)
+TVK_CU_CONVERSION(tvk_cu_f32_to_bf16, float, uint16_t,
+                  tvk_cu_to_bf16(tvk_cu_bits(x)), (uint16_t)u, 0x7f80u)
+TVK_CU_CONVERSION(tvk_cu_f32_to_f16, float, uint16_t,
+                  tvk_cu_to_f16(tvk_cu_bits(x)), (uint16_t)u, 0x7c00u)
 
 /* ---- linear (linear.c) --------------------------------------------------- */
 

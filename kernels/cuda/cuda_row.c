@@ -154,45 +154,21 @@ static bool convert(const char *kernel, void *dst, uint32_t dst_bits,
     return true;
 }
 
-static uint64_t bf16_to_f32(float *TVK_RESTRICT dst,
-                            const void *TVK_RESTRICT src, size_t n)
-{
-    uint64_t n_bad = 0;
-
-    if (!convert("tv_bf16_to_f32", dst, 32, src, 16, n, &n_bad))
-        return below()->bf16_to_f32(dst, src, n);
-    return n_bad;
-}
-
-static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
-                           const void *TVK_RESTRICT src, size_t n)
-{
-    uint64_t n_bad = 0;
-
-    if (!convert("tv_f16_to_f32", dst, 32, src, 16, n, &n_bad))
-        return below()->f16_to_f32(dst, src, n);
-    return n_bad;
-}
-
-static uint64_t f32_to_bf16(void *TVK_RESTRICT dst,
-                            const float *TVK_RESTRICT src, size_t n)
-{
-    uint64_t n_bad = 0;
-
-    if (!convert("tv_f32_to_bf16", dst, 16, src, 32, n, &n_bad))
-        return below()->f32_to_bf16(dst, src, n);
-    return n_bad;
-}
-
-static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
-                           const float *TVK_RESTRICT src, size_t n)
-{
-    uint64_t n_bad = 0;
-
-    if (!convert("tv_f32_to_f16", dst, 16, src, 32, n, &n_bad))
-        return below()->f32_to_f16(dst, src, n);
-    return n_bad;
-}
+#define CONVERSION(name, to, to_bits, from, from_bits)                         \
+    static uint64_t name(to *TVK_RESTRICT dst, const from *TVK_RESTRICT src,   \
+                         size_t n)                                             \
+    {                                                                          \
+        uint64_t n_bad = 0;                                                    \
+                                                                               \
+        if (!convert("tv_" #name, dst, to_bits, src, from_bits, n, &n_bad))    \
+            return below()->name(dst, src, n);                                 \
+        return n_bad;                                                          \
+    }
+CONVERSION(bf16_to_f32, float, 32, void, 16)
+CONVERSION(f16_to_f32, float, 32, void, 16)
+CONVERSION(f32_to_bf16, void, 16, float, 32)
+CONVERSION(f32_to_f16, void, 16, float, 32)
+#undef CONVERSION
 
 /* ---- linear -------------------------------------------------------------- */
 
