@@ -25,6 +25,20 @@ void tvk_ref_rank(struct tvk_table *t);
 void tvk_ref_swap(struct tvk_table *t);
 void tvk_ref_variance(struct tvk_table *t);
 void tvk_ref_divergence(struct tvk_table *t);
+/* Elements of a piece of gta_bf16 that stays in the L1 cache; floats of it, of
+ * all inputs together. */
+#define TVK_PIECE_ELEMS  256u
+#define TVK_PIECE_FLOATS ((TVK_DONORS_MAX + 1) * 64u)
+static inline size_t tvk_piece_elems(size_t n_donors)
+{
+    const size_t most = TVK_PIECE_FLOATS / (n_donors + 1) / 64 * 64;
+    return most < TVK_PIECE_ELEMS ? most : TVK_PIECE_ELEMS;
+}
+/* The gta_bf16 of a row by its conversions and its gta. */
+uint64_t tvk_gta_by_pieces(enum tvk_isa row, void *TVK_RESTRICT dst,
+                           const void *b, const void *const *x,
+                           const uint64_t *const *masks,
+                           const struct tvk_gta *p, size_t n);
 /* Fills the whole row. */
 void tvk_row_ref(struct tvk_table *t);
 

@@ -69,7 +69,15 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
     }
 }
 
+static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
+                         const void *const *x, const uint64_t *const *masks,
+                         const struct tvk_gta *p, size_t n)
+{
+    return tvk_gta_by_pieces(TVK_REF, dst, b, x, masks, p, n);
+}
+
 void tvk_ref_gta(struct tvk_table *t)
 {
     t->gta = gta;
+    t->gta_bf16 = gta_bf16;
 }

@@ -7,12 +7,24 @@
 
 #include <assert.h>
 #include <math.h>
+#include <string.h>
 
 static uint64_t count_nonfinite(const float *x, size_t n)
 {
     uint64_t count = 0;
     for (size_t i = 0; i < n; i++)
         count += isfinite(x[i]) ? 0 : 1;
+    return count;
+}
+
+static uint64_t count_nonfinite_bf16(const void *x, size_t n)
+{
+    uint64_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h = 0;
+        memcpy(&h, (const unsigned char *)x + 2 * i, sizeof(h));
+        count += (h & 0x7f80u) == 0x7f80u;
+    }
     return count;
 }
 
@@ -48,6 +60,7 @@ static void stats(struct tvk_stats *out, const float *x, size_t n)
 void tvk_ref_stats(struct tvk_table *t)
 {
     t->count_nonfinite = count_nonfinite;
+    t->count_nonfinite_bf16 = count_nonfinite_bf16;
     t->stats = stats;
 }
 

@@ -106,8 +106,55 @@ static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
     return kept;
 }
 
+/* A word's worth of numbers, widened. */
+static size_t widen(float *dst, const void *src, size_t from, size_t n)
+{
+    const size_t some = n - from < 64 ? n - from : 64;
+
+    for (size_t i = 0; i < some; i++) {
+        uint16_t h = 0;
+        memcpy(&h, (const unsigned char *)src + 2 * (from + i), sizeof(h));
+        const uint32_t u = (uint32_t)h << 16;
+        memcpy(&dst[i], &u, sizeof(u));
+    }
+    return some;
+}
+
+static uint64_t hist_range_bf16(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                uint32_t width, const void *x, const void *b,
+                                size_t n)
+{
+    float xs[64], bs[64];
+    uint64_t above = 0;
+
+    for (size_t i = 0; i < n; i += 64) {
+        (void)widen(xs, x, i, n);
+        const size_t some = widen(bs, b, i, n);
+        above += hist_range(hist, first, width, xs, bs, some);
+    }
+    return above;
+}
+
+static uint64_t topk_mask_bf16(uint64_t *TVK_RESTRICT mask, const void *x,
+                               const void *b, uint32_t pattern,
+                               uint64_t *eq_seen, uint64_t eq_limit, size_t n)
+{
+    float xs[64], bs[64];
+    uint64_t kept = 0;
+
+    for (size_t i = 0; i < n; i += 64) {
+        (void)widen(xs, x, i, n);
+        const size_t some = widen(bs, b, i, n);
+        kept +=
+            topk_mask(mask + i / 64, xs, bs, pattern, eq_seen, eq_limit, some);
+    }
+    return kept;
+}
+
 void tvk_ref_topk(struct tvk_table *t)
 {
+    t->hist_range_bf16 = hist_range_bf16;
+    t->topk_mask_bf16 = topk_mask_bf16;
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;

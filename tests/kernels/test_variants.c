@@ -608,6 +608,101 @@ static void one_hist_range(const struct tvk_table *k, const struct place *p)
     guard_buffer_check(&hist);
 }
 
+/* ---- bf16 ---- */
+
+/* The upper halves of the values of input j (the base: N_DONORS), at any
+ * multiple of 2; *plain is what they are in fp32. */
+static const void *put_halves(const struct place *p, unsigned j,
+                              const float **plain)
+{
+    static float wide[N_DONORS + 1][N_LARGEST];
+    const float *from = j < N_DONORS ? raw_x(p, j) : raw_b(p);
+    unsigned char *const dst = guard_buffer_place(
+        j < N_DONORS ? &in[j] : &base, 2 * p->n, p->side,
+        p->side == GUARD_BEFORE ? (p->offset + 20 * j) % 64 : p->offset);
+
+    for (size_t i = 0; i < p->n; i++) {
+        const uint16_t h = (uint16_t)(bits_of(from[i]) >> 16);
+        memcpy(dst + 2 * i, &h, sizeof h);
+    }
+    (void)ref()->bf16_to_f32(wide[j], dst, p->n);
+    *plain = wide[j];
+    return dst;
+}
+
+static void one_select_bf16(const struct tvk_table *k, const struct place *p)
+{
+    const float *plain_x = NULL;
+    const float *plain_b = NULL;
+    const void *const x = put_halves(p, 0, &plain_x);
+    const void *const b = put_halves(p, N_DONORS, &plain_b);
+    const uint32_t pattern = some_pattern(p, plain_x, plain_b);
+    const uint32_t at = pattern < 0x7f800001u ? pattern : 0x7f800001u;
+    const uint32_t width = 1 + (uint32_t)rng_below(&rng, TVK_HIST_HI);
+    const uint32_t before = (uint32_t)rng_below(&rng, width + 1);
+    const uint32_t first = at > before ? at - before : 1;
+    uint32_t *const got_hist = (uint32_t *)(void *)hist.data;
+
+    assert_int_equal(k->count_nonfinite_bf16(x, p->n),
+                     ref()->count_nonfinite(plain_x, p->n));
+    assert_int_equal(
+        k->hist_range_bf16(got_hist, first, width, x, b, p->n),
+        ref()->hist_range(want_hist, first, width, plain_x, plain_b, p->n));
+    n_hist_calls++;
+    if (n_hist_calls % 32 == 0 || p->n == N_LARGEST)
+        assert_same_bytes("hist_range_bf16", got_hist, want_hist,
+                          TVK_HIST_HI * sizeof(uint32_t));
+    guard_buffer_check(&hist);
+
+    const uint64_t seen = rng_below(&rng, 10);
+    const uint64_t limit = rng_below(&rng, seen + p->n + 2);
+    uint64_t got_seen = seen;
+    uint64_t want_seen = seen;
+    uint64_t *const mask =
+        put_out(p, words(p->n) * sizeof(uint64_t), sizeof(uint64_t));
+    assert_int_equal(
+        k->topk_mask_bf16(mask, x, b, pattern, &got_seen, limit, p->n),
+        ref()->topk_mask(want_mask, plain_x, plain_b, pattern, &want_seen,
+                         limit, p->n));
+    assert_same_bytes("topk_mask_bf16", mask, want_mask, words(p->n) * 8);
+    guard_buffer_check(&out);
+    assert_true(got_seen == want_seen);
+}
+
+static void one_gta_bf16(const struct tvk_table *k, const struct place *p)
+{
+    const size_t n_donors = (size_t)rng_below(&rng, N_DONORS + 1);
+    const uint64_t choice = rng_u64(&rng);
+    double weight[N_DONORS];
+    const void *x[N_DONORS];
+    const float *plain[N_DONORS];
+    const uint64_t *masks[N_DONORS];
+    const float *plain_b = NULL;
+    const struct tvk_gta g = {n_donors,
+                              weight,
+                              weight,
+                              (int)(choice >> 1 & 1),
+                              (int)(choice >> 2 & 1),
+                              choice >> 3 & 1 ? 1.0 : 0.3};
+    static unsigned char expected[2 * N_LARGEST];
+
+    for (unsigned j = 0; j < n_donors; j++) {
+        x[j] = put_halves(p, j, &plain[j]);
+        masks[j] = rng_below(&rng, 4) == 0 ? NULL : put_mask(p, j);
+        weight[j] = (double)rng_below(&rng, 5) / 2.0 - 1.0;
+    }
+    const void *const b = put_halves(p, N_DONORS, &plain_b);
+    unsigned char *const dst = put_out(p, 2 * p->n, 2);
+    const uint64_t bad =
+        k->gta_bf16(dst, b, x, choice & 1 ? masks : NULL, &g, p->n);
+    ref()->gta(want, plain_b, plain, choice & 1 ? masks : NULL, &g, p->n);
+    assert_int_equal(bad, ref()->f32_to_bf16(expected, want, p->n));
+    for (size_t i = 0; i < p->n; i++)
+        if (!isnan(want[i]))
+            assert_memory_equal(dst + 2 * i, expected + 2 * i, 2);
+    guard_buffer_check(&out);
+}
+
 static void hist_clear(size_t n_buckets)
 {
     void *const got =
@@ -632,6 +727,17 @@ static void test_hist_range(void **state)
 {
     hist_clear(TVK_HIST_HI);
     everywhere(state, sizeof(float), one_hist_range);
+}
+
+static void test_select_bf16(void **state)
+{
+    hist_clear(TVK_HIST_HI);
+    everywhere(state, 2, one_select_bf16);
+}
+
+static void test_gta_bf16(void **state)
+{
+    everywhere(state, 2, one_gta_bf16);
 }
 
 /* ---- random masks ---- */
@@ -1073,6 +1179,8 @@ int main(int argc, char **argv)
         ROWS(test_hist_hi),
         ROWS(test_hist_lo),
         ROWS(test_hist_range),
+        ROWS(test_select_bf16),
+        ROWS(test_gta_bf16),
         ROWS(test_philox),
         ROWS(test_rank),
         ROWS(test_rank),

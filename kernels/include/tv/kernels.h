@@ -216,6 +216,23 @@ struct tvk_table {
                           const float *b, uint32_t pattern, uint64_t *eq_seen,
                           uint64_t eq_limit, size_t n);
 
+    /* ---- bf16 as it lies in files -------------------------------------------
+     * The operations of these names on bf16 [n], anywhere in memory (any
+     * alignment), without fp32 copies: what they do to the numbers that
+     * bf16_to_f32 makes of them. b is not NULL. gta_bf16 rounds its result like
+     * f32_to_bf16 and returns what that does. hist_range_bf16 and gta_bf16
+     * ask for what comes next in memory; the others are for what is there. */
+    uint64_t (*hist_range_bf16)(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                uint32_t width, const void *x, const void *b,
+                                size_t n);
+    uint64_t (*topk_mask_bf16)(uint64_t *TVK_RESTRICT mask, const void *x,
+                               const void *b, uint32_t pattern,
+                               uint64_t *eq_seen, uint64_t eq_limit, size_t n);
+    uint64_t (*gta_bf16)(void *TVK_RESTRICT dst, const void *b,
+                         const void *const *x, const uint64_t *const *masks,
+                         const struct tvk_gta *p, size_t n);
+    uint64_t (*count_nonfinite_bf16)(const void *x, size_t n);
+
     /* ---- random masks ------------------------------------------------------
      * Philox4x32-10 (Salmon et al., SC 2011; Random123). Element e = start + i
      * takes word (e & 3) of philox(counter = {lo32(e>>2), hi32(e>>2),

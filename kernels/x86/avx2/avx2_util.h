@@ -102,15 +102,37 @@ TVK_INLINE __m128 narrow4(__m256d lane_mask)
     return _mm_castsi128_ps(_mm256_castsi256_si128(even));
 }
 
-/* m(i) of kernels.h, b may be NULL. Absent lanes give 0. */
-TVK_INLINE __m256i magnitude8(size_t count, const float *x, const float *b)
+TVK_INLINE __m256i magnitude_of(__m256 v)
 {
-    __m256 v = load8(count, x);
-    if (b != NULL)
-        v = _mm256_sub_ps(v, load8(count, b));
     const __m256i m =
         _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
     return _mm256_min_epu32(m, _mm256_set1_epi32(0x7f800001));
+}
+
+/* m(i) of kernels.h, b may be NULL. Absent lanes give 0. */
+TVK_INLINE __m256i magnitude8(size_t count, const float *x, const float *b)
+{
+    const __m256 v = load8(count, x);
+    return magnitude_of(b != NULL ? _mm256_sub_ps(v, load8(count, b)) : v);
+}
+
+/* Up to 8 elements of 16 bits. */
+TVK_INLINE __m128i load_half(size_t count, const void *src, size_t i)
+{
+    const unsigned char *const p = (const unsigned char *)src + 2 * i;
+    __m128i v = _mm_setzero_si128();
+
+    if (count >= 8)
+        return _mm_loadu_si128((const __m128i *)(const void *)p);
+    memcpy(&v, p, 2 * count);
+    return v;
+}
+
+/* Of bf16; a signalling NaN stays one. */
+TVK_INLINE __m256 load8_bf16(size_t count, const void *src, size_t i)
+{
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(count, src, i)), 16));
 }
 
 /* Sum of sixteen lanes, four per vector, in the fixed order. */

@@ -7,17 +7,6 @@
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
 
-TVK_INLINE __m128i load_half(size_t count, const void *src, size_t i)
-{
-    const unsigned char *const p = (const unsigned char *)src + 2 * i;
-    __m128i v = _mm_setzero_si128();
-
-    if (count >= 8)
-        return _mm_loadu_si128((const __m128i *)(const void *)p);
-    memcpy(&v, p, 2 * count);
-    return v;
-}
-
 TVK_INLINE void store_half(void *dst, size_t i, size_t count, __m128i v)
 {
     unsigned char *const p = (unsigned char *)dst + 2 * i;

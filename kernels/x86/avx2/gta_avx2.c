@@ -6,6 +6,7 @@
  * term instead of +0: that differs from the reference only in the sign of a
  * zero, and a zero change returns the base.
  */
+#include "rows.h"
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
 
@@ -182,7 +183,15 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
         merge_sum(dst, &g, p->n_donors, n);
 }
 
+static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
+                         const void *const *x, const uint64_t *const *masks,
+                         const struct tvk_gta *p, size_t n)
+{
+    return tvk_gta_by_pieces(TVK_AVX2, dst, b, x, masks, p, n);
+}
+
 void tvk_avx2_gta(struct tvk_table *t)
 {
     t->gta = gta;
+    t->gta_bf16 = gta_bf16;
 }

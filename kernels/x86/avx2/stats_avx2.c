@@ -25,6 +25,19 @@ static uint64_t count_nonfinite(const float *x, size_t n)
     return total;
 }
 
+static uint64_t count_nonfinite_bf16(const void *x, size_t n)
+{
+    const __m128i exponent = _mm_set1_epi16(0x7f80);
+    uint64_t bytes = 0;
+
+    for (size_t i = 0; i < n; i += 8) {
+        const __m128i h = load_half(n - i, x, i);
+        bytes += tvk_popcount((unsigned)_mm_movemask_epi8(
+            _mm_cmpeq_epi16(_mm_and_si128(h, exponent), exponent)));
+    }
+    return bytes / 2;
+}
+
 struct sums {
     __m256d sum[4], sq[4];
     __m256 min, max;
@@ -95,5 +108,6 @@ static void stats(struct tvk_stats *out, const float *x, size_t n)
 void tvk_avx2_stats(struct tvk_table *t)
 {
     t->count_nonfinite = count_nonfinite;
+    t->count_nonfinite_bf16 = count_nonfinite_bf16;
     t->stats = stats;
 }

@@ -86,9 +86,22 @@ static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
         hist_lo_any(hist, hi, x, NULL, n);
 }
 
+/* Values to compare: x, x - b, or x - b of bf16. */
+enum values { PLAIN, MINUS, MINUS_BF16 };
+
+TVK_INLINE __m256i magnitude_at(size_t count, const void *x, const void *b,
+                                enum values values, size_t i)
+{
+    if (values == MINUS_BF16)
+        return magnitude_of(
+            _mm256_sub_ps(load8_bf16(count, x, i), load8_bf16(count, b, i)));
+    return magnitude8(count, (const float *)x + i,
+                      values == MINUS ? (const float *)b + i : NULL);
+}
+
 TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                                   uint32_t width, const float *x,
-                                   const float *b, size_t n)
+                                   uint32_t width, const void *x, const void *b,
+                                   enum values values, size_t n)
 {
     /* Magnitudes are below 2^31, so differences do not wrap; absent lanes are
      * 0, which lies below any range. */
@@ -101,8 +114,12 @@ TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
     assert(first > 0 && width > 0 && width <= 0x80000000u - first);
     for (size_t i = 0; i < n; i += 8) {
         const size_t count = n - i < 8 ? n - i : 8;
-        const __m256i m = _mm256_sub_epi32(
-            magnitude8(count, x + i, b != NULL ? b + i : NULL), from);
+        if (values == MINUS_BF16 && i % 32 == 0) {
+            tvk_read_ahead((const unsigned char *)x + 2 * i);
+            tvk_read_ahead((const unsigned char *)b + 2 * i);
+        }
+        const __m256i m =
+            _mm256_sub_epi32(magnitude_at(count, x, b, values, i), from);
         const unsigned high = bits8(_mm256_cmpgt_epi32(m, last));
         unsigned hit = bits8(_mm256_cmpgt_epi32(m, below)) & ~high;
         above += tvk_popcount(high);
@@ -119,8 +136,15 @@ static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
                            uint32_t width, const float *x, const float *b,
                            size_t n)
 {
-    return b != NULL ? hist_range_any(hist, first, width, x, b, n)
-                     : hist_range_any(hist, first, width, x, NULL, n);
+    return b != NULL ? hist_range_any(hist, first, width, x, b, MINUS, n)
+                     : hist_range_any(hist, first, width, x, b, PLAIN, n);
+}
+
+static uint64_t hist_range_bf16(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                uint32_t width, const void *x, const void *b,
+                                size_t n)
+{
+    return hist_range_any(hist, first, width, x, b, MINUS_BF16, n);
 }
 
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
@@ -167,10 +191,10 @@ static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
     return m;
 }
 
-TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
-                                  const float *b, uint32_t pattern,
-                                  uint64_t *eq_seen, uint64_t eq_limit,
-                                  size_t n)
+TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const void *x,
+                                  const void *b, enum values values,
+                                  uint32_t pattern, uint64_t *eq_seen,
+                                  uint64_t eq_limit, size_t n)
 {
     /* Compares are signed: a pattern above all magnitudes must not wrap. */
     const __m256i limit =
@@ -184,8 +208,7 @@ TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
         for (unsigned q = 0; q < 64 && i + q < n; q += 8) {
             const size_t at = i + q;
             const size_t count = n - at < 8 ? n - at : 8;
-            const __m256i m =
-                magnitude8(count, x + at, b != NULL ? b + at : NULL);
+            const __m256i m = magnitude_at(count, x, b, values, at);
             above |= (uint64_t)bits8(_mm256_cmpgt_epi32(m, limit)) << q;
             equal |= (bits8(_mm256_cmpeq_epi32(m, limit)) & tvk_low_bits(count))
                      << q;
@@ -211,8 +234,16 @@ static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
                           uint64_t eq_limit, size_t n)
 {
     return b != NULL
-               ? topk_mask_any(mask, x, b, pattern, eq_seen, eq_limit, n)
-               : topk_mask_any(mask, x, NULL, pattern, eq_seen, eq_limit, n);
+               ? topk_mask_any(mask, x, b, MINUS, pattern, eq_seen, eq_limit, n)
+               : topk_mask_any(mask, x, b, PLAIN, pattern, eq_seen, eq_limit,
+                               n);
+}
+
+static uint64_t topk_mask_bf16(uint64_t *TVK_RESTRICT mask, const void *x,
+                               const void *b, uint32_t pattern,
+                               uint64_t *eq_seen, uint64_t eq_limit, size_t n)
+{
+    return topk_mask_any(mask, x, b, MINUS_BF16, pattern, eq_seen, eq_limit, n);
 }
 
 void tvk_avx2_topk(struct tvk_table *t)
@@ -220,7 +251,9 @@ void tvk_avx2_topk(struct tvk_table *t)
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;
+    t->hist_range_bf16 = hist_range_bf16;
     t->count_eq = count_eq;
     t->magnitudes = magnitudes;
     t->topk_mask = topk_mask;
+    t->topk_mask_bf16 = topk_mask_bf16;
 }

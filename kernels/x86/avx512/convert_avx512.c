@@ -8,16 +8,6 @@
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
 
-TVK_INLINE __m256i load_half(__mmask16 lanes, const void *src, size_t i)
-{
-    return _mm256_maskz_loadu_epi16(lanes, (const unsigned char *)src + 2 * i);
-}
-
-TVK_INLINE void store_half(void *dst, size_t i, __mmask16 lanes, __m256i v)
-{
-    _mm256_mask_storeu_epi16((unsigned char *)dst + 2 * i, lanes, v);
-}
-
 TVK_INLINE __m512i quieten(__m512i u)
 {
     const __m512 v = _mm512_castsi512_ps(u);
@@ -31,13 +21,6 @@ TVK_INLINE unsigned nonfinite16(__m512i u)
     const __m512i exponent = _mm512_set1_epi32(0x7f800000);
     return tvk_popcount(
         _mm512_cmpeq_epi32_mask(_mm512_and_si512(u, exponent), exponent));
-}
-
-TVK_INLINE unsigned nonfinite_half(__m256i h, short inf)
-{
-    const __m256i exponent = _mm256_set1_epi16(inf);
-    return tvk_popcount(
-        _mm256_cmpeq_epi16_mask(_mm256_and_si256(h, exponent), exponent));
 }
 
 TVK_INLINE uint64_t widen_any(float *dst, const void *src, size_t i, size_t n)
@@ -98,24 +81,7 @@ static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
 static uint64_t f32_to_bf16(void *TVK_RESTRICT dst,
                             const float *TVK_RESTRICT src, size_t n)
 {
-    const __m512i one = _mm512_set1_epi32(1);
-    const __m512i bias = _mm512_set1_epi32(0x7fff);
-    uint64_t bad = 0;
-
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 lanes = lanes16(i, n);
-        const __m512 v = _mm512_maskz_loadu_ps(lanes, src + i);
-        const __m512i u = _mm512_castps_si512(v);
-        const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
-        const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x00400000));
-        const __m512i r = _mm512_mask_add_epi32(quiet, number, u,
-                                                _mm512_add_epi32(odd, bias));
-        const __m256i h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
-        store_half(dst, i, lanes, h);
-        bad += nonfinite_half(h, 0x7f80);
-    }
-    return bad;
+    return narrow_bf16(dst, src, n);
 }
 
 static uint64_t f32_to_f16(void *TVK_RESTRICT dst,

@@ -7,6 +7,7 @@
  * term instead of +0: that differs from the reference only in the sign of a
  * zero, and a zero change returns the base.
  */
+#include "rows.h"
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
 
@@ -17,6 +18,11 @@
 struct job {
     const float *b;
     const float *const *x;
+    /* What comes next in memory is asked for a line at a time, else computing
+     * would wait for it: where element 0 of the inputs lies, and its size. */
+    const unsigned char *from_b;
+    const unsigned char *const *from_x;
+    size_t each;
     const uint64_t *const *masks;
     const double *coef;
     const double *weight;
@@ -77,7 +83,7 @@ TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
     __m512d d[TVK_DONORS_MAX][BLOCK];
     __m512d b[BLOCK], m[BLOCK];
 
-    tvk_read_ahead(g->b + i);
+    tvk_read_ahead(g->from_b + i * g->each);
     for (size_t v = 0; v < vectors; v++) {
         b[v] = load8(lanes, g->b + i + 8 * v);
         m[v] = _mm512_setzero_pd();
@@ -86,7 +92,7 @@ TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
         const float *const x = g->x[j] + i;
         const __m512d coef = _mm512_set1_pd(g->coef[j]);
         unsigned keep = 0xffff;
-        tvk_read_ahead(x);
+        tvk_read_ahead(g->from_x[j] + i * g->each);
         if (masked && g->masks[j] != NULL)
             keep = vectors > 1 ? tvk_mask_16(g->masks[j], i)
                                : tvk_mask_8(g->masks[j], i);
@@ -179,38 +185,102 @@ static void merge_consensus(float *TVK_RESTRICT dst, const struct job *g,
     }
 }
 
-static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
-                const float *const *x, const uint64_t *const *masks,
-                const struct tvk_gta *p, size_t n)
+static struct job job_of(const struct tvk_gta *p)
 {
     double total = 0.0;
 
     assert(p->n_donors <= TVK_DONORS_MAX);
-    if (p->n_donors == 0) {
-        if (n > 0)
-            memcpy(dst, b, n * sizeof(*dst));
-        return;
-    }
     for (size_t j = 0; j < p->n_donors; j++)
         total = total + p->weight[j];
     if (total > -1e-8 && total < 1e-8)
         total = 1.0;
-    const struct job g = {b,
-                          x,
-                          masks,
-                          p->coef,
-                          p->weight,
-                          tvk_divide_by(total),
-                          p->normalize,
-                          p->lambda != 1.0,
-                          p->lambda};
+    return (struct job){.coef = p->coef,
+                        .weight = p->weight,
+                        .total = tvk_divide_by(total),
+                        .normalize = p->normalize,
+                        .has_lambda = p->lambda != 1.0,
+                        .lambda = p->lambda};
+}
+
+static void merge(float *TVK_RESTRICT dst, const struct job *g,
+                  const struct tvk_gta *p, size_t n)
+{
+    if (p->n_donors == 0) {
+        if (n > 0)
+            memcpy(dst, g->b, n * sizeof(*dst));
+        return;
+    }
     if (p->consensus)
-        merge_consensus(dst, &g, p->n_donors, n);
+        merge_consensus(dst, g, p->n_donors, n);
     else
-        merge_sum(dst, &g, p->n_donors, n);
+        merge_sum(dst, g, p->n_donors, n);
+}
+
+static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
+                const float *const *x, const uint64_t *const *masks,
+                const struct tvk_gta *p, size_t n)
+{
+    struct job g = job_of(p);
+
+    g.b = b;
+    g.x = x;
+    g.masks = masks;
+    g.from_b = (const unsigned char *)b;
+    g.from_x = (const unsigned char *const *)(const void *)x;
+    g.each = sizeof(*dst);
+    merge(dst, &g, p, n);
+}
+
+TVK_INLINE void widen_piece(float *dst, const unsigned char *src, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(dst + i, load16_bf16(0xffff, src + 2 * i));
+    if (i < n)
+        _mm512_mask_storeu_ps(dst + i, lanes16(i, n),
+                              load16_bf16(lanes16(i, n), src + 2 * i));
+}
+
+/* Pieces are widened into the L1 cache: fp32 in memory fills vectors of fp64
+ * with fewer instructions than bf16. */
+static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
+                         const void *const *x, const uint64_t *const *masks,
+                         const struct tvk_gta *p, size_t n)
+{
+    const size_t each = tvk_piece_elems(p->n_donors);
+    float in[TVK_PIECE_FLOATS], out[TVK_PIECE_ELEMS];
+    const float *donors[TVK_DONORS_MAX];
+    const unsigned char *from_x[TVK_DONORS_MAX];
+    const uint64_t *kept[TVK_DONORS_MAX];
+    struct job g = job_of(p);
+    uint64_t bad = 0;
+
+    g.b = in;
+    g.x = donors;
+    g.masks = masks != NULL ? kept : NULL;
+    g.from_x = from_x;
+    g.each = 2;
+    for (size_t i = 0; i < n; i += each) {
+        const size_t some = n - i < each ? n - i : each;
+        g.from_b = (const unsigned char *)b + 2 * i;
+        widen_piece(in, g.from_b, some);
+        for (size_t j = 0; j < p->n_donors; j++) {
+            float *const to = in + (j + 1) * each;
+            donors[j] = to;
+            from_x[j] = (const unsigned char *)x[j] + 2 * i;
+            widen_piece(to, from_x[j], some);
+            if (masks != NULL)
+                kept[j] = masks[j] != NULL ? masks[j] + i / 64 : NULL;
+        }
+        merge(out, &g, p, some);
+        bad += narrow_bf16((unsigned char *)dst + 2 * i, out, some);
+    }
+    return bad;
 }
 
 void tvk_avx512_gta(struct tvk_table *t)
 {
     t->gta = gta;
+    t->gta_bf16 = gta_bf16;
 }

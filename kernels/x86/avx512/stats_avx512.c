@@ -31,6 +31,22 @@ static uint64_t count_nonfinite(const float *x, size_t n)
     return n - n_finite;
 }
 
+static uint64_t count_nonfinite_bf16(const void *x, size_t n)
+{
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    const unsigned char *const at = x;
+    uint64_t count = 0;
+
+    for (size_t i = 0; i < n; i += 32) {
+        const __mmask32 lanes =
+            n - i >= 32 ? 0xffffffffu : (__mmask32)tvk_low_bits(n - i);
+        const __m512i h = _mm512_maskz_loadu_epi16(lanes, at + 2 * i);
+        count += tvk_popcount(
+            _mm512_cmpeq_epi16_mask(_mm512_and_si512(h, exponent), exponent));
+    }
+    return count;
+}
+
 static void stats(struct tvk_stats *out, const float *x, size_t n)
 {
     __m512d sum0 = _mm512_setzero_pd(), sum1 = sum0, sq0 = sum0, sq1 = sum0;
@@ -68,5 +84,6 @@ static void stats(struct tvk_stats *out, const float *x, size_t n)
 void tvk_avx512_stats(struct tvk_table *t)
 {
     t->count_nonfinite = count_nonfinite;
+    t->count_nonfinite_bf16 = count_nonfinite_bf16;
     t->stats = stats;
 }

@@ -121,32 +121,60 @@ static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
         hist_lo_any(hist, hi, x, NULL, n);
 }
 
+/* Values to compare: x, x - b, or x - b of bf16. */
+enum values { PLAIN, MINUS, MINUS_BF16 };
+
+TVK_INLINE __m512i magnitude_at(__mmask16 lanes, const void *x, const void *b,
+                                enum values values, size_t i)
+{
+    if (values == MINUS_BF16)
+        return magnitude16_bf16(lanes, (const unsigned char *)x + 2 * i,
+                                (const unsigned char *)b + 2 * i);
+    return magnitude16(lanes, (const float *)x + i,
+                       values == MINUS ? (const float *)b + i : NULL);
+}
+
+/* Counts 16 elements; returns how many lie above the range. */
+TVK_INLINE unsigned range16(uint32_t *TVK_RESTRICT hist, __m512i m,
+                            __m512i from, __m512i to)
+{
+    /* Absent lanes are 0, which lies below any range. */
+    const __mmask16 not_below = _mm512_cmpge_epu32_mask(m, from);
+    const __mmask16 hit = _mm512_mask_cmplt_epu32_mask(not_below, m, to);
+    uint32_t at[16];
+
+    if (hit == 0)
+        return tvk_popcount(not_below);
+    _mm512_storeu_si512(
+        at, _mm512_maskz_compress_epi32(hit, _mm512_sub_epi32(m, from)));
+    const unsigned n_hits = tvk_popcount(hit);
+    for (unsigned k = 0; k < n_hits; k++)
+        hist[at[k]]++;
+    return tvk_popcount(not_below) - n_hits;
+}
+
 TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                                   uint32_t width, const float *x,
-                                   const float *b, size_t n)
+                                   uint32_t width, const void *x, const void *b,
+                                   enum values values, size_t n)
 {
     const __m512i from = _mm512_set1_epi32((int)first);
     const __m512i to = _mm512_set1_epi32((int)(first + width));
-    uint32_t at[16];
     uint64_t above = 0;
+    size_t i = 0;
 
     assert(first > 0 && width > 0 && width <= 0x80000000u - first);
-    for (size_t i = 0; i < n; i += 16) {
-        /* Absent lanes are 0, which lies below any range. */
-        const __m512i m =
-            magnitude16(lanes16(i, n), x + i, b != NULL ? b + i : NULL);
-        const __mmask16 under = _mm512_cmplt_epu32_mask(m, from);
-        const __mmask16 within = _mm512_cmplt_epu32_mask(m, to);
-        const __mmask16 hit = (__mmask16)(within & ~under);
-        above += tvk_popcount((uint16_t)~within);
-        if (hit == 0)
-            continue;
-        _mm512_storeu_si512(
-            at, _mm512_maskz_compress_epi32(hit, _mm512_sub_epi32(m, from)));
-        const unsigned n_hits = tvk_popcount(hit);
-        for (unsigned k = 0; k < n_hits; k++)
-            hist[at[k]]++;
+    for (; i + 32 <= n; i += 32) {
+        if (values == MINUS_BF16) {
+            tvk_read_ahead((const unsigned char *)x + 2 * i);
+            tvk_read_ahead((const unsigned char *)b + 2 * i);
+        }
+        above += range16(hist, magnitude_at(0xffff, x, b, values, i), from, to);
+        above +=
+            range16(hist, magnitude_at(0xffff, x, b, values, i + 16), from, to);
     }
+    for (; i < n; i += 16)
+        above += range16(hist, magnitude_at(lanes16(i, n), x, b, values, i),
+                         from, to);
     return above;
 }
 
@@ -154,8 +182,15 @@ static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
                            uint32_t width, const float *x, const float *b,
                            size_t n)
 {
-    return b != NULL ? hist_range_any(hist, first, width, x, b, n)
-                     : hist_range_any(hist, first, width, x, NULL, n);
+    return b != NULL ? hist_range_any(hist, first, width, x, b, MINUS, n)
+                     : hist_range_any(hist, first, width, x, b, PLAIN, n);
+}
+
+static uint64_t hist_range_bf16(uint32_t *TVK_RESTRICT hist, uint32_t first,
+                                uint32_t width, const void *x, const void *b,
+                                size_t n)
+{
+    return hist_range_any(hist, first, width, x, b, MINUS_BF16, n);
 }
 
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
@@ -200,41 +235,59 @@ static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
                      : magnitudes_any(dst, x, NULL, n);
 }
 
-TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const float *x,
-                                  const float *b, uint32_t pattern,
-                                  uint64_t *eq_seen, uint64_t eq_limit,
-                                  size_t n)
-{
-    const __m512i limit = _mm512_set1_epi32((int)pattern);
-    uint64_t seen = *eq_seen;
-    uint64_t kept = 0;
+struct topk {
+    uint32_t pattern;
+    uint64_t seen, limit;
+};
 
-    for (size_t i = 0; i < n; i += 64) {
-        uint64_t above = 0;
-        uint64_t equal = 0;
-        for (unsigned q = 0; q < 64 && i + q < n; q += 16) {
-            const size_t at = i + q;
-            const __mmask16 lanes = lanes16(at, n);
-            const __m512i m =
-                magnitude16(lanes, x + at, b != NULL ? b + at : NULL);
-            above |= (uint64_t)_mm512_mask_cmpgt_epu32_mask(lanes, m, limit)
-                     << q;
-            equal |= (uint64_t)_mm512_mask_cmpeq_epu32_mask(lanes, m, limit)
-                     << q;
-        }
-        if (equal != 0) {
-            const unsigned n_equal = tvk_popcount(equal);
-            const uint64_t room = seen < eq_limit ? eq_limit - seen : 0;
-            seen += n_equal;
-            if (pattern == 0 || room == 0)
-                equal = 0;
-            else if (room < n_equal)
-                equal = tvk_lowest_set(equal, room);
-        }
-        mask[i >> 6] = above | equal;
-        kept += tvk_popcount(above | equal);
+/* The equal ones of a word that are kept. */
+static uint64_t keep_equal(struct topk *t, uint64_t equal)
+{
+    const unsigned n_equal = tvk_popcount(equal);
+    const uint64_t room = t->seen < t->limit ? t->limit - t->seen : 0;
+
+    t->seen += n_equal;
+    if (t->pattern == 0 || room == 0)
+        return 0;
+    return room < n_equal ? tvk_lowest_set(equal, room) : equal;
+}
+
+/* The word of elements [i, i + 64), of which there are n - i. */
+TVK_INLINE uint64_t topk_word(struct topk *t, const void *x, const void *b,
+                              enum values values, size_t i, size_t n,
+                              int is_whole)
+{
+    const __m512i limit = _mm512_set1_epi32((int)t->pattern);
+    uint64_t above = 0;
+    uint64_t equal = 0;
+
+    for (unsigned q = 0; q < 64 && (is_whole || i + q < n); q += 16) {
+        const __mmask16 lanes = is_whole ? 0xffff : lanes16(i + q, n);
+        const __m512i m = magnitude_at(lanes, x, b, values, i + q);
+        above |= (uint64_t)_mm512_mask_cmpgt_epu32_mask(lanes, m, limit) << q;
+        equal |= (uint64_t)_mm512_mask_cmpeq_epu32_mask(lanes, m, limit) << q;
     }
-    *eq_seen = seen;
+    return equal != 0 ? above | keep_equal(t, equal) : above;
+}
+
+TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const void *x,
+                                  const void *b, enum values values,
+                                  uint32_t pattern, uint64_t *eq_seen,
+                                  uint64_t eq_limit, size_t n)
+{
+    struct topk t = {pattern, *eq_seen, eq_limit};
+    uint64_t kept = 0;
+    size_t i = 0;
+
+    for (; i + 64 <= n; i += 64) {
+        mask[i >> 6] = topk_word(&t, x, b, values, i, n, 1);
+        kept += tvk_popcount(mask[i >> 6]);
+    }
+    if (i < n) {
+        mask[i >> 6] = topk_word(&t, x, b, values, i, n, 0);
+        kept += tvk_popcount(mask[i >> 6]);
+    }
+    *eq_seen = t.seen;
     return kept;
 }
 
@@ -243,8 +296,16 @@ static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
                           uint64_t eq_limit, size_t n)
 {
     return b != NULL
-               ? topk_mask_any(mask, x, b, pattern, eq_seen, eq_limit, n)
-               : topk_mask_any(mask, x, NULL, pattern, eq_seen, eq_limit, n);
+               ? topk_mask_any(mask, x, b, MINUS, pattern, eq_seen, eq_limit, n)
+               : topk_mask_any(mask, x, b, PLAIN, pattern, eq_seen, eq_limit,
+                               n);
+}
+
+static uint64_t topk_mask_bf16(uint64_t *TVK_RESTRICT mask, const void *x,
+                               const void *b, uint32_t pattern,
+                               uint64_t *eq_seen, uint64_t eq_limit, size_t n)
+{
+    return topk_mask_any(mask, x, b, MINUS_BF16, pattern, eq_seen, eq_limit, n);
 }
 
 void tvk_avx512_topk(struct tvk_table *t)
@@ -252,7 +313,9 @@ void tvk_avx512_topk(struct tvk_table *t)
     t->hist_hi = hist_hi;
     t->hist_lo = hist_lo;
     t->hist_range = hist_range;
+    t->hist_range_bf16 = hist_range_bf16;
     t->count_eq = count_eq;
     t->magnitudes = magnitudes;
     t->topk_mask = topk_mask;
+    t->topk_mask_bf16 = topk_mask_bf16;
 }
