@@ -808,6 +808,14 @@ static bool is_first(const struct slot *s)
     return s->first && s->job.sample == 0;
 }
 
+/* NaN and infinity that a block of a source has. */
+static void note_bad(struct slot *s, size_t source, uint64_t n, uint64_t *bad)
+{
+    *bad += n;
+    if (n > 0 && s->cached.n > 0)
+        atomic_fetch_add(&s->cached.src[source].n_nonfinite, n);
+}
+
 /* Values of one source in a block, at `at` [n] or where they are, and what is
  * known of its mask. NULL when nobody will look at them. */
 static const float *read_block(struct exec *ex, struct worker *w,
@@ -832,9 +840,7 @@ static const float *read_block(struct exec *ex, struct worker *w,
     uint64_t here = 0;
     const float *x = tvm_reader_block(&s->readers[source], k, start, n, at,
                                       w->l, is_first(s) ? &here : NULL);
-    *bad += here;
-    if (here > 0 && s->cached.n > 0)
-        atomic_fetch_add(&s->cached.src[source].n_nonfinite, here);
+    note_bad(s, source, here, bad);
     if (s->t->compute != TV_DTYPE_NONE)
         x = tvm_compat_input(k, s->t, source, x, at, n);
     if (mask && s->pass == PASS_COMBINE)
@@ -893,6 +899,52 @@ static void run_rows(struct exec *ex, struct worker *w, struct slot *s,
     }
 }
 
+/* Is the pass at hand one over bf16 as it is (struct tvm_method)? */
+static bool takes_bf16(const struct exec *ex, const struct slot *s)
+{
+    const struct tvm_tensor *t = s->t;
+    const bool combine = s->pass == PASS_COMBINE;
+
+    if (!t->method->takes_bf16 || ex->k->trouble || s->job.sample > 0 ||
+        t->compute != TV_DTYPE_NONE || (combine && t->dtype != TV_BF16))
+        return false;
+    for (size_t i = 0; i < t->n_sources; i++)
+        if (!tvm_reader_is_bf16(&s->readers[i]) || is_replaced(s, i) ||
+            (s->job.trim && s->job.trim[i].known))
+            return false;
+    return t->method->takes_bf16(&s->job, combine);
+}
+
+static void run_bf16(struct exec *ex, struct worker *w, struct slot *s,
+                     struct tvm_tile *tile, uint64_t *bad_in, uint64_t *bad_out)
+{
+    const struct tvm_tensor *t = s->t;
+    const void *x[TVK_DONORS_MAX + 1];
+
+    for (uint64_t done = 0; done < tile->n; done += TVM_BLOCK) {
+        const size_t n =
+            tile->n - done < TVM_BLOCK ? (size_t)(tile->n - done) : TVM_BLOCK;
+        tile->start = tile->first + done;
+        for (size_t i = 0; i < t->n_sources; i++) {
+            x[i] = tvm_reader_bf16(&s->readers[i], tile->start, n,
+                                   w->src + i * TVM_BLOCK);
+            w->known[i] = NULL;
+            w->made[i] = NULL;
+        }
+        if (s->pass == PASS_COMBINE) {
+            *bad_out += t->method->combine_bf16(&s->job, tile, x,
+                                                w->buf + 2 * (size_t)done, n);
+            for (size_t i = 0; i < s->cached.n; i++)
+                tvm_cached_keep_mask(&s->cached, i, tile->start, n, w->made[i]);
+        } else {
+            t->method->measure_bf16(&s->job, tile, x, n);
+        }
+        /* Last: by now they are in the cache. */
+        for (size_t i = 0; is_first(s) && i < t->n_sources; i++)
+            note_bad(s, i, ex->k->count_nonfinite_bf16(x[i], n), bad_in);
+    }
+}
+
 static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
                                  struct slot *s, uint64_t number,
                                  unsigned local, struct tv_error *err)
@@ -946,9 +998,13 @@ static enum tv_err run_math_tile(struct exec *ex, struct worker *w,
         t->method->tile_begin(job, &tile);
     const bool rows = s->layout.row_elems > 0 &&
                       (!t->method->row_pass || t->method->row_pass(job));
+    const bool bf16 = !rows && takes_bf16(ex, s);
     if (rows)
         run_rows(ex, w, s, &tile, combine, &bad_in, &bad_out);
-    for (uint64_t done = rows ? tile.n : 0; done < tile.n; done += TVM_BLOCK) {
+    if (bf16)
+        run_bf16(ex, w, s, &tile, &bad_in, &bad_out);
+    for (uint64_t done = rows || bf16 ? tile.n : 0; done < tile.n;
+         done += TVM_BLOCK) {
         size_t n =
             tile.n - done < TVM_BLOCK ? (size_t)(tile.n - done) : TVM_BLOCK;
         if (job->sample > 0 && n > job->sample)

@@ -4,7 +4,8 @@
  *
  * A method is one static const struct tvm_method in its own method_<name>.c and
  * one line in method_registry.c. It never reads files, threads or memory
- * limits: the engine (exec.c) feeds it blocks of fp32 values.
+ * limits: the engine (exec.c) feeds it blocks of fp32 values (or of bf16 as it
+ * lies in the inputs, where a method has passes for that).
  *
  *   plan time   check(): method-specific errors for one tensor (wrong number of
  *               inputs, values out of range); fold(): which source may be
@@ -209,6 +210,17 @@ struct tvm_method {
     /* dst [n] is what the output tensor gets, before rounding to its dtype. */
     void (*combine)(struct tvm_job *job, struct tvm_tile *tile,
                     const float *const *x, float *dst, size_t n);
+    /* The same passes over bf16 as it lies in the inputs, with nothing widened
+     * in between; same results. Asked before every pass but samples when all
+     * sources are plain bf16 with unknown masks, nothing is rounded for a peer
+     * and, to combine, the output is bf16 too: should it be one? NULL: never.
+     * x[s] [n] and dst [n] are bf16 of any alignment; combine_bf16 returns how
+     * many of dst are not finite. */
+    bool (*takes_bf16)(const struct tvm_job *job, bool combine);
+    void (*measure_bf16)(struct tvm_job *job, struct tvm_tile *tile,
+                         const void *const *x, size_t n);
+    uint64_t (*combine_bf16)(struct tvm_job *job, struct tvm_tile *tile,
+                             const void *const *x, void *dst, size_t n);
     /* Is a source reduced to the entries in which it differs most from the
      * base, so that the result depends on which these are, and never on the
      * others? *rule says how. NULL: none ever is. */

@@ -949,16 +949,27 @@ static void put_sum(const struct tvm_job *job, const struct tvm_tile *tile,
             tvk_sum_tree(block, in_leaf + 1);
 }
 
+/* What a donor's mask is made from; base NULL: nothing to be taken off. */
+struct values {
+    const void *x, *base;
+    bool is_bf16;
+};
+
 static void top_mask(const struct tvm_job *job, const struct tvm_tile *tile,
-                     const struct donor *d, uint64_t *mask, const float *x,
-                     const float *base, size_t n)
+                     const struct donor *d, uint64_t *mask,
+                     const struct values *v, size_t n)
 {
     const struct gta_state *st = job->state;
+    const struct tvk_table *k = job->k;
+    uint64_t *const seen =
+        &st->eq_seen[(size_t)tile->worker * st->n_top + d->slot];
 
-    (void)job->k->topk_mask(
-        mask, x, base, d->pattern,
-        &st->eq_seen[(size_t)tile->worker * st->n_top + d->slot], d->eq_limit,
-        n);
+    if (v->is_bf16)
+        (void)k->topk_mask_bf16(mask, v->x, v->base, d->pattern, seen,
+                                d->eq_limit, n);
+    else
+        (void)k->topk_mask(mask, v->x, v->base, d->pattern, seen, d->eq_limit,
+                           n);
 }
 
 /* What a donor's mask is made from: its values with *base to be taken off, or
@@ -984,16 +995,16 @@ static const float *donor_values(const struct tvm_job *job,
 
 /* The entries of a donor that are kept. */
 static void kept_mask(const struct tvm_job *job, const struct tvm_tile *tile,
-                      const struct donor *d, uint64_t *mask, const float *x,
-                      const float *base, size_t n)
+                      const struct donor *d, uint64_t *mask,
+                      const struct values *v, size_t n)
 {
     const struct gta_state *st = job->state;
     uint64_t less[BLOCK_WORDS];
 
-    top_mask(job, tile, d, mask, x, base, n);
+    top_mask(job, tile, d, mask, v, n);
     if (d->less == 0)
         return;
-    top_mask(job, tile, &st->donor[d->less], less, x, base, n);
+    top_mask(job, tile, &st->donor[d->less], less, v, n);
     for (size_t i = 0; i < (n + 63) / 64; i++)
         mask[i] &= ~less[i];
 }
@@ -1009,6 +1020,18 @@ static void random_mask(const struct tvm_job *job, const struct tvm_tile *tile,
     else
         (void)job->k->philox_mask(mask, tile->start, d->key,
                                   job->tensor->name_hash, d->threshold, n);
+}
+
+/* After the last block of a tile. */
+static void end_range(const struct tvm_job *job, const struct tvm_tile *tile,
+                      const struct donor *d, size_t n)
+{
+    const struct gta_state *st = job->state;
+
+    if (tile->start + n == tile->first + tile->n)
+        tvm_atoms_end(atoms_of(st, tile->tile, d),
+                      hist_of(st, tile->worker, d->slot), d->first,
+                      RANGE_WIDTH);
 }
 
 void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
@@ -1037,10 +1060,7 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
             st->above[(size_t)tile->worker * st->n_top + d->slot] +=
                 k->hist_range(hist_of(st, tile->worker, d->slot), d->first,
                               RANGE_WIDTH, xj, base, n);
-            if (tile->start + n == tile->first + tile->n)
-                tvm_atoms_end(atoms_of(st, tile->tile, d),
-                              hist_of(st, tile->worker, d->slot), d->first,
-                              RANGE_WIDTH);
+            end_range(job, tile, d, n);
             if (st->match_l1 && j < st->n_donors)
                 put_sum(job, tile, d->slot, st->sum_all,
                         k->abs_sum(xj, base, NULL, n), n);
@@ -1069,7 +1089,8 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                 put_sum(job, tile, d->slot, st->sum_all,
                         k->abs_sum(xj, base, NULL, n), n);
             } else {
-                kept_mask(job, tile, d, mask, xj, base, n);
+                const struct values v = {xj, base, false};
+                kept_mask(job, tile, d, mask, &v, n);
             }
             put_sum(job, tile, d->slot, st->sum_kept,
                     k->abs_sum(xj, base, mask, n), n);
@@ -1101,19 +1122,16 @@ static void mix(const struct tvm_job *job, const struct tvm_tile *tile,
     gta_compat_mix(job->k, &m, dst, base, delta, masks, n);
 }
 
-void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
-                 const float *const *x, float *dst, size_t n)
+/* Masks of all donors; masks[j] NULL: all is kept. False when all of all is. */
+static bool make_masks(const struct tvm_job *job, const struct tvm_tile *tile,
+                       const struct values *v, const uint64_t **masks, size_t n)
 {
     const struct gta_state *st = job->state;
-    const float *base = NULL;
-    const float *donors[TVK_DONORS_MAX];
-    const uint64_t *masks[TVK_DONORS_MAX];
     bool any = false;
 
     for (size_t j = 0; j < st->n_donors; j++) {
         const struct donor *d = &st->donor[j];
         uint64_t *mask = tile->mask_words + j * BLOCK_WORDS;
-        donors[j] = donor_values(job, tile, j, x, n, &base);
         masks[j] = mask;
         any = any || d->keep != GTA_KEEP_ALL;
         switch (d->keep) {
@@ -1124,7 +1142,7 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
             memset(mask, 0, BLOCK_WORDS * sizeof *mask);
             break;
         case GTA_KEEP_TOP:
-            kept_mask(job, tile, d, mask, donors[j], base, n);
+            kept_mask(job, tile, d, mask, &v[j], n);
             if (tile->made && d->less == 0)
                 tile->made[d->source] = mask;
             break;
@@ -1136,9 +1154,71 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
             break;
         }
     }
+    return any;
+}
+
+void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
+                 const float *const *x, float *dst, size_t n)
+{
+    const struct gta_state *st = job->state;
+    const float *base = NULL;
+    const float *donors[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+    struct values v[TVK_DONORS_MAX];
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        donors[j] = donor_values(job, tile, j, x, n, &base);
+        v[j] = (struct values){donors[j], base, false};
+    }
+    const bool any = make_masks(job, tile, v, masks, n);
     if (detail_of(job->tensor)->mergekit)
         mix(job, tile, x[job->tensor->base], any ? masks : NULL, dst, n);
     else
         job->k->gta(dst, x[job->tensor->base], donors, any ? masks : NULL,
                     &st->call, n);
+}
+
+/* ---- bf16 as it is ------------------------------------------------------- */
+
+/* Measuring: only what takes one look at most elements. */
+bool gta_takes_bf16(const struct tvm_job *job, bool combine)
+{
+    const struct gta_state *st = job->state;
+
+    return combine || (st->step == STEP_RANGE && !st->match_l1);
+}
+
+void gta_measure_bf16(struct tvm_job *job, struct tvm_tile *tile,
+                      const void *const *x, size_t n)
+{
+    const struct gta_state *st = job->state;
+
+    for (size_t j = 0; j < st->n_select; j++) {
+        const struct donor *d = &st->donor[j];
+        if (d->keep != GTA_KEEP_TOP)
+            continue;
+        st->above[(size_t)tile->worker * st->n_top + d->slot] +=
+            job->k->hist_range_bf16(hist_of(st, tile->worker, d->slot),
+                                    d->first, RANGE_WIDTH, x[d->source],
+                                    x[job->tensor->base], n);
+        end_range(job, tile, d, n);
+    }
+}
+
+uint64_t gta_combine_bf16(struct tvm_job *job, struct tvm_tile *tile,
+                          const void *const *x, void *dst, size_t n)
+{
+    const struct gta_state *st = job->state;
+    const void *base = x[job->tensor->base];
+    const void *donors[TVK_DONORS_MAX];
+    const uint64_t *masks[TVK_DONORS_MAX];
+    struct values v[TVK_DONORS_MAX];
+
+    for (size_t j = 0; j < st->n_donors; j++) {
+        donors[j] = x[st->donor[j].source];
+        v[j] = (struct values){donors[j], base, true};
+    }
+    const bool any = make_masks(job, tile, v, masks, n);
+    return job->k->gta_bf16(dst, base, donors, any ? masks : NULL, &st->call,
+                            n);
 }

@@ -212,6 +212,11 @@ void gta_measure(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, size_t n);
 void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
                  const float *const *x, float *dst, size_t n);
+bool gta_takes_bf16(const struct tvm_job *job, bool combine);
+void gta_measure_bf16(struct tvm_job *job, struct tvm_tile *tile,
+                      const void *const *x, size_t n);
+uint64_t gta_combine_bf16(struct tvm_job *job, struct tvm_tile *tile,
+                          const void *const *x, void *dst, size_t n);
 
 #define GTA_FUNCTIONS                                                          \
     .n_params = GTA_N_PARAMS, .check = gta_check, GTA_SHARED_FUNCTIONS
@@ -224,7 +229,9 @@ void gta_combine(struct tvm_job *job, struct tvm_tile *tile,
     .base = TVM_BASE_REQUIRED, .min_donors = 0, .max_donors = TVK_DONORS_MAX,  \
     .fold = gta_fold, .state_bytes = gta_state_bytes,                          \
     .next_phase = gta_next_phase, .tile_begin = gta_tile_begin,                \
-    .measure = gta_measure, .combine = gta_combine, .trims = gta_trims
+    .measure = gta_measure, .combine = gta_combine,                            \
+    .takes_bf16 = gta_takes_bf16, .measure_bf16 = gta_measure_bf16,            \
+    .combine_bf16 = gta_combine_bf16, .trims = gta_trims
 
 /* The variant for --compat mergekit of a method with those; never folded to a
  * copy, since adding a difference back rounds. */

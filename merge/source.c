@@ -136,6 +136,23 @@ const float *tvm_reader_block(const struct tvm_reader *r,
     return scratch;
 }
 
+bool tvm_reader_is_bf16(const struct tvm_reader *r)
+{
+    return r->view.dtype == TV_BF16 && !r->gather && r->patch.n == 0;
+}
+
+const void *tvm_reader_bf16(const struct tvm_reader *r, uint64_t start,
+                            size_t n, void *scratch)
+{
+    uint64_t run = 0;
+    const void *at = tv_view_at(&r->view, 2 * start, &run);
+
+    if (run >= 2 * n)
+        return at;
+    tv_view_copy(&r->view, 2 * start, 2 * n, scratch);
+    return scratch;
+}
+
 enum tv_err tvm_reader_verify(const struct tvm_reader *r, uint64_t off,
                               uint64_t n, struct tv_error *err)
 {

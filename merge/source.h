@@ -65,6 +65,12 @@ const float *tvm_reader_block(const struct tvm_reader *r,
                               size_t n, float *scratch, float *l_scratch,
                               uint64_t *bad);
 
+/* Is every block of it a run of bf16 in the view, or two? */
+bool tvm_reader_is_bf16(const struct tvm_reader *r);
+/* Such a block as it is, or scratch [n] with a copy. */
+const void *tvm_reader_bf16(const struct tvm_reader *r, uint64_t start,
+                            size_t n, void *scratch);
+
 /* Checks the leaves of bytes [off, off + n); off is a multiple of
  * TV_LEAF_BYTES, the end one too or the tensor's. Leaves not known: TV_OK. */
 TV_NODISCARD enum tv_err tvm_reader_verify(const struct tvm_reader *r,

@@ -342,6 +342,64 @@ static void equal_magnitudes(void **state)
     equal_of(2100);
 }
 
+/* Numbers of bf16, some of them infinite. */
+static float halves(size_t model, size_t tensor, uint64_t i)
+{
+    const uint64_t mixed = (i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    const uint64_t more = (mixed ^ mixed >> 29) * (2 * model + 3);
+    uint32_t u = 0;
+    float v = (float)(int32_t)(mixed >> 32) * 0x1p-31f +
+              (float)(int32_t)(more >> 32) * 0x1p-33f;
+
+    (void)tensor;
+    if (model == 0)
+        v = (float)(int32_t)(mixed >> 32) * 0x1p-31f;
+    else if (model == 2 && i % 70001 == 5)
+        v = INFINITY;
+    memcpy(&u, &v, sizeof u);
+    u &= 0xffff0000u;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+
+/* Passes over bf16 as it lies in files give what those over fp32 do. */
+static void bf16_as_it_is(void **state)
+{
+    static const char *const methods[] = {"ties",      "task_arithmetic",
+                                          "dare_ties", "breadcrumbs",
+                                          "ties",      "breadcrumbs_ties"};
+    static const struct fx_param p[] = {{"weight", FX_ALL, 0.75},
+                                        {"density", FX_ALL, 0.3},
+                                        {"lambda", FX_ALL, 0.9}};
+
+    (void)state;
+    for (size_t m = 0; m < sizeof methods / sizeof *methods; m++) {
+        float *merged[2] = {NULL};
+        struct tv_error err;
+        uint64_t n_bad[2] = {0};
+        uint64_t n = 0;
+        for (int wide = 0; wide < 2; wide++) {
+            const struct fx_tensor one[] = {
+                {"w", wide ? TV_F32 : TV_BF16, 2, {m < 4 ? 2100 : 67, 1001}}};
+            struct fx f;
+            fx_open(&f);
+            for (int i = 0; i < 3; i++)
+                fx_model(&f, one, 1, halves);
+            fx_plan(&f, methods[m], 0, p, 3, TV_BF16);
+            struct tvm_result r;
+            assert_ok(tvm_run(&f.plan, NULL, &r, &err), &err);
+            merged[wide] = fx_read(f.plan.options.out_dir, "w", &n);
+            n_bad[wide] = r.n_nonfinite_in;
+            fx_close(&f);
+        }
+        assert_int_equal(n_bad[0], n_bad[1]);
+        assert_true(n_bad[0] > 0);
+        assert_memory_equal(merged[0], merged[1], n * sizeof(float));
+        tv_free(merged[0]);
+        tv_free(merged[1]);
+    }
+}
+
 /* Zero task vectors give the base bit for bit, -0 included. */
 static float signed_zeros(size_t model, size_t tensor, uint64_t i)
 {
@@ -464,6 +522,7 @@ int main(void)
         cmocka_unit_test(samples),
         cmocka_unit_test(dare),
         cmocka_unit_test(equal_magnitudes),
+        cmocka_unit_test(bf16_as_it_is),
         cmocka_unit_test(zero_deltas_give_the_base),
         cmocka_unit_test(powers_of_two_scale_through),
         cmocka_unit_test(infinities_do_not_spread),
