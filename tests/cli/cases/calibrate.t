@@ -89,7 +89,7 @@ $ tvmerge plan idle.yml > plan
 2> idle.yml:6:23: warning: the calibration text is not used: ties keeps by magnitude here; 'sparsify: importance' or 'sparsegpt' would look at the inputs of layers
 $ sed 's/0.5/1/' idle.yml > all.yml; printf 'parameters: {sparsify: importance}\n' >> all.yml; tvmerge plan all.yml > plan
 2> all.yml:6:23: warning: the calibration text is not used: no density below 1, so nothing is left out
-$ sed 's/ties/dare_ties/' idle.yml > dare.yml; tvmerge run dare.yml dare -q
+$ sed 's/: ties/: dare_ties/' idle.yml > dare.yml; tvmerge run dare.yml dare -q
 2> dare.yml:6:23: warning: the calibration text is not used: dare_ties looks at no inputs of layers; <*>, and regmean
 $ head -c 2000 $DATA/text/code.val.txt > few.txt; printf 'parameters: {sparsify: importance}\n' >> idle.yml; tvmerge compare idle.yml -o cmp --text few.txt --context 64 --methods ties_magnitude,dare_ties -q > table
 $ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-code\n  parameters: {weight: 1, density: 0.5}\n  calibration: {text: gone.txt, samples: many, context: 1}\nparameters: {sparsify: importance}\n' $DATA $DATA > wrong.yml
