@@ -272,15 +272,21 @@ static inline tvk_cuda_ptr tve_there(const float *p)
 /* false: none, or a batch did not fit before (its activations are here then) */
 bool tve_there_wanted(const tve_model *m);
 void tve_there_give_up(tve_model *m, const struct tv_error *why);
-/* Rows of `floats` each that fit, windows of up to `longest` ids among them; 0:
- * not one. `half`: of what is left, as others need the device too. BUDGET: not
- * even the tiles of weights do. */
+/* Rows of `floats` each that fit, in groups of up to `group` rows and windows
+ * of up to `longest` ids; 0: not one. `walk`: into half of what is left, as who
+ * looks at inputs needs the device too, and no head follows. BUDGET: not even
+ * the tiles of weights fit. */
 TV_NODISCARD enum tv_err tve_there_rows(tve_model *m, size_t floats,
-                                        size_t longest, bool half, size_t *out,
+                                        size_t longest, size_t group, bool walk,
+                                        size_t *out, struct tv_error *err);
+/* BUDGET, with the number, when a group of `rows` rows in windows of `longest`
+ * ids does not fit; looks only. TV_OK without a device. */
+TV_NODISCARD enum tv_err tve_there_fits(const tve_model *m, size_t floats,
+                                        size_t rows, size_t longest, bool walk,
                                         struct tv_error *err);
 /* What a batch on the device begins with. */
 struct tve_there_start {
-    size_t rows, floats, longest;
+    size_t rows, floats, longest, group;
     const uint32_t *position;               /* [rows] */
     const float *cos_rows[2], *sin_rows[2]; /* [longest, pairs] or NULL */
     const float *slopes;                    /* [n_heads] or NULL */
@@ -290,6 +296,9 @@ TV_NODISCARD enum tv_err tve_there_open(tve_model *m,
                                         const struct tve_there_start *s,
                                         struct tve_batch_there *out,
                                         struct tv_error *err);
+/* Host memory that is pinned; false: it cannot be. */
+bool tve_there_pin(tve_model *m, size_t bytes, float **out);
+void tve_there_unpin(tve_model *m, float *p);
 /* [rows, n] from and to the host; the device is idle behind it. */
 TV_NODISCARD enum tv_err tve_there_put(tve_model *m, float *to,
                                        const float *from, size_t floats,
@@ -297,6 +306,11 @@ TV_NODISCARD enum tv_err tve_there_put(tve_model *m, float *to,
 TV_NODISCARD enum tv_err tve_there_get(tve_model *m, float *to,
                                        const float *from, size_t floats,
                                        struct tv_error *err);
+/* So many bytes for who looks at inputs; lost when more are asked for, after
+ * the stream was waited for. */
+TV_NODISCARD enum tv_err tve_there_work(tve_model *m, size_t bytes,
+                                        tvk_cuda_ptr *out,
+                                        struct tv_error *err);
 TV_NODISCARD enum tv_err tve_there_sync(tve_model *m, struct tv_error *err);
 /* Rows of the table (ids [rows]), scaled by the spec, to [rows, embed_dim];
  * they are read here. */
@@ -369,11 +383,12 @@ TV_NODISCARD enum tv_err tve_there_score(tve_model *m,
 /* ---- looking at inputs --------------------------------------------------- */
 
 /* fn sees the input x [rows, ldx] of every call of linear layers, which all
- * items share, before their outputs are made; its error ends the run. */
+ * items share, before their outputs are made; its error ends the run. `there`:
+ * x is on the device (tve_there), made by what its stream still does. */
 struct tve_tap {
     enum tv_err (*fn)(void *arg, const struct tve_linear *items, size_t n_items,
                       const struct tve_group *groups, size_t n_groups,
-                      struct tv_error *err);
+                      bool there, struct tv_error *err);
     void *arg;
 };
 struct tve_walk_progress { /* rows that have passed; its error ends the run */
@@ -383,7 +398,8 @@ struct tve_walk_progress { /* rows that have passed; its error ends the run */
 /* All windows side by side, layer by layer, without the output head. Windows
  * are borrowed. `reserve` bytes of the memory budget are left to others;
  * residual streams of more than `most` bytes, or than half of the rest, lie in
- * a scratch file. */
+ * a scratch file. With a device its layers are computed there, on as many rows
+ * as it has room for; BUDGET when that is not even a group. */
 struct tve_walk;
 TV_NODISCARD enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w,
                                        size_t n, uint64_t reserve,
@@ -394,6 +410,10 @@ void tve_walk_close(struct tve_walk *k);
 TV_NODISCARD enum tv_err tve_walk_admit(tve_model *m,
                                         const struct tve_window *w, size_t n,
                                         uint64_t reserve, struct tv_error *err);
+/* BUDGET, with the number, when a device has no room for a group of n windows
+ * of `context` ids. */
+TV_NODISCARD enum tv_err tve_walk_fits(const tve_model *m, size_t n,
+                                       size_t context, struct tv_error *err);
 struct tve_scratch; /* tv/calibrate.h */
 /* At most so many bytes of scratch files, for n windows of `context` ids, also
  * where less is reserved: residual streams, and one batch beside them; bytes of

@@ -354,7 +354,8 @@ static enum tv_err linear(struct batch *b, const struct tve_linear *items,
     enum tv_err rc = TV_OK;
 
     if (b->tap)
-        TV_TRY(b->tap->fn(b->tap->arg, items, n, b->groups, b->n_groups, err));
+        TV_TRY(b->tap->fn(b->tap->arg, items, n, b->groups, b->n_groups,
+                          b->is_there, err));
     TV_TRY(b->is_there
                ? tve_there_linear(b->m, items, n, b->groups, b->n_groups, err)
                : tve_linear_run(b->m, items, n, b->groups, b->n_groups, err));
@@ -831,15 +832,21 @@ out:
 /* A batch on the device, smaller when it has less memory than it is allowed to
  * have. BUDGET: not even a group fits. */
 static enum tv_err batch_there(struct batch *b, const struct tve_window *w,
-                               size_t n_windows, size_t floats,
+                               size_t n_windows, size_t floats, bool walk,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    size_t longest = 0, most = 0;
+    size_t longest = 0, most = 0, rows = 0;
 
-    for (size_t i = 0; i < n_windows; i++)
+    for (size_t i = 0; i < n_windows; i++) {
         longest = w[i].n > longest ? w[i].n : longest;
-    TV_TRY(tve_there_rows(b->m, floats, longest, false, &most, err));
+        rows += w[i].n;
+    }
+    const size_t least = longest > GROUP_ROWS ? longest : GROUP_ROWS;
+    const size_t group = rows < least ? rows : least;
+    TV_TRY(tve_there_fits(b->m, floats, group_windows(w, 0, n_windows) * w[0].n,
+                          w[0].n, walk, err));
+    TV_TRY(tve_there_rows(b->m, floats, longest, group, walk, &most, err));
     do {
         batch_empty(b);
         TV_TRY(batch_fill(b, w, n_windows, most, err));
@@ -847,6 +854,7 @@ static enum tv_err batch_there(struct batch *b, const struct tve_window *w,
             .rows = b->rows,
             .floats = floats,
             .longest = b->longest,
+            .group = group,
             .position = b->position,
             .cos_rows = {b->cos_rows[0], b->cos_rows[1]},
             .sin_rows = {b->sin_rows[0], b->sin_rows[1]},
@@ -861,12 +869,20 @@ out:
     return rc;
 }
 
+/* Where a batch may be. */
+enum place {
+    ANYWHERE, /* on the device, else here */
+    HERE,
+    THERE /* with a device, nowhere else */
+};
+
 /* Fills b with as many groups of w as the budget allows, at least one. With h
- * (of w) the residual stream is there; else the batch has its own. `here`: not
- * on a device. */
+ * (of w) that is the residual stream of a batch that is here; else it has its
+ * own. */
 static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
                               size_t n_windows, uint64_t budget, float *h,
-                              bool here, struct batch *b, struct tv_error *err)
+                              enum place place, struct batch *b,
+                              struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tve_spec *const s = &m->spec;
@@ -877,13 +893,15 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
     b->m = m;
     b->spec = s;
     floats = row_floats(s, b);
-    if (!here && tve_there_wanted(m)) {
-        rc = batch_there(b, w, n_windows, floats, &why);
+    if (place == THERE ? m->device != NULL
+                       : place == ANYWHERE && tve_there_wanted(m)) {
+        /* who looks at inputs needs some of the device too */
+        rc = batch_there(b, w, n_windows, floats, place == THERE, &why);
         if (rc == TV_OK) {
             b->h = b->there.memory;
             goto lay_out;
         }
-        if (rc != TV_E_BUDGET) {
+        if (rc != TV_E_BUDGET || place == THERE) {
             if (err)
                 *err = why;
             goto out;
@@ -981,8 +999,8 @@ static enum tv_err run_batches(tve_model *m, const struct tve_window *w,
     for (size_t i = 0; i < n; i++)
         t.total += w[i].n * t.steps;
     while (at < n) {
-        TV_TRY(batch_open(m, w + at, n - at, activation_budget(m), NULL, false,
-                          &b, err));
+        TV_TRY(batch_open(m, w + at, n - at, activation_budget(m), NULL,
+                          ANYWHERE, &b, err));
         TV_TRY(embed(&b, err));
         for (b.layer = 0; b.layer < m->spec.n_layers; b.layer++) {
             TV_TRY(layer(&b, err));
@@ -1009,7 +1027,7 @@ struct tve_walk {
     size_t n_windows, rows;
     float *h; /* [rows, hidden] */
     size_t h_bytes;
-    bool mapped;
+    bool mapped, pinned;
     uint64_t budget; /* of a batch */
     size_t layer;    /* the next one */
 };
@@ -1020,6 +1038,8 @@ void tve_walk_close(struct tve_walk *k)
         return;
     if (k->mapped)
         unmap_scratch(k->m, k->h, k->h_bytes);
+    else if (k->pinned)
+        tve_there_unpin(k->m, k->h);
     else
         tv_free(k->h);
     tv_free(k);
@@ -1040,12 +1060,16 @@ static enum tv_err walk_batches(struct tve_walk *k, bool embedding, bool keep,
         float *const h = k->h + row * hidden;
 
         TV_TRY(batch_open(k->m, k->windows + at, k->n_windows - at, k->budget,
-                          keep ? NULL : h, true, &b, err));
-        if (keep)
+                          keep ? NULL : h, embedding ? HERE : THERE, &b, err));
+        if (b.is_there)
+            TV_TRY(tve_there_put(k->m, b.h, h, b.rows * hidden, err));
+        else if (keep)
             memcpy(b.h, h, b.rows * hidden * sizeof(*h));
         b.layer = k->layer;
         b.tap = tap;
         TV_TRY(embedding ? embed(&b, err) : layer(&b, err));
+        if (b.is_there && !keep)
+            TV_TRY(tve_there_get(k->m, h, b.h, b.rows * hidden, err));
         at += b.n_windows;
         row += b.rows;
         if (progress)
@@ -1083,6 +1107,17 @@ enum tv_err tve_walk_admit(tve_model *m, const struct tve_window *w, size_t n,
         i += windows;
     }
     return charge(m, most + h, err);
+}
+
+enum tv_err tve_walk_fits(const tve_model *m, size_t n, size_t context,
+                          struct tv_error *err)
+{
+    struct batch b = {.m = NULL};
+    const size_t together = context < GROUP_ROWS ? GROUP_ROWS / context : 1;
+
+    return tve_there_fits(m, row_floats(&m->spec, &b),
+                          (n < together ? n : together) * context, context,
+                          true, err);
 }
 
 static uint64_t whole_pages(uint64_t bytes)
@@ -1149,7 +1184,10 @@ enum tv_err tve_walk_open(tve_model *m, const struct tve_window *w, size_t n,
         TV_TRY(map_scratch(m, k->h_bytes, &k->h, err));
         k->mapped = true;
     } else {
-        k->h = tv_alloc_aligned(k->h_bytes ? k->h_bytes : 1);
+        /* pinned, copies to and from a device take a fraction of the time */
+        k->pinned = m->device && tve_there_pin(m, k->h_bytes, &k->h);
+        if (!k->pinned)
+            k->h = tv_alloc_aligned(k->h_bytes ? k->h_bytes : 1);
         if (!k->h) {
             rc = tv_error_set(err, TV_E_NOMEM,
                               "out of memory (%zu bytes of activations)",

@@ -34,11 +34,12 @@ static tvk_cuda_stream *stream_of(const tve_model *m)
 
 /* ---- memory -------------------------------------------------------------- */
 
-/* Of a batch, but for its rows. */
-static size_t shared_bytes(const tve_model *m, size_t longest)
+/* Of a batch whose groups have up to so many rows, but for its own rows. */
+static size_t shared_bytes(const tve_model *m, size_t longest, size_t rows)
 {
-    size_t bytes = aligned(tvk_cuda_attention_bytes(longest)) +
-                   aligned(m->spec.n_heads * sizeof(float));
+    size_t bytes =
+        aligned(tvk_cuda_attention_bytes(longest, rows, m->spec.n_heads)) +
+        aligned(m->spec.n_heads * sizeof(float));
 
     for (int r = 0; r < 2; r++)
         bytes += 2 * aligned(longest * tve_rope_half(&m->spec.rope[r]) *
@@ -53,8 +54,8 @@ static size_t row_bytes(size_t floats)
            sizeof(struct tvk_cuda_loss);
 }
 
-/* Norms and biases that are not there yet. */
-static uint64_t small_bytes(const tve_model *m)
+/* Norms and biases. */
+static uint64_t all_small_bytes(const tve_model *m)
 {
     uint64_t bytes = 0;
 
@@ -72,6 +73,14 @@ static uint64_t small_bytes(const tve_model *m)
         if (p->b.t)
             bytes += p->b.t->n_elems * sizeof(float);
     }
+    return bytes;
+}
+
+/* Those that are not there yet. */
+static uint64_t small_bytes(const tve_model *m)
+{
+    uint64_t bytes = all_small_bytes(m);
+
     for (size_t i = 0; i < m->device->n_kept; i++)
         bytes -= m->device->kept[i].piece.bytes;
     return bytes;
@@ -94,12 +103,45 @@ const char *tve_model_not_there(const tve_model *m)
     return m->device && m->device->host_only ? m->device->why.msg : NULL;
 }
 
+/* What there is, and what this model holds of it. */
+static uint64_t there_is(const struct tve_device *d)
+{
+    uint64_t bytes = tvk_cuda_left(d->cuda) + 2 * d->weights.bytes +
+                     2 * d->outputs.bytes + d->raw[0].bytes + d->raw[1].bytes +
+                     d->logits.bytes + d->batch.bytes + d->work.bytes;
+
+    for (size_t i = 0; i < d->n_kept; i++)
+        bytes += d->kept[i].piece.bytes;
+    return bytes;
+}
+
+enum tv_err tve_there_fits(const tve_model *m, size_t floats, size_t rows,
+                           size_t longest, bool walk, struct tv_error *err)
+{
+    uint64_t needed = 0, left = 0;
+
+    if (!m->device)
+        return TV_OK;
+    needed = tve_device_buffer_bytes(m, !walk) + all_small_bytes(m) +
+             shared_bytes(m, longest, rows) + 16 * ALIGN +
+             rows * row_bytes(floats);
+    left = there_is(m->device);
+    if (needed <= left)
+        return TV_OK;
+    return tv_error_set(err, TV_E_BUDGET,
+                        "windows of %zu tokens need %llu bytes of device "
+                        "memory, %llu are there (--device-memory)",
+                        longest, (unsigned long long)needed,
+                        (unsigned long long)left);
+}
+
 enum tv_err tve_there_rows(tve_model *m, size_t floats, size_t longest,
-                           bool half, size_t *out, struct tv_error *err)
+                           size_t group, bool walk, size_t *out,
+                           struct tv_error *err)
 {
     struct tve_device *const d = m->device;
-    const size_t shared = shared_bytes(m, longest) + 16 * ALIGN;
-    const enum tv_err rc = tve_device_buffers(d, m, err);
+    const size_t shared = shared_bytes(m, longest, group) + 16 * ALIGN;
+    const enum tv_err rc = tve_device_buffers(d, m, !walk, err);
     const size_t wide =
         m->spec.hidden > m->spec.embed_dim ? m->spec.hidden : m->spec.embed_dim;
     uint64_t left = 0, others = 0;
@@ -107,11 +149,13 @@ enum tv_err tve_there_rows(tve_model *m, size_t floats, size_t longest,
     if (rc != TV_OK)
         return rc;
     left = tvk_cuda_left(d->cuda) + d->batch.bytes;
+    others = small_bytes(m);
     /* Logits that are wanted themselves are made by tve_head_run. */
-    others = small_bytes(m) + (d->outputs.bytes ? 0 : 2 * d->logits.bytes) +
-             PIECE * wide * sizeof(float);
+    if (!walk)
+        others += (d->outputs.bytes ? 0 : 2 * d->logits.bytes) +
+                  PIECE * wide * sizeof(float);
     left = left > others ? left - others : 0;
-    if (half)
+    if (walk) /* who looks at inputs needs the other half */
         left /= 2;
     *out = left > shared ? (size_t)((left - shared) / row_bytes(floats)) : 0;
     return TV_OK;
@@ -131,7 +175,7 @@ enum tv_err tve_there_open(tve_model *m, const struct tve_there_start *s,
     enum tv_err rc = TV_OK;
     struct tve_device *const d = m->device;
     tvk_cuda_stream *const copies = tvk_cuda_math_copies(d->math);
-    const size_t bytes = shared_bytes(m, s->longest) + 16 * ALIGN +
+    const size_t bytes = shared_bytes(m, s->longest, s->group) + 16 * ALIGN +
                          s->rows * row_bytes(s->floats);
     tvk_cuda_ptr at = 0;
 
@@ -144,7 +188,8 @@ enum tv_err tve_there_open(tve_model *m, const struct tve_there_start *s,
     out->position = part(&at, s->rows * sizeof(uint32_t));
     out->index = part(&at, s->rows * sizeof(uint32_t));
     out->targets = part(&at, s->rows * sizeof(uint32_t));
-    out->work = part(&at, tvk_cuda_attention_bytes(s->longest));
+    out->work = part(
+        &at, tvk_cuda_attention_bytes(s->longest, s->group, m->spec.n_heads));
     out->slopes = 0;
     TV_TRY(tvk_cuda_upload(copies, out->position, s->position,
                            s->rows * sizeof(uint32_t), err));
@@ -170,6 +215,22 @@ out:
     return rc;
 }
 
+bool tve_there_pin(tve_model *m, size_t bytes, float **out)
+{
+    void *p = NULL;
+
+    if (tvk_cuda_pin(m->device->cuda, bytes, NULL, &p) != TV_OK)
+        return false;
+    *out = p;
+    return true;
+}
+
+void tve_there_unpin(tve_model *m, float *p)
+{
+    tvk_cuda_math_settle(m->device->math);
+    tvk_cuda_unpin(m->device->cuda, p);
+}
+
 enum tv_err tve_there_put(tve_model *m, float *to, const float *from,
                           size_t floats, struct tv_error *err)
 {
@@ -190,6 +251,21 @@ enum tv_err tve_there_get(tve_model *m, float *to, const float *from,
     TV_TRY(tvk_cuda_download(stream_of(m), to, tve_there(from),
                              floats * sizeof(float), err));
     TV_TRY(tve_there_sync(m, err));
+out:
+    return rc;
+}
+
+enum tv_err tve_there_work(tve_model *m, size_t bytes, tvk_cuda_ptr *out,
+                           struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tve_device *const d = m->device;
+
+    if (bytes > d->work.bytes) {
+        TV_TRY(tve_there_sync(m, err));
+        TV_TRY(tve_piece_need(d, &d->work, bytes, "a product of inputs", err));
+    }
+    *out = d->work.at;
 out:
     return rc;
 }

@@ -95,12 +95,15 @@ out:
 
 void tve_device_shrink(struct tve_device *d)
 {
+    /* Nobody may still use what is given back. */
+    tvk_cuda_math_settle(d->math);
     pair_free(d, &d->weights);
     pair_free(d, &d->outputs);
     piece_free(d, &d->raw[0]);
     piece_free(d, &d->raw[1]);
     piece_free(d, &d->logits);
     piece_free(d, &d->batch);
+    piece_free(d, &d->work);
     for (size_t i = 0; i < d->n_kept; i++)
         piece_free(d, &d->kept[i].piece);
     d->n_kept = 0;
@@ -435,13 +438,9 @@ static size_t tile_of(const tve_model *m, const struct tve_param *p)
     return (rows < out ? rows : out) * in;
 }
 
-enum tv_err tve_device_buffers(struct tve_device *d, const tve_model *m,
-                               struct tv_error *err)
+static size_t largest_tile(const tve_model *m)
 {
-    enum tv_err rc = TV_OK;
-    const struct tve_param *const head = &m->globals[TVE_HEAD];
-    const size_t n_out = tve_tile_rows(head->w.cols, head->w.rows);
-    size_t most = tile_of(m, head);
+    size_t most = tile_of(m, &m->globals[TVE_HEAD]);
 
     for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS; i++) {
         const struct tve_param *const p = &m->layers[i];
@@ -453,13 +452,36 @@ enum tv_err tve_device_buffers(struct tve_device *d, const tve_model *m,
         if (p->w.t && tile_of(m, p) > most)
             most = tile_of(m, p);
     }
+    return most;
+}
+
+static size_t logits_bytes(const tve_model *m)
+{
+    const struct tve_param *const head = &m->globals[TVE_HEAD];
+
+    return PIECE * tve_tile_rows(head->w.cols, head->w.rows) * sizeof(float);
+}
+
+uint64_t tve_device_buffer_bytes(const tve_model *m, bool logits)
+{
+    return largest_tile(m) * 2 * (sizeof(float) + 2) +
+           (logits ? logits_bytes(m) : 0);
+}
+
+enum tv_err tve_device_buffers(struct tve_device *d, const tve_model *m,
+                               bool logits, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    const size_t most = largest_tile(m);
+
     TV_TRY(pair_need(d, &d->weights, most * sizeof(float), "tiles of weights",
                      err));
     for (int i = 0; i < 2; i++)
         TV_TRY(
             tve_piece_need(d, &d->raw[i], most * 2, "tiles of weights", err));
-    TV_TRY(tve_piece_need(d, &d->logits, PIECE * n_out * sizeof(float),
-                          "a tile of logits", err));
+    if (logits)
+        TV_TRY(tve_piece_need(d, &d->logits, logits_bytes(m),
+                              "a tile of logits", err));
 out:
     return rc;
 }

@@ -65,6 +65,7 @@ struct tve_device {
     struct tve_piece raw[2]; /* tiles of 16-bit weights */
     struct tve_piece logits; /* one tile of them */
     struct tve_piece batch;  /* activations, forward_cuda.c */
+    struct tve_piece work;   /* of who looks at them */
     struct tve_kept *kept;   /* [n_kept, cap_kept] */
     size_t n_kept, cap_kept;
     size_t n_tiles; /* brought so far: their parity names the buffers */
@@ -77,8 +78,10 @@ TV_NODISCARD enum tv_err tve_piece_need(struct tve_device *d,
                                         const char *what, struct tv_error *err);
 /* Buffers for tiles of every weight of the model, and of logits. */
 TV_NODISCARD enum tv_err tve_device_buffers(struct tve_device *d,
-                                            const tve_model *m,
+                                            const tve_model *m, bool logits,
                                             struct tv_error *err);
+/* Of them, there. */
+uint64_t tve_device_buffer_bytes(const tve_model *m, bool logits);
 /* A whole small weight on the device, kept there; 0 when the model has none. */
 TV_NODISCARD enum tv_err tve_device_param(struct tve_device *d, tve_model *m,
                                           const struct tve_weight *w,

@@ -15,8 +15,9 @@
  * block's inputs are in memory at a time; a finished Gram matrix is rounded to
  * fp32 in its place.
  *
- * With a CUDA device X^T X is summed up there; the sums of a layer stay there
- * until it is done, if there is room, else they come and go (same bits).
+ * With a CUDA device the sums are made there, where the inputs are, and come
+ * back when the layer is done; those of X^T X that have no room there come and
+ * go (same bits).
  */
 #include <stdatomic.h>
 #include <string.h>
@@ -26,6 +27,7 @@
 #include "tv/alloc.h"
 #include "tv/calibrate.h"
 #include "tv/checked.h"
+#include "tv/cuda_eval.h"
 
 #include "decoder.h"
 
@@ -162,9 +164,9 @@ static void gram_item(void *arg, size_t item, unsigned worker)
     }
 }
 
-static size_t gram_bytes(size_t n)
+static size_t sum_bytes(const struct sums *s, size_t site)
 {
-    return tve_stat_size(TVE_STAT_GRAM, n) * sizeof(double);
+    return tve_stat_size(s->kind, s->sites[site]->n) * sizeof(double);
 }
 
 /* Room for the sums of site i on the device, if there is any. */
@@ -173,16 +175,16 @@ static enum tv_err take_there(struct sums *s, size_t i, struct tv_error *err)
     enum tv_err rc = TV_OK;
     tvk_cuda_math *const m = tve_device_math(s->m->device);
     tvk_cuda *const d = tvk_cuda_math_device(m);
-    const size_t bytes = gram_bytes(s->sites[i]->n);
+    const size_t bytes = sum_bytes(s, i);
 
     if (s->there[i] || s->no_room[i])
         return TV_OK;
     /* Half is left to products and to what comes after. */
-    s->no_room[i] = bytes > tvk_cuda_left(d) / 2;
+    s->no_room[i] = s->kind == TVE_STAT_GRAM && bytes > tvk_cuda_left(d) / 2;
     if (s->no_room[i])
         return TV_OK;
     rc = tvk_cuda_alloc(d, bytes, "sums of inputs", err, &s->there[i]);
-    if (rc == TV_E_BUDGET) {
+    if (rc == TV_E_BUDGET && s->kind == TVE_STAT_GRAM) {
         tv_error_clear(err);
         s->no_room[i] = true;
         return TV_OK;
@@ -192,16 +194,25 @@ static enum tv_err take_there(struct sums *s, size_t i, struct tv_error *err)
     return rc;
 }
 
-static enum tv_err gram_there(struct sums *s, size_t i, struct tv_error *err)
+/* Adds the input at hand, which is on the device. */
+static enum tv_err add_there(struct sums *s, size_t i, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    tvk_cuda_math *const m = tve_device_math(s->m->device);
+    tvk_cuda_ptr work = 0;
 
+    if (s->kind == TVE_STAT_GRAM)
+        TV_TRY(tve_there_work(s->m, tvk_cuda_gram_work(s->n), &work, err));
     TV_TRY(take_there(s, i, err));
-    for (size_t g = 0; g < s->n_groups; g++)
-        TV_TRY(tvk_cuda_gram_add(tve_device_math(s->m->device), s->sums,
-                                 s->there[i],
-                                 s->x + s->groups[g].start * s->ldx, s->ldx,
-                                 s->groups[g].n, s->n, err));
+    for (size_t g = 0; g < s->n_groups; g++) {
+        const tvk_cuda_ptr x = tve_there(s->x + s->groups[g].start * s->ldx);
+
+        TV_TRY(s->kind == TVE_STAT_GRAM
+                   ? tvk_cuda_gram_add_there(m, s->sums, s->there[i], work, x,
+                                             s->ldx, s->groups[g].n, s->n, err)
+                   : tvk_cuda_add_squares(m, s->there[i], x, s->ldx,
+                                          s->groups[g].n, s->n, err));
+    }
 out:
     return rc;
 }
@@ -210,9 +221,10 @@ static void free_there(struct sums *s)
 {
     if (!s->m->device)
         return;
+    tvk_cuda_math_settle(tve_device_math(s->m->device));
     for (size_t i = 0; i < s->n_sites; i++) {
         tvk_cuda_free(tvk_cuda_math_device(tve_device_math(s->m->device)),
-                      s->there[i], gram_bytes(s->sites[i]->n));
+                      s->there[i], sum_bytes(s, i));
         s->there[i] = 0;
         s->no_room[i] = false;
     }
@@ -231,7 +243,7 @@ static enum tv_err come_back(struct sums *s, struct tv_error *err)
     for (size_t i = 0; i < s->n_sites; i++)
         if (s->there[i])
             TV_TRY(tvk_cuda_download(stream, s->at[i], s->there[i],
-                                     gram_bytes(s->sites[i]->n), err));
+                                     sum_bytes(s, i), err));
     TV_TRY(tvk_cuda_sync(stream, err));
 out:
     free_there(s);
@@ -240,7 +252,7 @@ out:
 
 static enum tv_err see(void *arg, const struct tve_linear *items,
                        size_t n_items, const struct tve_group *groups,
-                       size_t n_groups, struct tv_error *err)
+                       size_t n_groups, bool there, struct tv_error *err)
 {
     struct sums *const s = arg;
     size_t i = 0;
@@ -257,8 +269,8 @@ static enum tv_err see(void *arg, const struct tve_linear *items,
     s->n_tiles = (s->n + TILE - 1) / TILE;
     s->groups = groups;
     s->n_groups = n_groups;
-    if (s->kind == TVE_STAT_GRAM && s->m->device)
-        return gram_there(s, i, err);
+    if (there)
+        return add_there(s, i, err);
     if (s->kind == TVE_STAT_GRAM)
         tv_pool_run(s->m->pool, s->n_tiles * (s->n_tiles + 1) / 2, gram_item,
                     s);
@@ -499,6 +511,8 @@ enum tv_err tve_calibration_scratch(tve_model *m, enum tve_stat kind, size_t n,
 
     *out = (struct tve_scratch){0};
     TV_TRY(tve_sites(m, &t.sites, &t.n_sites, err));
+    if (context > 0)
+        TV_TRY(tve_walk_fits(m, n, context, err));
     /* All sites together may be too large where those wanted are not. */
     const bool fits = measure(&t, NULL) == TV_OK;
     if (context > 0)

@@ -443,6 +443,27 @@ TVK_HD void tvk_cu_losses2(const struct tvk_cu_place *at, const double *shared,
         row->target = a->logits[at->block * a->ld + (target - a->from)];
 }
 
+/* ---- statistics ---------------------------------------------------------- */
+
+struct tvk_cu_squares { /* a thread has a channel */
+    double *sums;       /* [n] */
+    const float *x;     /* [rows, ld] */
+    uint64_t rows, n, ld;
+};
+
+TVK_HD void tvk_cu_squares_body(const struct tvk_cu_place *at,
+                                const struct tvk_cu_squares *a)
+{
+    for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
+        double sum = a->sums[i];
+        for (uint64_t r = 0; r < a->rows; r++) {
+            const double v = (double)a->x[r * a->ld + i];
+            sum = sum + v * v;
+        }
+        a->sums[i] = sum;
+    }
+}
+
 /* ---- all of them --------------------------------------------------------- */
 
 /* As TVK_CU_KERNELS. */
@@ -457,6 +478,7 @@ TVK_HD void tvk_cu_losses2(const struct tvk_cu_place *at, const double *shared,
     ELEMENTS(tv_heads, tvk_cu_heads, tvk_cu_heads_body)                        \
     BLOCKS3(tv_softmax, tvk_cu_heads, double, 2 * TVK_CU_ROW_LANES,            \
             tvk_cu_softmax0, tvk_cu_softmax1, tvk_cu_softmax2)                 \
+    ELEMENTS(tv_squares, tvk_cu_squares, tvk_cu_squares_body)                  \
     BLOCKS3(tv_losses, tvk_cu_losses, double, 2 * TVK_CU_ROW_LANES,            \
             tvk_cu_losses0, tvk_cu_losses1, tvk_cu_losses2)
 

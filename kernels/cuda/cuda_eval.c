@@ -150,17 +150,26 @@ enum tv_err tvk_cuda_rotate_rows(tvk_cuda_math *m,
 
 /* ---- attention ----------------------------------------------------------- */
 
-static size_t score_floats(size_t length)
+/* Room for scores: for all of them where they are few. */
+static size_t score_floats(size_t length, size_t rows, size_t n_heads)
 {
     const size_t one = QUERIES * length;
+    const size_t some = one > SCORES ? one : SCORES;
 
-    return one > SCORES ? one : SCORES;
+    return some / length / n_heads < rows ? some : length * rows * n_heads;
 }
 
-size_t tvk_cuda_attention_bytes(size_t length)
+static size_t array_bytes(size_t rows, size_t n_heads)
 {
-    return score_floats(length) * sizeof(float) +
-           (size_t)ARRAYS * PROBLEMS * sizeof(void *);
+    const size_t n = PROBLEMS / n_heads < rows ? PROBLEMS : rows * n_heads;
+
+    return n * sizeof(void *);
+}
+
+size_t tvk_cuda_attention_bytes(size_t length, size_t rows, size_t n_heads)
+{
+    return score_floats(length, rows, n_heads) * sizeof(float) +
+           ARRAYS * array_bytes(rows, n_heads);
 }
 
 /* c [m, n] = alpha a op(b) for n_problems addresses of each. */
@@ -237,8 +246,9 @@ enum tv_err tvk_cuda_attend(tvk_cuda_math *m,
 {
     enum tv_err rc = TV_OK;
     const size_t n_problems = a->n_windows * a->n_heads;
-    const size_t room = score_floats(a->length);
-    const size_t array = PROBLEMS * sizeof(void *);
+    const size_t rows = a->n_windows * a->length;
+    const size_t room = score_floats(a->length, rows, a->n_heads);
+    const size_t array = array_bytes(rows, a->n_heads);
     const tvk_cuda_ptr arrays = a->work + room * sizeof(float);
     struct tvk_cu_heads k = {
         .qkv = tvk_cuda_address(a->qkv),
@@ -284,6 +294,26 @@ enum tv_err tvk_cuda_attend(tvk_cuda_math *m,
     }
 out:
     return rc;
+}
+
+/* ---- statistics ---------------------------------------------------------- */
+
+enum tv_err tvk_cuda_add_squares(tvk_cuda_math *m, tvk_cuda_ptr sums,
+                                 tvk_cuda_ptr x, size_t ld, size_t rows,
+                                 size_t n, struct tv_error *err)
+{
+    struct tvk_cu_squares k = {.sums = tvk_cuda_address(sums),
+                               .x = tvk_cuda_address(x),
+                               .rows = rows,
+                               .n = n,
+                               .ld = ld};
+
+    if (n == 0)
+        return TV_OK;
+    return tvk_cuda_launch(
+        m->stream, "tv_squares",
+        blocks_for((n + TVK_CU_ROW_LANES - 1) / TVK_CU_ROW_LANES), 1,
+        TVK_CU_ROW_LANES, 0, &k, err);
 }
 
 /* ---- losses -------------------------------------------------------------- */

@@ -34,6 +34,7 @@
 struct gram {
     tvk_cuda_math *m;
     const float *x;
+    tvk_cuda_ptr there; /* or x on the device */
     size_t ldx, rows, n;
     tvk_cuda_ptr chunk[2]; /* x as it lies, [CHUNK, ldx] */
     unsigned n_chunks;     /* buffers: one when there is no memory for two */
@@ -56,8 +57,7 @@ static enum tv_err gram_open(struct gram *g, struct tv_error *err)
     const size_t rows = tvk_cuda_least(g->rows, TVK_CUDA_GRAM_CHUNK);
 
     g->chunk_bytes = ((rows - 1) * g->ldx + g->n) * sizeof(float);
-    g->product_bytes =
-        tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n) * g->n * sizeof(float);
+    g->product_bytes = tvk_cuda_gram_work(g->n);
     TV_TRY(tvk_cuda_alloc(d, g->product_bytes, "a product of inputs", err,
                           &g->product));
     TV_TRY(tvk_cuda_alloc(d, g->chunk_bytes, "inputs of a layer", err,
@@ -89,6 +89,22 @@ static void gram_close(struct gram *g)
     tvk_cuda_free(d, g->product, g->product_bytes);
 }
 
+/* Rows of x to a buffer; the other one is free for the next chunk then. */
+static enum tv_err bring_chunk(struct gram *g, tvk_cuda_ptr to, size_t row,
+                               size_t rows, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    if (g->n_chunks == 1)
+        TV_TRY(tvk_cuda_sync(g->m->stream, err));
+    TV_TRY(tvk_cuda_upload(g->m->copies, to, g->x + row * g->ldx,
+                           ((rows - 1) * g->ldx + g->n) * sizeof(float), err));
+    TV_TRY(tvk_cuda_sync(g->m->copies, err));
+    TV_TRY(tvk_cuda_sync(g->m->stream, err));
+out:
+    return rc;
+}
+
 /* Strips [from, to) of the matrix, whose sums begin at `sums`. Uploads run
  * beside the products of the chunk before. */
 static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
@@ -100,17 +116,12 @@ static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
     for (size_t row = 0, k = 0; row < g->rows;
          row += TVK_CUDA_GRAM_CHUNK, k++) {
         const size_t rows = tvk_cuda_least(TVK_CUDA_GRAM_CHUNK, g->rows - row);
-        const tvk_cuda_ptr x = g->chunk[k % g->n_chunks];
+        const tvk_cuda_ptr x = g->there ? tvk_cuda_float(g->there, row * g->ldx)
+                                        : g->chunk[k % g->n_chunks];
         tvk_cuda_ptr to_sums = sums;
 
-        if (g->n_chunks == 1)
-            TV_TRY(tvk_cuda_sync(s, err));
-        TV_TRY(tvk_cuda_upload(g->m->copies, x, g->x + row * g->ldx,
-                               ((rows - 1) * g->ldx + g->n) * sizeof(float),
-                               err));
-        TV_TRY(tvk_cuda_sync(g->m->copies, err));
-        /* The other buffer is free for the next chunk then. */
-        TV_TRY(tvk_cuda_sync(s, err));
+        if (!g->there)
+            TV_TRY(bring_chunk(g, x, row, rows, err));
         for (size_t i0 = from; i0 < to; i0 += TVK_CUDA_GRAM_STRIP) {
             const size_t ni = tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n - i0);
             const struct tvk_cuda_gemm p = {.trans_a = true,
@@ -188,6 +199,25 @@ enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums, tvk_cuda_ptr at,
 out:
     gram_close(&g);
     return rc;
+}
+
+size_t tvk_cuda_gram_work(size_t n)
+{
+    return tvk_cuda_least(TVK_CUDA_GRAM_STRIP, n) * n * sizeof(float);
+}
+
+enum tv_err tvk_cuda_gram_add_there(tvk_cuda_math *m, double *sums,
+                                    tvk_cuda_ptr at, tvk_cuda_ptr work,
+                                    tvk_cuda_ptr x, size_t ldx, size_t rows,
+                                    size_t n, struct tv_error *err)
+{
+    struct gram g = {
+        .m = m, .there = x, .ldx = ldx, .rows = rows, .n = n, .product = work};
+
+    if (rows == 0 || n == 0)
+        return TV_OK;
+    return at != 0 ? gram_strips(&g, 0, n, at, err)
+                   : gram_on_host(&g, sums, err);
 }
 
 /* ---- one layer ----------------------------------------------------------- */

@@ -17,6 +17,7 @@
 #include "cuda_fixture.h"
 #include "npy.h"
 #include "tv/alloc.h"
+#include "tv/calibrate.h"
 #include "tv/eval.h"
 
 #define MAX_IDS 1280u
@@ -349,6 +350,71 @@ static enum tv_err count(void *arg, const struct tve_stat_input *in,
     return TV_OK;
 }
 
+/* Batches on the device: the same bits; too little for one: refused, with the
+ * number, as planning does. */
+static void test_against_less_memory(void **state)
+{
+    enum { N = 60, LENGTH = 48 };
+    static int32_t ids[N * LENGTH];
+    struct tve_window w[N];
+    struct tv_error err = {0};
+    char *const dir = test_data("families/llama");
+    tvk_cuda *const roomy = cuda;
+
+    (void)state;
+    if (!cuda) {
+        tv_free(dir);
+        skip();
+    }
+    for (size_t i = 0; i < (size_t)N * LENGTH; i++)
+        ids[i] = (int32_t)(i * 7919 % 61);
+    for (size_t i = 0; i < N; i++)
+        w[i] = (struct tve_window){ids + i * LENGTH, LENGTH, 1};
+    for (int kind = 0; kind < 2; kind++) {
+        struct collect first = {.sums = NULL};
+        const size_t memory[] = {0, 9000000, 6000000};
+
+        for (size_t i = 0; i < 3; i++) {
+            struct tvk_cuda_options o = cuda_device_options();
+            struct tve_model_options opt = {.n_threads = 2, .cuda = roomy};
+            struct collect c = {.kind = kind ? TVE_STAT_GRAM : TVE_STAT_DIAG};
+            struct tve_scratch scratch;
+            tvk_cuda *tight = NULL;
+            tv_input *in = NULL;
+            tve_model *m = NULL;
+
+            o.memory_bytes = memory[i];
+            if (i > 0)
+                assert_ok(tvk_cuda_open(&o, &err, &tight), &err);
+            opt.cuda = tight ? tight : roomy;
+            assert_ok(tv_input_open_path(dir, &err, &in), &err);
+            assert_ok(tve_model_open(in, NULL, 0, &opt, &err, &m), &err);
+            const enum tv_err planned = tve_calibration_scratch(
+                m, c.kind, N, LENGTH, NULL, &err, &scratch);
+            assert_int_equal(planned, i == 2 ? TV_E_BUDGET : TV_OK);
+            if (i == 2)
+                assert_message(&err, "--device-memory");
+            tv_error_clear(&err);
+            const enum tv_err rc =
+                tve_statistics(m, w, N, c.kind, NULL, collect, &c, &err);
+            assert_code(rc, i == 2 ? TV_E_BUDGET : TV_OK, &err);
+            if (i == 1) {
+                assert_int_equal(c.n, first.n);
+                assert_memory_equal(c.sums, first.sums, c.n * sizeof(double));
+            }
+            tve_model_close(m);
+            tv_input_close(in);
+            tvk_cuda_close(tight);
+            if (i == 0)
+                first = c;
+            else
+                tv_free(c.sums);
+        }
+        tv_free(first.sums);
+    }
+    tv_free(dir);
+}
+
 /* Every allocation fails once. */
 static void test_allocations(void **state)
 {
@@ -388,6 +454,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_token_counts),
         cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_against_less_memory),
         cmocka_unit_test(test_allocations),
     };
     if (argc > 1 && strcmp(argv[1], "cuda") == 0)

@@ -233,6 +233,30 @@ static void test_rotation(void **state)
     drop(&position);
 }
 
+static void test_squares(void **state)
+{
+    enum { ROWS = 70, N = 130, LD = 140 };
+    struct there x = normal((size_t)ROWS * LD, 21);
+    struct there sums = normal(2 * (size_t)N, 22);
+    double want[N];
+
+    (void)state;
+    for (size_t i = 0; i < N; i++)
+        want[i] = (double)i;
+    memcpy(sums.x, want, sizeof want);
+    send(&sums);
+    assert_ok(tvk_cuda_add_squares(math, sums.at, x.at, LD, ROWS, N, &err),
+              &err);
+    for (size_t r = 0; r < ROWS; r++)
+        for (size_t i = 0; i < N; i++)
+            want[i] += (double)x.x[r * LD + i] * (double)x.x[r * LD + i];
+    float *const got = fetch(&sums);
+    assert_memory_equal(got, want, sizeof want);
+    free(got);
+    drop(&x);
+    drop(&sums);
+}
+
 /* ---- attention ----------------------------------------------------------- */
 
 struct shape {
@@ -250,8 +274,9 @@ static void attention(const struct shape *p)
     const size_t v0 = p->per_head ? 2 * hd : q_width + kv_width;
     struct there qkv = normal(rows * ld, 13), out = normal(rows * q_width, 14);
     struct there slopes = normal(p->n_heads, 15);
-    struct there work =
-        normal(tvk_cuda_attention_bytes(p->length) / sizeof(float), 16);
+    struct there work = normal(
+        tvk_cuda_attention_bytes(p->length, rows, p->n_heads) / sizeof(float),
+        16);
     const struct tvk_cuda_attention a = {
         .qkv = qkv.at,
         .out = out.at,
@@ -412,9 +437,10 @@ static void test_losses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_norms),     cmocka_unit_test(test_activations),
-        cmocka_unit_test(test_rows),      cmocka_unit_test(test_rotation),
-        cmocka_unit_test(test_attention), cmocka_unit_test(test_losses),
+        cmocka_unit_test(test_norms),   cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_rows),    cmocka_unit_test(test_rotation),
+        cmocka_unit_test(test_squares), cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_losses),
     };
 
     device = cuda_device_open();

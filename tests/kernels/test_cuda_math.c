@@ -171,11 +171,39 @@ static void gram_case(size_t rows, size_t n, size_t ldx)
             if (fabs(host[e] - want) > 1e-5 * (double)rows)
                 fail_msg("[%zu,%zu] is %g, not %g", i, j, host[e], want);
         }
+    /* x on the device as well, sums there or here */
+    const size_t work_bytes = tvk_cuda_gram_work(n);
+    const tvk_cuda_ptr dx = to_device(d, x, rows * ldx * sizeof *x);
+    double *const again = zeroed(entries, sizeof *again);
+    tvk_cuda_ptr work = 0;
+
+    assert_ok(tvk_cuda_alloc(d, work_bytes, "work", &err, &work), &err);
+    assert_ok(tvk_cuda_upload(tvk_cuda_math_stream(m), at, again,
+                              entries * sizeof *again, &err),
+              &err);
+    for (int twice = 0; twice < 2; twice++) {
+        assert_ok(
+            tvk_cuda_gram_add_there(m, NULL, at, work, dx, ldx, rows, n, &err),
+            &err);
+        assert_ok(
+            tvk_cuda_gram_add_there(m, again, 0, work, dx, ldx, rows, n, &err),
+            &err);
+    }
+    assert_same_bytes("sums here, inputs there", again, host,
+                      entries * sizeof *again);
+    assert_ok(tvk_cuda_download(tvk_cuda_math_stream(m), again, at,
+                                entries * sizeof *again, &err),
+              &err);
+    assert_ok(tvk_cuda_sync(tvk_cuda_math_stream(m), &err), &err);
+    assert_same_bytes("both there", again, host, entries * sizeof *again);
+    tvk_cuda_free(d, work, work_bytes);
+    tvk_cuda_free(d, dx, rows * ldx * sizeof *x);
     tvk_cuda_free(d, at, entries * sizeof *there);
     device_close(d);
     free(x);
     free(host);
     free(there);
+    free(again);
 }
 
 static void test_gram(void **state)

@@ -156,7 +156,8 @@ struct tve_scratch {
     uint64_t streams; /* bytes of residual streams, as long as the pass takes */
     uint64_t batch;   /* bytes of activations, while a batch is computed */
 };
-/* For n windows of `context` ids: of a sequence with such streams, or (opt
+/* BUDGET, with the number, when a device has no room for the smallest batch.
+ * For n windows of `context` ids: of a sequence with such streams, or (opt
  * NULL) of a calibration of that kind. Reads no weights. */
 TV_NODISCARD enum tv_err
 tve_calibration_scratch(tve_model *m, enum tve_stat kind, size_t n,

@@ -77,7 +77,7 @@ TV_NODISCARD enum tv_err tvk_cuda_rotate_rows(tvk_cuda_math *m,
 
 /* Causal attention of n_windows windows of `length` rows each, one behind the
  * other. Scores are made for blocks of queries and as many heads as there is
- * room for, which depends on `length` alone. */
+ * room for, which depends on that shape alone. */
 struct tvk_cuda_attention {
     tvk_cuda_ptr qkv, out; /* at the first window's first row */
     size_t ld, ld_out, n_windows, length;
@@ -86,13 +86,19 @@ struct tvk_cuda_attention {
     size_t q0, q_step, k0, k_step, v0, v_step; /* floats inside a row */
     float scale, cap;                          /* cap 0: none */
     tvk_cuda_ptr slopes;                       /* [n_heads], 0: no ALiBi */
-    tvk_cuda_ptr work; /* tvk_cuda_attention_bytes(length) */
+    tvk_cuda_ptr work;                         /* tvk_cuda_attention_bytes */
 };
-/* Does not shrink when windows get longer. */
-size_t tvk_cuda_attention_bytes(size_t length);
+/* For n_windows * length rows; never less for longer windows or more rows. */
+size_t tvk_cuda_attention_bytes(size_t length, size_t rows, size_t n_heads);
 TV_NODISCARD enum tv_err tvk_cuda_attend(tvk_cuda_math *m,
                                          const struct tvk_cuda_attention *a,
                                          struct tv_error *err);
+
+/* sums [n] fp64 += squares of x [rows, n], row by row: eval/'s bits. */
+TV_NODISCARD enum tv_err tvk_cuda_add_squares(tvk_cuda_math *m,
+                                              tvk_cuda_ptr sums, tvk_cuda_ptr x,
+                                              size_t ld, size_t rows, size_t n,
+                                              struct tv_error *err);
 
 /* Of a row of logits, over the tiles seen so far: the loss is max + log(sum) -
  * target. */

@@ -76,6 +76,14 @@ TV_NODISCARD enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums,
                                            size_t ldx, size_t rows, size_t n,
                                            struct tv_error *err);
 
+/* The same for x on the device, which gives the same bits; work: so many bytes
+ * there. at != 0: returns at once (tv/cuda.h). */
+size_t tvk_cuda_gram_work(size_t n);
+TV_NODISCARD enum tv_err
+tvk_cuda_gram_add_there(tvk_cuda_math *m, double *sums, tvk_cuda_ptr at,
+                        tvk_cuda_ptr work, tvk_cuda_ptr x, size_t ldx,
+                        size_t rows, size_t n, struct tv_error *err);
+
 /* ---- one layer: tv/layer.h on the device --------------------------------- */
 
 /* T [rows, cols] and H or its factor U [cols, cols], both on the device. */

@@ -107,10 +107,10 @@ $ head -c 200 $DATA/text/prose.val.txt > few.txt; tveval ppl $DATA/base --contex
 $ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda > ppl.json; grep -E 'device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
   "device": "cuda:0",
   "on_device": "all"
-$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda --device-memory 12M > ppl.json; grep -E 'on_device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda --device-memory 8M > ppl.json; grep -E 'on_device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
   "on_device": "linear layers"
-$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --progress=none --device cuda --device-memory 12M 2>&1 | grep note
-tveval: note: only linear layers were computed on the device, the rest on the CPU: activations of a batch needs <n> bytes of device memory, <n> of <n> are left (--device-memory)
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --progress=none --device cuda --device-memory 8M 2>&1 | grep note
+tveval: note: only linear layers were computed on the device, the rest on the CPU: windows of 32 tokens need <n> bytes of device memory, <n> are there (--device-memory)
 $ sh gpu tveval ppl $DATA/base --context 32 --text few.txt -q --device cuda --device-memory 4300k
 2> tveval: error: few.txt: <*> needs <n> bytes of device memory, <*>
 2> ...
