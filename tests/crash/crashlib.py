@@ -16,12 +16,11 @@ import tempfile
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)),
                                 os.pardir, "e2e"))
-from common import (check, finish, read_safetensors, run, run_json,  # noqa
-                    write_safetensors)
+from common import (SLOWER, check, finish, read_safetensors, run,  # noqa
+                    run_json, write_safetensors)
 import common  # noqa
 
 SKIP = 77
-SLOWER = int(os.environ.get("TV_TEST_SLOWER", "1"))
 SHARD = ["--out-shard-size", "24kB"]
 GROUP = "8kB"
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",

@@ -259,6 +259,14 @@ def lowered(tmp):
     check(codes[0] == 5 and codes[-1] == 0 and codes == sorted(codes)[::-1],
           f"refused, then not: {codes}")
     run(TVSTORE, "verify", "g", "-q", code=0)
+    # A side file wants its room in one piece: derived data make it.
+    shutil.rmtree("g")
+    shutil.copytree("f", "g")
+    with open("small/ft1/tokenizer.json", "w") as f:
+        json.dump({"model": {"type": "BPE"}, "x": "y" * 2000000}, f)
+    run(TVSTORE, "quota", "g", stat["file_bytes"] + 200000, code=0)
+    run(TVSTORE, "import", "g", "more", "small/ft1", "--link", "-q", code=0)
+    check(used("g") <= stat["file_bytes"] + 200000, "within the quota")
 
 
 def shreds(store):

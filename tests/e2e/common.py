@@ -9,6 +9,8 @@ import tempfile
 import threading
 import time
 
+# Programs under ThreadSanitizer take several times as long.
+SLOWER = int(os.environ.get("TV_TEST_SLOWER", "1"))
 failures = 0
 checks = 0
 
@@ -32,7 +34,8 @@ def run(*argv, cwd=None, env=None, timeout=300, code=None, stdin=None):
     e = dict(os.environ)
     e.update(env or {})
     r = subprocess.run([str(a) for a in argv], cwd=cwd, env=e, text=True,
-                       capture_output=True, timeout=timeout, input=stdin)
+                       capture_output=True, timeout=timeout * SLOWER,
+                       input=stdin)
     if code is not None:
         check(r.returncode == code,
               f"{' '.join(map(str, argv))}: exit {r.returncode} instead of "

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import zipfile
 
-from common import (check, finish, read_safetensors, run, run_json, temp,
-                    write_safetensors)
+from common import (SLOWER, check, finish, read_safetensors, run, run_json,
+                    temp, write_safetensors)
 
 BIN, DATA = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVSTORE = os.path.join(BIN, "tvmerge"), os.path.join(BIN, "tvstore")
@@ -183,7 +183,8 @@ os.makedirs(free)
 r = subprocess.run(["unshare", "-m", "sh", "-c",
                     'mount -t tmpfs -o size=0,nr_inodes=0 none "$1" || exit 99;'
                     ' exec "$2" run "$3" "$1/out" -q', "sh", free, TVMERGE, ok],
-                   cwd=DATA, capture_output=True, text=True, timeout=60)
+                   cwd=DATA, capture_output=True, text=True,
+                   timeout=60 * SLOWER)
 check(r.returncode in (0, 1, 99), f"tmpfs: {r.returncode} {r.stderr}")
 check(r.returncode != 1 or "unshare" in r.stderr, f"tmpfs: {r.stderr}")
 expect("no arguments", [TVMERGE], 2)

@@ -327,7 +327,8 @@ struct tv_payload {
     uint64_t n_elems, bytes, chunk_bytes;
     size_t n_chunks;
 };
-/* chunk_bytes_max 0: TV_CHUNK_BYTES; chunks hold whole rows where a row fits.
+/* chunk_bytes_max 0: TV_CHUNK_BYTES; chunks hold whole rows where a row fits,
+ * but for those that a quota makes smaller to find room in (quota_chunks).
  */
 TV_NODISCARD enum tv_err tv_payload_begin(tv_batch *b,
                                           const struct tv_tensor_desc *d,
