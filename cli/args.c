@@ -66,7 +66,8 @@ static const char environment_text[] =
     "\n"
     "Environment:\n"
     "  TV_STORE      store to use where --store is not given\n"
-    "  TV_CPU        ref, avx2 or avx512: caps the instruction set in use\n"
+    "  TV_CPU        ref, avx2, avx512 or amx: caps the instruction set in "
+    "use\n"
     "  TV_CUDA_LEAST 0: --device cuda sends every element-wise operation to "
     "the\n"
     "                GPU, not only those that it is faster at (same bits)\n"
@@ -599,12 +600,13 @@ static void occupy_standard_files(void)
 static enum tv_err environment_read(struct tvc *c)
 {
     const char *cpu = getenv("TV_CPU");
-    enum tvk_isa cap = TVK_AVX512;
+    enum tvk_isa cap = TVK_REF;
     c->kernels = tvk_table_best();
     if (cpu && *cpu) {
         if (tvk_isa_from_name(cpu, &cap) != 0)
             return tv_error_set(&c->err, TV_E_USAGE,
-                                "TV_CPU: '%s' is not one of ref, avx2, avx512",
+                                "TV_CPU: '%s' is not one of ref, avx2, avx512, "
+                                "amx",
                                 cpu);
         c->kernels = tvk_table_for(cap);
     }

@@ -17,7 +17,7 @@ static const struct {
     {"xxHash", TVC_LIB_XXHASH},     {"jansson", TVC_LIB_JANSSON},
     {"libyaml", TVC_LIB_YAML},      {"minizip", TVC_LIB_MINIZIP},
     {"PCRE2", TVC_LIB_PCRE2},       {"utf8proc", TVC_LIB_UTF8PROC},
-    {"OpenBLAS", TVC_LIB_OPENBLAS},
+    {"OpenBLAS", TVC_LIB_OPENBLAS}, {"oneDNN", TVC_LIB_ONEDNN},
 };
 #define N_LIBRARIES (sizeof libraries / sizeof *libraries)
 

@@ -21,6 +21,7 @@
 #include "tv/calibrate.h"
 #include "tv/checked.h"
 #include "tv/derived.h"
+#include "tv/split_gemm.h"
 #include "tv/text.h"
 
 #include "decoder.h"
@@ -75,6 +76,8 @@ static enum tv_err make_key(tve_calibration *c, struct tv_error *err)
     }
     add_hash(&b, c->samples->digest);
     tv_buf_str(&b, openblas_get_corename());
+    if (c->m->splits)
+        tv_buf_str(&b, tvk_split_core());
     if (c->m->device) {
         char core[128];
         tv_buf_str(&b, tvk_cuda_math_core(

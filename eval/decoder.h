@@ -7,6 +7,7 @@
  *   rope.c       rotary frequencies
  *   model.c      tensors -> slots, shapes checked
  *   linear_layer.c     tiles of weights, adapters, sgemm
+ *   linear_split.c     tiles of bf16 weights on AMX
  *   linear_cuda.c      the same tiles on a CUDA device
  *   attention.c  scores, softmax
  *   blocks.c     norms, activations, exp
@@ -154,6 +155,7 @@ struct tve_replaced { /* tve_model_replace; data[0] NULL: the model's own */
 };
 
 struct tve_device; /* linear_cuda.c */
+struct tve_splits; /* linear_split.c */
 
 struct tve_model {
     tv_input *in;
@@ -168,6 +170,7 @@ struct tve_model {
     const struct tve_row_ops *rows;
     tv_pool *pool;
     struct tve_device *device; /* where products are; NULL: here */
+    struct tve_splits *splits; /* products on AMX; NULL: none */
     uint64_t memory_bytes;
     char *scratch_dir;
     tv_store *quota_of; /* scratch files count against its quota */
@@ -243,6 +246,18 @@ TV_NODISCARD enum tv_err tve_head_run(tve_model *m, const struct tve_param *p,
                                       const struct tve_group *groups,
                                       size_t n_groups, tve_head_fn fn,
                                       void *arg, struct tv_error *err);
+
+/* ---- on AMX -------------------------------------------------------------- */
+
+/* *out NULL without error where there is no AMX. */
+TV_NODISCARD enum tv_err tve_splits_open(struct tv_error *err,
+                                         struct tve_splits **out);
+void tve_splits_close(struct tve_splits *s); /* NULL allowed */
+/* Bytes of activations that are split at a time, and the least of them. */
+uint64_t tve_split_slab(const tve_model *m);
+uint64_t tve_split_least(const tve_model *m);
+/* Of a worker's buffer for tiles of a weight. */
+size_t tve_split_tile_floats(const tve_model *m, size_t in, size_t out);
 
 /* ---- on a CUDA device ---------------------------------------------------- */
 

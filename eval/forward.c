@@ -163,7 +163,8 @@ static uint64_t activation_budget(const tve_model *m)
 {
     const uint64_t per_worker = (8u << 20) + GROUP_ROWS * 1024u * 4u;
     const uint64_t workers = tv_pool_threads(m->pool) * per_worker +
-                             (m->device ? TVE_DEVICE_PINNED : 0);
+                             (m->device ? TVE_DEVICE_PINNED : 0) +
+                             tve_split_slab(m);
 
     return m->memory_bytes > 2 * workers ? m->memory_bytes - workers
                                          : m->memory_bytes / 2;
@@ -701,7 +702,10 @@ static size_t logits_rows(size_t vocab, size_t seq)
 static uint64_t tile_floats(const tve_model *m, const struct tve_param *p)
 {
     const size_t in = tve_linear_in(m, p), out = tve_linear_out(m, p);
-    return (uint64_t)tve_tile_rows(in, out) * in;
+    const uint64_t floats = (uint64_t)tve_tile_rows(in, out) * in;
+    const size_t split = tve_split_tile_floats(m, in, out);
+
+    return floats > split ? floats : split;
 }
 
 uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
@@ -730,7 +734,7 @@ uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
         worker = tile_floats(m, head) + head_rows * rows;
     for (int r = 0; r < 2; r++)
         shared += 2 * (uint64_t)n * tve_rope_half(&s->rope[r]);
-    return (n_threads * worker + shared) * sizeof(float);
+    return (n_threads * worker + shared) * sizeof(float) + tve_split_least(m);
 }
 
 /* ---- batches ------------------------------------------------------------- */
@@ -1369,8 +1373,8 @@ static void logits_tile(void *arg, const struct tve_head_tile *t)
     const size_t n = left < t->n_out ? left : t->n_out;
 
     for (size_t i = 0; i < t->n && n > 0; i++)
-        memcpy(l->rows + i * l->vocab + t->out0, t->logits + i * t->n_out,
-               n * sizeof(float));
+        memcpy(l->rows + (t->row0 + i) * l->vocab + t->out0,
+               t->logits + i * t->n_out, n * sizeof(float));
 }
 
 static enum tv_err logits_batch(struct batch *b, void *arg,

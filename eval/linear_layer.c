@@ -13,7 +13,8 @@
  * on the group alone, so neither threads nor memory change a bit. Conv1D
  * weights (stored [in, out]) are cut along their columns instead.
  *
- * With a CUDA device the same tiles go there (linear_cuda.c).
+ * With AMX, tiles of bf16 weights are done there before (linear_split.c); with
+ * a CUDA device all go to that (linear_cuda.c).
  */
 #include <string.h>
 
@@ -306,12 +307,29 @@ void tve_add_bias(float *y, size_t ldy, size_t rows, const float *bias,
             y[r * ldy + i] += bias[i];
 }
 
+void tve_finish_tile(const struct tve_run *r, const struct tve_job *j,
+                     size_t index, size_t n_out, size_t row, size_t n, float *y,
+                     size_t ldy)
+{
+    const size_t out0 = index * j->tile_rows;
+
+    tve_add_bias(y, ldy, n, j->bias ? j->bias + out0 : NULL, n_out);
+    if (!r->head)
+        return;
+    if (r->m->spec.logit_cap > 0)
+        r->m->rows->cap_row(y, n_out * n, r->m->spec.logit_cap);
+    const struct tve_head_tile t = {y, index, out0, n_out, row, n};
+    r->head(r->arg, &t);
+}
+
 static void run_tile(void *arg, size_t item, unsigned worker)
 {
     const struct tve_run *const r = arg;
     const struct tve_job *j = r->jobs;
     float *const tile = r->tiles[worker];
 
+    if (r->done[item])
+        return;
     while (item >= j->first_tile + j->n_tiles)
         j++;
     const size_t index = item - j->first_tile;
@@ -325,22 +343,12 @@ static void run_tile(void *arg, size_t item, unsigned worker)
         const struct tve_group *const group = &r->groups[g];
         const float *const x = l->x + group->start * l->ldx;
 
-        if (!r->head) {
-            float *const y = l->y + group->start * l->ldy + out0;
-            job_gemm(j, n_out, tile, x, l->ldx, group->n, y, l->ldy);
-            tve_add_bias(y, l->ldy, group->n, j->bias ? j->bias + out0 : NULL,
-                         n_out);
-            continue;
-        }
-        float *const y = r->logits[worker];
-        job_gemm(j, n_out, tile, x, l->ldx, group->n, y, n_out);
-        tve_add_bias(y, n_out, group->n, j->bias ? j->bias + out0 : NULL,
-                     n_out);
-        if (r->m->spec.logit_cap > 0)
-            r->m->rows->cap_row(y, n_out * group->n, r->m->spec.logit_cap);
-        const struct tve_head_tile t = {y,     index,        out0,
-                                        n_out, group->start, group->n};
-        r->head(r->arg, &t);
+        const size_t ldy = r->head ? n_out : l->ldy;
+        float *const y =
+            r->head ? r->logits[worker] : l->y + group->start * l->ldy + out0;
+
+        job_gemm(j, n_out, tile, x, l->ldx, group->n, y, ldy);
+        tve_finish_tile(r, j, index, n_out, group->start, group->n, y, ldy);
     }
 }
 
@@ -371,6 +379,8 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
         n_tiles += j->n_tiles;
         if (j->tile_rows * j->in > tile_floats)
             tile_floats = j->tile_rows * j->in;
+        if (tve_split_tile_floats(m, j->in, j->out) > tile_floats)
+            tile_floats = tve_split_tile_floats(m, j->in, j->out);
         if (r->head && j->tile_rows * rows > logit_floats)
             logit_floats = j->tile_rows * rows;
     }
@@ -386,6 +396,13 @@ static enum tv_err run_jobs(tve_model *m, const struct tve_linear *items,
             goto out;
         }
     }
+    r->done = tv_calloc(n_tiles ? n_tiles : 1, 1);
+    if (!r->done) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    if (m->splits)
+        TV_TRY(tve_split_run(r, n_tiles, err));
     tv_pool_run(m->pool, n_tiles, run_tile, r);
 out:
     for (size_t i = 0; i < r->n_jobs; i++)
@@ -397,6 +414,7 @@ out:
     tv_free(r->jobs);
     tv_free(r->tiles);
     tv_free(r->logits);
+    tv_free(r->done);
     return rc;
 }
 

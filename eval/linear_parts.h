@@ -1,21 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * linear_parts.h - what linear_layer.c, linear_cuda.c and forward_cuda.c share:
- * weights ready to be cut into tiles, a run over them, what is kept on the
- * device (private to these three).
+ * linear_parts.h - what linear_layer.c, linear_cuda.c, linear_split.c and
+ * forward_cuda.c share: weights ready to be cut into tiles, a run over them,
+ * what is kept on the device (private to these four).
  */
 #ifndef TVE_LINEAR_PARTS_H
 #define TVE_LINEAR_PARTS_H
 
 #include "decoder.h"
 #include "tv/cuda_eval.h"
+#include "tv/split_gemm.h"
 
 struct tve_job { /* one weight, ready to be cut into tiles */
     const struct tve_linear *item;
     struct tve_rows rows;
     float *bias;
     size_t in, out, tile_rows, n_tiles, first_tile;
-    bool columns; /* stored [in, out] */
+    bool columns;     /* stored [in, out] */
+    tvk_split *split; /* of the model; NULL: sgemm */
 };
 
 struct tve_run {
@@ -27,6 +29,7 @@ struct tve_run {
     size_t n_groups;
     float **tiles; /* per worker */
     float **logits;
+    unsigned char *done; /* per tile: linear_split.c has done it */
     tve_head_fn head;
     void *arg;
 };
@@ -37,6 +40,14 @@ TV_NODISCARD enum tv_err tve_job_open(tve_model *m, const struct tve_param *p,
 void tve_job_close(struct tve_job *j);
 void tve_add_bias(float *y, size_t ldy, size_t rows, const float *bias,
                   size_t n);
+/* Bias, and the head's function, for rows [row, row + n) of a tile: y [n, ldy]
+ * is where its outputs are. */
+void tve_finish_tile(const struct tve_run *r, const struct tve_job *j,
+                     size_t index, size_t n_out, size_t row, size_t n, float *y,
+                     size_t ldy);
+/* All tiles that can be done on AMX. */
+TV_NODISCARD enum tv_err tve_split_run(struct tve_run *r, size_t n_tiles,
+                                       struct tv_error *err);
 /* All jobs of the run on the device. */
 TV_NODISCARD enum tv_err tve_device_run(struct tve_device *d, struct tve_run *r,
                                         struct tv_error *err);

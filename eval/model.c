@@ -370,7 +370,7 @@ out:
 static const struct tve_row_ops *rows_for(enum tvk_isa isa)
 {
 #ifdef TVE_ROWS_X86
-    if (isa == TVK_AVX512)
+    if (isa >= TVK_AVX512)
         return &tve_rows_avx512;
     if (isa == TVK_AVX2)
         return &tve_rows_avx2;
@@ -476,6 +476,8 @@ enum tv_err tve_model_open(tv_input *in,
                         &m->pool));
     if (opt->cuda)
         TV_TRY(tve_device_open(opt->cuda, err, &m->device));
+    else if (m->kernels->isa >= TVK_AMX)
+        TV_TRY(tve_splits_open(err, &m->splits));
     /* Our workers call BLAS side by side; more threads inside would only change
      * how sums are split. */
     openblas_set_num_threads(1);
@@ -494,6 +496,7 @@ void tve_model_close(tve_model *m)
     if (m->charged_bytes > 0)
         (void)!tv_store_scratch_set(m->quota_of, 0, NULL);
     tve_device_close(m->device);
+    tve_splits_close(m->splits);
     for (size_t i = 0; m->layers && i < m->spec.n_layers * TVE_SLOTS; i++) {
         tv_free(m->layers[i].w.changes);
         tv_free(m->layers[i].b.changes);

@@ -11,6 +11,8 @@
 #include "x86/x86_rows.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum {
     /* CPUID.1:ECX */
@@ -25,15 +27,35 @@ enum {
     BIT_AVX512BW = 1 << 30,
     /* XCR0: SSE and AVX state; opmask and both halves of ZMM state */
     XCR0_AVX = 0x06,
-    XCR0_AVX512 = 0xe6
+    XCR0_AVX512 = 0xe6,
+    /* configuration and data of the AMX tiles */
+    XCR0_AMX = 0x60000,
+    /* CPUID.7.0:EDX */
+    BIT_AMX_BF16 = 1 << 22,
+    BIT_AMX_TILE = 1 << 24
 };
-#define BIT_AVX512VL (1u << 31)
+#define BIT_AVX512VL        (1u << 31)
 
-enum feature { POPCNT, F16C, AVX2, AVX512F, AVX512BW, AVX512DQ, AVX512VL };
-enum { FEATURE_COUNT = AVX512VL + 1 };
+/* Linux (arch/x86/include/uapi/asm/prctl.h): which states a process may ask
+ * for. Whoever uses tiles asks; here it is only whether that can succeed. */
+#define ARCH_GET_XCOMP_SUPP 0x1021
+#define XCOMP_TILE_DATA     18
+
+enum feature {
+    POPCNT,
+    F16C,
+    AVX2,
+    AVX512F,
+    AVX512BW,
+    AVX512DQ,
+    AVX512VL,
+    AMX_BF16
+};
+enum { FEATURE_COUNT = AMX_BF16 + 1 };
 
 static const char *const feature_names[FEATURE_COUNT] = {
-    "popcnt", "f16c", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
+    "popcnt",   "f16c",     "avx2",     "avx512f",
+    "avx512bw", "avx512dq", "avx512vl", "amx_bf16"};
 
 static unsigned xcr0_low(void)
 {
@@ -42,6 +64,14 @@ static unsigned xcr0_low(void)
     /* The intrinsic would need -mxsave, which must not reach this file. */
     __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
     return eax;
+}
+
+static int tiles_allowed(void)
+{
+    unsigned long states = 0;
+
+    return syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &states) == 0 &&
+           (states >> XCOMP_TILE_DATA & 1u) != 0;
 }
 
 /* Bit set of enum feature. */
@@ -54,7 +84,7 @@ static unsigned features_read(void)
     if (!__get_cpuid(1, &a, &b, &c1, &d))
         return 0;
     if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7))
-        b7 = 0;
+        b7 = d7 = 0;
     if (c1 & BIT_OSXSAVE)
         xcr0 = xcr0_low();
     if (c1 & BIT_POPCNT)
@@ -74,6 +104,9 @@ static unsigned features_read(void)
         f |= 1u << AVX512DQ;
     if (b7 & BIT_AVX512VL)
         f |= 1u << AVX512VL;
+    if ((xcr0 & XCR0_AMX) == XCR0_AMX && (d7 & BIT_AMX_TILE) &&
+        (d7 & BIT_AMX_BF16) && tiles_allowed())
+        f |= 1u << AMX_BF16;
     return f;
 }
 
@@ -91,6 +124,9 @@ int tvk_cpu_supports(enum tvk_isa isa)
         return (have & need_avx2) == need_avx2;
     case TVK_AVX512:
         return (have & need_avx512) == need_avx512;
+    case TVK_AMX:
+        return (have & (need_avx512 | 1u << AMX_BF16)) ==
+               (need_avx512 | 1u << AMX_BF16);
     default:
         return 0;
     }

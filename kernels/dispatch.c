@@ -11,7 +11,8 @@
 #include <pthread.h>
 #include <string.h>
 
-static const char *const isa_names[TVK_ISA_COUNT] = {"ref", "avx2", "avx512"};
+static const char *const isa_names[TVK_ISA_COUNT] = {"ref", "avx2", "avx512",
+                                                     "amx"};
 
 /* Written once under the guard, read-only afterwards. */
 static struct tvk_table rows[TVK_ISA_COUNT];

@@ -42,6 +42,7 @@
 #include "tv/cuda_math.h"
 #include "tv/eval.h"
 #include "tv/linalg.h"
+#include "tv/split_gemm.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 
@@ -173,6 +174,10 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
     tv_buf_le64(to, p->inputs[owner].calibration_hash.lo);
     tv_buf_le64(to, p->inputs[owner].calibration_hash.hi);
     tv_buf_str(to, tva_linalg_core());
+    const char *const products =
+        p->options.cuda ? NULL : tvk_split_core_of(p->options.kernels);
+    if (products)
+        tv_buf_str(to, products);
     /* All that the merged blocks in front can depend on, and more. */
     if (r->inputs == TVM_INPUTS_MERGED) {
         tv_buf_str(to, "merged");

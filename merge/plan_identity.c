@@ -22,6 +22,7 @@
 #include "tv/alloc.h"
 #include "tv/cuda_math.h"
 #include "tv/linalg.h"
+#include "tv/split_gemm.h"
 #include "tv/text.h"
 
 #define IDENTITY_FORMAT 2
@@ -427,6 +428,17 @@ static bool uses_blas(const struct tvm_plan *plan)
     return false;
 }
 
+/* Forward passes have other bits where bf16 weights are multiplied on AMX. */
+static bool put_products(json_t *to, const struct tvm_plan *plan)
+{
+    const char *core = NULL;
+
+    for (size_t i = 0; i < plan->n_inputs; i++)
+        if (plan->inputs[i].calibrated)
+            core = tvk_split_core_of(plan->options.kernels);
+    return !core || json_object_set_new(to, "products", json_string(core)) == 0;
+}
+
 /* Results of BLAS depend on which of its kernels do the work, and on which GPU
  * where there is one and how much of the work it has memory for. Element-wise
  * work has the same bits everywhere. */
@@ -439,6 +451,8 @@ static bool put_numerics(json_t *to, const struct tvm_plan *plan)
     if (!uses_blas(plan))
         return true;
     if (json_object_set_new(to, "blas", json_string(tva_linalg_core())) != 0)
+        return false;
+    if (!put_products(to, plan))
         return false;
     if (plan->options.cuda == NULL)
         return true;
@@ -456,9 +470,9 @@ static bool put_numerics(json_t *to, const struct tvm_plan *plan)
  * put. */
 static enum tv_err hash_weights(struct planner *pl, const json_t *root)
 {
-    static const char *const keys[] = {"format", "seed",    "compat",
-                                       "inputs", "tensors", "calibration",
-                                       "blas",   "device",  "verify_inputs"};
+    static const char *const keys[] = {
+        "format",      "seed", "compat", "inputs",   "tensors",
+        "calibration", "blas", "device", "products", "verify_inputs"};
     json_t *const part = json_object();
     char *text = NULL;
     size_t n = 0;

@@ -219,7 +219,7 @@ static double copy_once(const struct arrays *a, size_t bytes)
 static void measure(const struct kernel *k, const struct arrays *a,
                     unsigned repeats)
 {
-    double best[TVK_ISA_COUNT] = {0};
+    double best[TVK_AVX512 + 1] = {0};
     double floor = 0;
 
     /* In turn, so that a slow second of the machine hits all alike. */
@@ -227,7 +227,7 @@ static void measure(const struct kernel *k, const struct arrays *a,
         const double c = copy_once(a, k->bytes * a->n);
         if (r == 0 || c < floor)
             floor = c;
-        for (int isa = 0; isa < TVK_ISA_COUNT; isa++) {
+        for (int isa = 0; isa <= TVK_AVX512; isa++) {
             if (!tvk_isa_supported((enum tvk_isa)isa))
                 continue;
             const double t = once(tvk_table_for((enum tvk_isa)isa), k, a);
@@ -235,7 +235,7 @@ static void measure(const struct kernel *k, const struct arrays *a,
                 best[isa] = t;
         }
     }
-    for (int isa = 0; isa < TVK_ISA_COUNT; isa++)
+    for (int isa = 0; isa <= TVK_AVX512; isa++)
         if (tvk_isa_supported((enum tvk_isa)isa))
             printf("{\"kernel\": \"%s\", \"isa\": \"%s\", \"elements\": %zu, "
                    "\"bytes\": %zu, \"seconds\": %.9f, "

@@ -152,12 +152,48 @@ static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
     return bad;
 }
 
+static float float_of(uint32_t u)
+{
+    float v = 0;
+    memcpy(&v, &u, sizeof(v));
+    return v;
+}
+
+static uint32_t bits_of(float v)
+{
+    uint32_t u = 0;
+    memcpy(&u, &v, sizeof(u));
+    return u;
+}
+
+static void split_bf16(uint16_t *TVK_RESTRICT dst, size_t plane,
+                       const float *TVK_RESTRICT src, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t u = bits_of(src[i]);
+        const uint32_t a = u & 0x7fffffffu;
+        uint32_t p[3] = {bf16_of_f32_bits(u), 0, 0};
+
+        if (a < F32_INF) {
+            if ((p[0] & BF16_INF) == BF16_INF)
+                p[0] = u >> 16;
+            const float r1 = src[i] - float_of(p[0] << 16);
+            p[1] = bf16_of_f32_bits(bits_of(r1));
+            const float r2 = r1 - float_of(p[1] << 16);
+            p[2] = bf16_of_f32_bits(bits_of(r2));
+        }
+        for (size_t j = 0; j < 3; j++)
+            dst[j * plane + i] = (uint16_t)p[j];
+    }
+}
+
 void tvk_ref_convert(struct tvk_table *t)
 {
     t->bf16_to_f32 = bf16_to_f32;
     t->f16_to_f32 = f16_to_f32;
     t->f32_to_bf16 = f32_to_bf16;
     t->f32_to_f16 = f32_to_f16;
+    t->split_bf16 = split_bf16;
 }
 
 uint64_t tvk_to_f32(const struct tvk_table *k, enum tv_dtype t, float *dst,

@@ -57,10 +57,12 @@ static void test_names(void **state)
     assert_int_equal(isa, TVK_AVX2);
     assert_int_equal(tvk_isa_from_name("avx512", &isa), 0);
     assert_int_equal(isa, TVK_AVX512);
+    assert_int_equal(tvk_isa_from_name("amx", &isa), 0);
+    assert_int_equal(isa, TVK_AMX);
     static const char *const bad[] = {"", "AVX2", "avx", "avx512 ", "native"};
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
         assert_int_equal(tvk_isa_from_name(bad[i], &isa), -1);
-    assert_int_equal(isa, TVK_AVX512);
+    assert_int_equal(isa, TVK_AMX);
 }
 
 static void test_features_fit(void **state)
@@ -73,6 +75,8 @@ static void test_features_fit(void **state)
         assert_non_null(strstr(whole, "avx2"));
     if (tvk_isa_supported(TVK_AVX512))
         assert_non_null(strstr(whole, "avx512f"));
+    if (tvk_isa_supported(TVK_AMX))
+        assert_non_null(strstr(whole, "amx_bf16"));
     for (size_t cap = 1; cap < sizeof(whole); cap++) {
         char part[sizeof(whole) + 1];
         memset(part, '#', sizeof(part));

@@ -148,7 +148,7 @@ static void still_works(const struct tvk_table *k)
 static int fixture_open(void **state)
 {
     (void)state;
-    const size_t room = N_LARGEST * sizeof(float) + 64;
+    const size_t room = N_LARGEST * 3 * sizeof(uint16_t) + 64;
 
     device_open();
     rng_open(&rng, 1);
@@ -367,6 +367,24 @@ static void one_convert(const struct tvk_table *k, const struct place *p)
 static void test_convert(void **state)
 {
     everywhere(state, 1, one_convert);
+}
+
+static void one_split_bf16(const struct tvk_table *k, const struct place *p)
+{
+    uint16_t expected[3 * N_LARGEST];
+    const float *const src = put_x(p, 0);
+    uint16_t *const dst = put_out(p, 3 * p->n * sizeof(*dst), sizeof(uint16_t));
+
+    k->split_bf16(dst, p->n, src, p->n);
+    ref()->split_bf16(expected, p->n, raw_x(p, 0), p->n);
+    assert_same_bytes("split_bf16", dst, expected,
+                      3 * p->n * sizeof(*expected));
+    guard_buffer_check(&out);
+}
+
+static void test_split_bf16(void **state)
+{
+    everywhere(state, sizeof(float), one_split_bf16);
 }
 
 /* ---- linear ---- */
@@ -1172,6 +1190,7 @@ int main(int argc, char **argv)
     }
     const struct CMUnitTest tests[] = {
         ROWS(test_convert),
+        ROWS(test_split_bf16),
         ROWS(test_linear),
         ROWS(test_gta),
         ROWS(test_gta_many),

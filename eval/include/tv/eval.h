@@ -9,9 +9,11 @@
  * of windows, so that a model larger than memory is read once per batch.
  *
  * Numerics: linear layers are sgemm calls of OpenBLAS on blocks whose shapes
- * depend on the model and the windows only, one BLAS thread each; softmax and
+ * depend on the model and the windows only, one BLAS thread each, or, with
+ * kernels of TVK_AMX, for bf16 weights products of tv/split_gemm.h; softmax and
  * norms sum in fp64 in index order. So results are the same bytes for any
- * number of threads and any memory budget, on one BLAS core type.
+ * number of threads and any memory budget, on one BLAS core type and with one
+ * tvk_split_core_of().
  *
  * Thread rule: each handle is used by one thread at a time; different handles
  * are independent. Nothing here knows of merging.

@@ -50,7 +50,15 @@ extern "C" {
 #define TVK_HIST_HI    65536u
 #define TVK_HIST_LO    32768u
 
-enum tvk_isa { TVK_REF = 0, TVK_AVX2 = 1, TVK_AVX512 = 2, TVK_ISA_COUNT = 3 };
+/* TVK_AMX has the entries of TVK_AVX512: tiles do products (tv/split_gemm.h).
+ */
+enum tvk_isa {
+    TVK_REF = 0,
+    TVK_AVX2 = 1,
+    TVK_AVX512 = 2,
+    TVK_AMX = 3,
+    TVK_ISA_COUNT = 4
+};
 
 /* Accumulators of one leaf or of a subtree; all zero is the empty sum. */
 struct tvk_dots {
@@ -94,7 +102,7 @@ struct tvk_gta {
 
 struct tvk_table {
     enum tvk_isa isa;
-    const char *name; /* "ref", "avx2", "avx512", "cuda" */
+    const char *name; /* "ref", "avx2", "avx512", "amx", "cuda" */
     /* NULL where nothing can go wrong (the CPU's rows). Else TV_OK, or why the
      * device is not to be used any more: what its functions returned is right
      * (the CPU finished it), but the caller has to stop. Any thread. */
@@ -116,6 +124,13 @@ struct tvk_table {
                             const float *TVK_RESTRICT src, size_t n);
     uint64_t (*f32_to_f16)(void *TVK_RESTRICT dst,
                            const float *TVK_RESTRICT src, size_t n);
+    /* src[i] = p0 + p1 + p2, piece j in dst[j * plane + i], plane at least n:
+     * each the bf16 nearest to what the ones before leave, ties to even, so the
+     * sum is exact for |src[i]| of 2^-110 and above and within 2^-134 below.
+     * p0 is truncated where it would round to infinity; of NaN and infinity p0
+     * is what f32_to_bf16 gives and the others are +0. */
+    void (*split_bf16)(uint16_t *TVK_RESTRICT dst, size_t plane,
+                       const float *TVK_RESTRICT src, size_t n);
 
     /* ---- linear -----------------------------------------------------------
      */
@@ -295,7 +310,8 @@ const struct tvk_table *tvk_table_for(enum tvk_isa cap);
 const struct tvk_table *tvk_table_best(void);
 /* True when CPU and operating system support the row. */
 int tvk_isa_supported(enum tvk_isa isa);
-/* "ref", "avx2", "avx512" -> isa; returns 0, or -1 for an unknown name. */
+/* "ref", "avx2", "avx512", "amx" -> isa; returns 0, or -1 for an unknown name.
+ */
 int tvk_isa_from_name(const char *name, enum tvk_isa *isa);
 /* Space-separated features in use ("avx2 f16c avx512f ..."), filled. */
 const char *tvk_cpu_features(char *dst, size_t cap);

@@ -100,10 +100,56 @@ static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
     return bad;
 }
 
+/* To nearest, ties to even, left in the high half; numbers below infinity. */
+TVK_INLINE __m512i round_high(__m512 v)
+{
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd =
+        _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i r =
+        _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_and_si512(r, _mm512_set1_epi32(-0x10000));
+}
+
+TVK_INLINE void store_high(uint16_t *dst, __mmask16 lanes, __m512i v)
+{
+    store_half(dst, 0, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+}
+
+static void split_bf16(uint16_t *TVK_RESTRICT dst, size_t plane,
+                       const float *TVK_RESTRICT src, size_t n)
+{
+    const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+    const __m512i high = _mm512_set1_epi32(-0x10000);
+
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 lanes = lanes16(i, n);
+        const __m512 v = _mm512_maskz_loadu_ps(lanes, src + i);
+        const __m512i u = _mm512_castps_si512(v);
+        const __mmask16 number =
+            _mm512_cmpneq_epi32_mask(_mm512_and_si512(u, exponent), exponent);
+        __m512i p0 = round_high(v);
+        const __mmask16 over =
+            _mm512_cmpeq_epi32_mask(_mm512_and_si512(p0, exponent), exponent);
+
+        p0 = _mm512_mask_and_epi32(p0, over, u, high);
+        p0 = _mm512_mask_and_epi32(p0, (__mmask16)~number, quieten(u), high);
+        const __m512 r1 =
+            _mm512_maskz_sub_ps(number, v, _mm512_castsi512_ps(p0));
+        const __m512i p1 = round_high(r1);
+        const __m512 r2 = _mm512_sub_ps(r1, _mm512_castsi512_ps(p1));
+
+        store_high(dst + i, lanes, p0);
+        store_high(dst + plane + i, lanes, p1);
+        store_high(dst + 2 * plane + i, lanes, round_high(r2));
+    }
+}
+
 void tvk_avx512_convert(struct tvk_table *t)
 {
     t->bf16_to_f32 = bf16_to_f32;
     t->f16_to_f32 = f16_to_f32;
     t->f32_to_bf16 = f32_to_bf16;
     t->f32_to_f16 = f32_to_f16;
+    t->split_bf16 = split_bf16;
 }

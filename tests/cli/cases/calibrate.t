@@ -108,7 +108,7 @@ $ tvstore init q.tv --quota 800kB -q; tveval calibrate $DATA/base --text $DATA/t
 $ tveval calibrate $DATA/base --text $DATA/text/code.val.txt --stat gram --samples 4 --store q.tv -q
 2> ...
 => 5
-$ tvstore quota q.tv 3MB -q > q; tveval calibrate $DATA/base --text $DATA/text/code.val.txt --stat gram --samples 4 --store q.tv -q -j 1 --memory 500KiB
+$ tvstore quota q.tv 3MB -q > q; TV_CPU=avx512 tveval calibrate $DATA/base --text $DATA/text/code.val.txt --stat gram --samples 4 --store q.tv -q -j 1 --memory 500KiB
 2> tveval: error: statistics of layer 0 <*> the memory budget is 512000
 => 5
 $ tveval calibrate $DATA/base --text $DATA/text/code.val.txt --stat gram --samples 4 --store q.tv -q

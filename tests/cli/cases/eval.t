@@ -30,7 +30,9 @@ $ tveval ppl $DATA/ft-code --text $DATA/text/code.val.txt
 => 4
 $ tveval ppl $DATA/ft-code --tokenizer $DATA/base --text $DATA/text/code.val.txt -q | sed -n 2p
 <*>code.val.txt    101.91<*>
-$ for j in 1 2; do tveval ppl $DATA/base --text $DATA/text/code.val.txt -j $j --json -q | grep nll > $j; done; TV_CPU=ref tveval ppl $DATA/base --text $DATA/text/code.val.txt --memory 16MiB --json -q | grep nll > 3; cmp 1 2 && cmp 1 3 && echo same
+$ for j in 1 2; do tveval ppl $DATA/base --text $DATA/text/code.val.txt -j $j --json -q | grep nll > $j; done; tveval ppl $DATA/base --text $DATA/text/code.val.txt --memory 16MiB --json -q | grep nll > 3; cmp 1 2 && cmp 1 3 && echo same
+same
+$ for c in ref avx2 avx512; do TV_CPU=$c tveval ppl $DATA/base --text $DATA/text/code.val.txt --memory 16MiB --json -q | grep nll > $c; done; cmp ref avx2 && cmp ref avx512 && echo same; rm ref avx2 avx512
 same
 $ tvstore init s.tv -q && tvstore import s.tv base $DATA/base -q && tveval ppl store:base --store s.tv --text $DATA/text/code.val.txt --json -q | grep nll > 4; cmp 1 4 && echo same
 same

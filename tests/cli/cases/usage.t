@@ -93,7 +93,7 @@ $ TV_PROGRESS=loud tvstore ls s
 2> tvstore: error: TV_PROGRESS: 'loud' is not one of auto, bar, plain, json, none
 => 2
 $ TV_CPU=sse9 tvmerge methods
-2> tvmerge: error: TV_CPU: 'sse9' is not one of ref, avx2, avx512
+2> tvmerge: error: TV_CPU: 'sse9' is not one of ref, avx2, avx512, amx
 => 2
 $ tvstore ls s --device tpu
 2> tvstore: error: --device: 'tpu' is not one of auto, cpu, cuda
