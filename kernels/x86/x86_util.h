@@ -37,6 +37,27 @@ static inline struct tvk_divide tvk_divide_by(double divisor)
     return r;
 }
 
+/* Bits of a power of two p and of 1 / p add up to this. */
+#define TVK_POWER_BITS INT64_C(0x7fe0000000000000)
+
+/* Does adding up any of a few weights, in order, give 0 or a power of two that
+ * tvk_divide_by can multiply by? Two equal weights do when one does. */
+static inline int tvk_by_powers(const double *weight, size_t n)
+{
+    if (n > 3)
+        return 0;
+    for (unsigned some = 1; some < 1u << n; some++) {
+        double sum = 0.0;
+        for (size_t j = 0; j < n; j++)
+            if (some >> j & 1u)
+                sum = sum + weight[j];
+        const struct tvk_divide d = tvk_divide_by(sum);
+        if (sum != 0.0 && !d.is_none && !d.is_reciprocal)
+            return 0;
+    }
+    return 1;
+}
+
 /* Bits i .. i+7 of a mask; i is a multiple of 8. */
 static inline uint8_t tvk_mask_8(const uint64_t *mask, size_t i)
 {

@@ -28,6 +28,7 @@ struct job {
     const double *weight;
     struct tvk_divide total;
     int normalize;
+    int by_powers; /* every sum of weights is 0 or a power of two */
     int has_lambda;
     double lambda;
 };
@@ -61,8 +62,15 @@ TVK_INLINE void elect(const struct job *g, __m512d (*d)[BLOCK], __m512d *m,
         return;
     for (size_t v = 0; v < vectors; v++) {
         const __mmask8 none = _mm512_cmp_pd_mask(divisor[v], zero, _CMP_EQ_OQ);
-        m[v] = _mm512_div_pd(
-            m[v], _mm512_mask_mov_pd(divisor[v], none, _mm512_set1_pd(1.0)));
+        const __m512d by =
+            _mm512_mask_mov_pd(divisor[v], none, _mm512_set1_pd(1.0));
+        /* Sign and exponent alone: the difference is those of 1 / by. */
+        if (g->by_powers)
+            m[v] = _mm512_mul_pd(m[v], _mm512_castsi512_pd(_mm512_sub_epi64(
+                                           _mm512_set1_epi64(TVK_POWER_BITS),
+                                           _mm512_castpd_si512(by))));
+        else
+            m[v] = _mm512_div_pd(m[v], by);
     }
 }
 
@@ -198,6 +206,7 @@ static struct job job_of(const struct tvk_gta *p)
                         .weight = p->weight,
                         .total = tvk_divide_by(total),
                         .normalize = p->normalize,
+                        .by_powers = tvk_by_powers(p->weight, p->n_donors),
                         .has_lambda = p->lambda != 1.0,
                         .lambda = p->lambda};
 }
