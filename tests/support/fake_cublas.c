@@ -5,7 +5,9 @@
  * Column-major as the real one, on a stream as the real one: nothing happens
  * before the stream gets there. Stricter: operands must lie in device memory as
  * a whole, and only pedantic arithmetic with a workspace of ours is accepted,
- * which results need to be the same each time.
+ * which results need to be the same each time. Sums of a product are cut into
+ * parts by its shape, as the real one chooses kernels by it: whoever promises
+ * the same bits must ask for the same products.
  */
 #include <stdlib.h>
 
@@ -75,24 +77,42 @@ struct product {
 
 #define AT_ONCE 64u /* sums of a column, each in its own order of l */
 
+/* sums += of l in [from, to), for rows [i0, i0 + n) of column j. */
+static void add_part(const struct product *p, size_t j, size_t i0, size_t n,
+                     size_t from, size_t to, float *sums)
+{
+    const size_t by_l = p->tb ? p->ldb : 1;
+    const float *const b = p->b + (p->tb ? j : j * p->ldb);
+    float part[AT_ONCE] = {0};
+
+    for (size_t i = 0; i < n && p->ta; i++) {
+        const float *const a = p->a + (i0 + i) * p->lda;
+        for (size_t l = from; l < to; l++)
+            part[i] += a[l] * b[l * by_l];
+    }
+    for (size_t l = from; l < to && !p->ta; l++) {
+        const float *const a = p->a + l * p->lda + i0;
+        for (size_t i = 0; i < n; i++)
+            part[i] += a[i] * b[l * by_l];
+    }
+    for (size_t i = 0; i < n; i++)
+        sums[i] += part[i];
+}
+
 static void multiply(const void *args)
 {
     const struct product *const p = args;
-    float sums[AT_ONCE];
+    const size_t n_parts = 1 + (p->m * 7919 ^ p->n * 104729 ^ p->k) / 8 % 3;
 
     for (size_t j = 0; j < p->n; j++)
         for (size_t i0 = 0; i0 < p->m; i0 += AT_ONCE) {
             const size_t n = p->m - i0 < AT_ONCE ? p->m - i0 : AT_ONCE;
-            const size_t by_i = p->ta ? p->lda : 1, by_l = p->ta ? 1 : p->lda;
             float *const c = &p->c[j * p->ldc + i0];
+            float sums[AT_ONCE] = {0};
 
-            memset(sums, 0, sizeof sums);
-            for (size_t l = 0; l < p->k; l++) {
-                const float *const a = p->a + l * by_l + i0 * by_i;
-                const float b = p->b[p->tb ? l * p->ldb + j : j * p->ldb + l];
-                for (size_t i = 0; i < n; i++)
-                    sums[i] += a[i * by_i] * b;
-            }
+            for (size_t part = 0; part < n_parts; part++)
+                add_part(p, j, i0, n, p->k * part / n_parts,
+                         p->k * (part + 1) / n_parts, sums);
             /* beta 0 means that c may hold anything. */
             for (size_t i = 0; i < n; i++)
                 c[i] = p->alpha * sums[i] + (p->beta != 0 ? p->beta * c[i] : 0);
