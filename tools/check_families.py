@@ -269,7 +269,7 @@ MROPE = dict(LM, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                                   "mrope_section": [1, 1, 2]})
 IDS = dict(image_token_id=60, video_token_id=59, vision_start_token_id=58,
            vision_end_token_id=57)
-VLMS = {  # name: (model class, its config, class of its text model alone)
+VLMS = {  # name: (model class, its config, class of its text model alone or None)
     "llava": ("LlavaForConditionalGeneration", lambda: tf.LlavaConfig(
         text_config=tf.LlamaConfig(**LM).to_dict(),
         vision_config=tf.CLIPVisionConfig(**VISION).to_dict(),
@@ -296,7 +296,81 @@ VLMS = {  # name: (model class, its config, class of its text model alone)
 }
 
 
+VLMS.update({
+    "paligemma": ("PaliGemmaForConditionalGeneration",
+                  lambda: tf.PaliGemmaConfig(
+                      text_config=dict(LM, head_dim=8, model_type="gemma"),
+                      vision_config=dict(VISION,
+                                         model_type="siglip_vision_model"),
+                      image_token_index=60, projection_dim=32,
+                      hidden_size=32), "GemmaForCausalLM"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", lambda: tf.Qwen3VLConfig(
+        text_config=dict(MROPE, head_dim=8), vision_config=dict(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=4,
+            out_hidden_size=32, patch_size=4, deepstack_visual_indexes=[0]),
+        **IDS), "Qwen3ForCausalLM"),
+    "internvl": ("InternVLForConditionalGeneration",
+                 lambda: tf.InternVLConfig(
+                     text_config=dict(LM, model_type="qwen2"),
+                     vision_config=dict(VISION, image_size=[16, 16],
+                                        patch_size=[8, 8]),
+                     image_token_id=60, downsample_ratio=0.5),
+                 "Qwen2ForCausalLM"),
+    "mllama": ("MllamaForConditionalGeneration", lambda: tf.MllamaConfig(
+        text_config=dict(LM, cross_attention_layers=[1], rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4}),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_global_layers=1, attention_heads=4, image_size=16,
+            patch_size=8, intermediate_layers_indices=[0],
+            vision_output_dim=64, supported_aspect_ratios=[[1, 1]],
+            max_num_tiles=1), image_token_index=60), None),
+})
+
+# Merged only.
+CLIP_TEXT = dict(ENC, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)
+S2S = INFERRED["bart"][2]
+OTHERS = {  # name: (model class, its config)
+    "pegasus": ("PegasusForConditionalGeneration",
+                lambda: tf.PegasusConfig(**S2S)),
+    "m2m100": ("M2M100ForConditionalGeneration",
+               lambda: tf.M2M100Config(**S2S)),
+    "marian": ("MarianMTModel", lambda: tf.MarianConfig(**S2S)),
+    "mbart": ("MBartForConditionalGeneration", lambda: tf.MBartConfig(**S2S)),
+    "mt5": ("MT5ForConditionalGeneration",
+            lambda: tf.MT5Config(**CASES["t5"][2])),
+    "albert": ("AlbertForMaskedLM",
+               lambda: tf.AlbertConfig(**dict(ENC, embedding_size=16))),
+    "xlnet": ("XLNetLMHeadModel", lambda: tf.XLNetConfig(
+        vocab_size=V, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    "openai-gpt": ("OpenAIGPTLMHeadModel", lambda: tf.OpenAIGPTConfig(
+        **{k: v for k, v in GPT.items() if not k.endswith("_id")})),
+    "dbrx": ("DbrxForCausalLM", lambda: tf.DbrxConfig(
+        vocab_size=V, d_model=32, n_heads=4, n_layers=3, max_seq_len=64,
+        attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2,
+                        ffn_act_fn={"name": "silu"}))),
+    # Its forward pass fails without images in transformers 5.24.
+    "llama4": ("Llama4ForConditionalGeneration", lambda: tf.Llama4Config(
+        text_config=dict(CASES["llama4_text"][2]), vision_config=dict(
+            hidden_size=32, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, image_size=16, patch_size=8,
+            vision_output_dim=32, projector_input_dim=32,
+            projector_output_dim=32), image_token_index=60)),
+    "vit": ("ViTForImageClassification", lambda: tf.ViTConfig(**VISION)),
+    "dinov2": ("Dinov2ForImageClassification",
+               lambda: tf.Dinov2Config(**VISION)),
+    "clip": ("CLIPModel", lambda: tf.CLIPConfig(
+        text_config=CLIP_TEXT, vision_config=VISION, projection_dim=16)),
+    "siglip": ("SiglipModel", lambda: tf.SiglipConfig(
+        text_config=CLIP_TEXT, vision_config=VISION)),
+}
+
+
 def make(name, vocab=V):
+    if name in OTHERS:
+        cls, config = OTHERS[name]
+        return config(), getattr(tf, cls)
     if name in VLMS:
         cls, config, _ = VLMS[name]
         return config(), getattr(tf, cls)
@@ -341,8 +415,16 @@ def loads(cls, path):
 def finite(m, name):
     ids = torch.tensor([[1, 5, 7, 3, 9, 4]])
     kw = {}
-    if name.startswith("t5"):
+    if name == "llama4":
+        return bool(torch.isfinite(m.language_model(ids).logits).all())
+    if name.startswith("t5") or name in ("mt5", "pegasus", "m2m100", "marian"):
         kw = dict(decoder_input_ids=ids)
+    if name in ("vit", "dinov2"):
+        return bool(torch.isfinite(m(torch.randn(1, 3, 16, 16)).logits).all())
+    if name in ("clip", "siglip"):
+        return bool(torch.isfinite(m(
+            input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16)
+        ).logits_per_image).all())
     if name == "whisper":
         kw = dict(input_features=torch.randn(1, 8, 32), decoder_input_ids=ids)
         out = m(**kw)
@@ -352,7 +434,7 @@ def finite(m, name):
 
 
 def is_causal(name):
-    if name in VLMS:
+    if name in VLMS or name in OTHERS:
         return False
     cls = {**CASES, **INFERRED}[name][1]
     return "Causal" in cls or "LMHead" in cls
@@ -468,14 +550,19 @@ def text_module(tvmerge, root, name, cls):
     """The text module merged, with another model's and with a language model
     of its own kind; everything else copied from the first."""
     said = []
-    text = getattr(tf, VLMS[name][2])
-    config = text.config_class(**make(name)[0].text_config.to_dict())
-    torch.manual_seed(7)
-    t = text(config)
-    t.save_pretrained(os.path.join(root, "t"))
+    t = None
+    if VLMS[name][2]:
+        text = getattr(tf, VLMS[name][2])
+        config = text.config_class(**make(name)[0].text_config.to_dict())
+        torch.manual_seed(7)
+        t = text(config)
+        t.save_pretrained(os.path.join(root, "t"))
     a, _ = loads(cls, os.path.join(root, "a"))
     b, _ = loads(cls, os.path.join(root, "b"))
-    for other, theirs in (("b", text_part(b)), ("t", t.state_dict())):
+    for other, theirs in (("b", text_part(b)),
+                          ("t", t.state_dict() if t else {})):
+        if not theirs:
+            continue
         recipe = mean("a", other)
         recipe = {"merge_method": "linear", "base_model": "a",
                   "modules": {"text_decoder": {"models": recipe["models"]}},
@@ -563,7 +650,7 @@ def one(tvmerge, name):
 def main():
     tvmerge = os.path.abspath(sys.argv[1])
     failed = 0
-    for name in sys.argv[2:] or [*CASES, *INFERRED, *VLMS]:
+    for name in sys.argv[2:] or [*CASES, *INFERRED, *VLMS, *OTHERS]:
         try:
             said = one(tvmerge, name)
         except Exception as e:
