@@ -202,16 +202,32 @@ static error_t option_compat(struct tvc *c, const char *arg)
     return 0;
 }
 
-static error_t option_reject(struct tvc *c, int key)
+/* mergekit's switches for what there is no switch for here. All that are given
+ * are told at once, for command lines carry them together. */
+static enum tv_err refused(struct tvc *c)
 {
-    if (key == KEY_TRUST)
-        return tvc_bad(c, "--trust-remote-code: this tool never runs code "
-                          "that comes with a model");
-    if (key == KEY_PICKLE)
-        return tvc_bad(c, "--no-safe-serialization: only safetensors are "
-                          "written");
-    return tvc_bad(c, "--allow-crimes: inputs that do not fit together are "
-                      "refused; there is no switch for it");
+    static const char *const why[] = {
+        "--allow-crimes: what does not fit together is refused ('tokenizer:' "
+        "joins vocabularies, 'override_architecture:' takes one class for "
+        "another)",
+        "--trust-remote-code: no code that comes with a model is run",
+        "--no-safe-serialization: only safetensors are written",
+    };
+    const struct tvc_merge_opts *o = c->opt;
+    char text[256] = "";
+    size_t at = 0;
+    size_t n = 0;
+
+    for (size_t i = 0; i < sizeof why / sizeof *why; i++)
+        if (o->refused & (1u << i))
+            at += (size_t)snprintf(text + at, sizeof text - at, "%s%s",
+                                   n++ ? "; " : "", why[i]);
+    if (n == 0)
+        return TV_OK;
+    (void)tv_error_set(&c->err, TV_E_USAGE, "%s", text);
+    tv_error_hint(&c->err, "leave %s out: nothing needs %s here",
+                  n > 1 ? "them" : "it", n > 1 ? "them" : "it");
+    return TV_E_USAGE;
 }
 
 static error_t option_flag(struct tvc_merge_opts *o, int key)
@@ -301,10 +317,15 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
         return *arg ? 0 : tvc_bad(c, "--intermediate-dir is empty");
     case KEY_LORA_DTYPE:
         return option_lora_dtype(c, arg);
-    case KEY_TRUST:
     case KEY_CRIMES:
+        o->refused |= 1u;
+        return 0;
+    case KEY_TRUST:
+        o->refused |= 2u;
+        return 0;
     case KEY_PICKLE:
-        return option_reject(c, key);
+        o->refused |= 4u;
+        return 0;
     default:
         return option_flag(o, key);
     }
@@ -389,8 +410,10 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
 {
     struct tvc_merge_opts *o = c->opt;
     struct tvm_options *m = &o->options;
-    enum tv_err rc = TV_OK;
+    enum tv_err rc = refused(c);
 
+    if (rc != TV_OK)
+        return rc;
     m->out_dir = c->n_pos > 1 ? c->pos[1] : NULL;
     if (m->out_dir && m->out_dir[0] == '\0')
         return tv_error_set(&c->err, TV_E_USAGE, "OUT is empty");

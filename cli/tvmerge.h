@@ -19,6 +19,7 @@ struct tvc_merge_opts {
     bool store_given;
     const char *ignored[24]; /* mergekit's flags that change nothing here */
     size_t n_ignored;
+    unsigned refused; /* bits: of mergekit's that are not taken */
     bool cuda_wanted;
     bool peft;                  /* --compat peft */
     struct tvm_text texts[128]; /* names owned: tvc_merge_opts_free */

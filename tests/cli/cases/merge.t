@@ -67,7 +67,7 @@ model.safetensors.index.json
 tvmerge.json
 tvmerge_config.yml
 $ tvmerge r.yml out5 --trust-remote-code
-2> tvmerge: error: --trust-remote-code: this tool never runs code that comes with a model
+2> tvmerge: error: --trust-remote-code: no code that comes with a model is run
 2> ...
 => 2
 $ tvmerge r.yml out5 --no-safe-serialization
@@ -82,6 +82,13 @@ $ tvmerge r.yml out5 --allow-crimes
 2> tvmerge: error: --allow-crimes: <*>
 2> ...
 => 2
+# The usual command line of mergekit: both at once, and what to do.
+$ tvmerge r.yml out5 --cuda --allow-crimes --lazy-unpickle --copy-tokenizer --trust-remote-code --out-shard-size 1B --low-cpu-memory --write-model-card
+2> tvmerge: error: --allow-crimes: what does not fit together is refused ('tokenizer:' joins vocabularies, 'override_architecture:' takes one class for another); --trust-remote-code: no code that comes with a model is run
+2>   hint: leave them out: nothing needs them here
+=> 2
+$ tvmerge r.yml out5c --cuda --no-allow-crimes --lazy-unpickle --copy-tokenizer --no-trust-remote-code --out-shard-size 1B --low-cpu-memory --write-model-card -q && tvstore diff s out5c out
+38 tensors, all equal
 $ tvmerge r.yml out5 --compat other
 2> tvmerge: error: --compat: 'other' is not known; mergekit and peft are
 2> ...
