@@ -200,8 +200,12 @@ static int run_quota(struct tvc *c)
     char used[32];
     const bool set = c->n_pos > 1;
 
-    if (set && tvc_parse_size(c, "SIZE", c->pos[1], false, &bytes) != 0)
+    if (set && strcmp(c->pos[1], "none") != 0 &&
+        tvc_parse_size(c, "SIZE", c->pos[1], false, &bytes) != 0) {
+        tv_error_hint(&c->err, "sizes look like 18GB, 1.5GiB or 4096; none "
+                               "(or 0) is no limit");
         return tvc_fail(c, &c->err);
+    }
     TV_TRY(tvc_store_open(c, c->pos[0], !set, &c->err, &store));
     if (set) {
         TV_TRY(tv_store_lock(store, "quota", o->lock_timeout_ms, &c->err));
@@ -230,7 +234,9 @@ const struct tvc_command tvc_cmd_quota = {
     .name = "quota",
     .summary = "show or set the hard quota",
     .args_doc = "STORE [SIZE]",
-    .text = "The quota bounds what the store takes on disk. 0 means no limit.",
+    .text =
+        "The quota bounds what the store takes on disk. 'none' (or 0) is no "
+        "limit.",
     .examples = "tvstore quota models.tv\n"
                 "tvstore quota models.tv 18GB",
     .options = lock_options,

@@ -18,7 +18,7 @@ enum { KEY_TEXT = 0x540, KEY_SPECIAL, KEY_STORE };
 
 struct opts {
     const char *text, *tokenizer, *store;
-    bool special;
+    bool special, given;
 };
 
 static error_t option(struct tvc *c, int key, const char *arg)
@@ -26,9 +26,12 @@ static error_t option(struct tvc *c, int key, const char *arg)
     struct opts *o = c->opt;
     switch (key) {
     case KEY_TEXT:
-        if (o->text)
+        if (o->given)
             return tvc_bad(c, "--text is given twice: one text is tokenized");
         o->text = arg;
+        o->given = true;
+        if (strcmp(arg, "-") == 0)
+            o->text = NULL; /* stdin, as without the option */
         return 0;
     case KEY_SPECIAL:
         o->special = true;
@@ -141,7 +144,7 @@ out:
 }
 
 static const struct argp_option options[] = {
-    {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8 (default: stdin)", 0},
+    {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8 (default, and -: stdin)", 0},
     {"special", KEY_SPECIAL, NULL, 0,
      "Add what the tokenizer puts around a text (BOS, ...)", 0},
     TVC_OPTION_TOKENIZER(0),

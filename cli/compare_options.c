@@ -229,7 +229,11 @@ enum tv_err tvc_compare_check(struct tvc *c)
         return tv_error_set(&c->err, TV_E_USAGE,
                             "where to? add -o OUT, a directory");
     if (o->n_texts == 0)
-        return tv_error_set(&c->err, TV_E_USAGE, "no text: add --text FILE");
+        return tv_error_set(&c->err, TV_E_USAGE,
+                            o->n_tasks > 0
+                                ? "no text to score with: add --text FILE "
+                                  "(--text NAME=FILE calibrates that model)"
+                                : "no text: add --text FILE");
     if (o->n_methods > 0 && c->n_pos > 1)
         return tv_error_set(&c->err, TV_E_USAGE,
                             "--methods goes with one recipe, not with %zu",

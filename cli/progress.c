@@ -33,7 +33,8 @@ struct tvc_progress {
     sem_t wake;
     bool stop, started;
     uint64_t items, items_total, bytes, bytes_total;
-    uint64_t bytes_first; /* done before this process began: no rate */
+    /* done before this process began: no rate */
+    uint64_t bytes_first, items_first;
     double begin;
 };
 
@@ -66,7 +67,8 @@ uint64_t tvc_memory(const char *field)
 
 struct snapshot {
     uint64_t items, items_total, bytes, bytes_total;
-    double rate, eta; /* eta < 0: unknown */
+    bool by_items;    /* there are no bytes to go by: tokens, layers */
+    double rate, eta; /* of bytes or items; eta < 0: unknown */
 };
 
 static struct snapshot look(struct tvc_progress *g)
@@ -78,11 +80,15 @@ static struct snapshot look(struct tvc_progress *g)
                          .bytes_total = g->bytes_total,
                          .eta = -1};
     const double passed = tvc_seconds() - g->begin;
-    if (g->started && passed > 0 && g->bytes > g->bytes_first)
-        s.rate = (double)(g->bytes - g->bytes_first) / passed;
+    s.by_items = s.bytes_total == 0;
+    const uint64_t done = s.by_items ? s.items : s.bytes;
+    const uint64_t total = s.by_items ? s.items_total : s.bytes_total;
+    const uint64_t first = s.by_items ? g->items_first : g->bytes_first;
+    if (g->started && passed > 0 && done > first)
+        s.rate = (double)(done - first) / passed;
     (void)pthread_mutex_unlock(&g->lock);
-    if (s.rate > 0 && s.bytes_total >= s.bytes)
-        s.eta = (double)(s.bytes_total - s.bytes) / s.rate;
+    if (s.rate > 0 && total >= done)
+        s.eta = (double)(total - done) / s.rate;
     return s;
 }
 
@@ -92,18 +98,25 @@ static void text_of(const struct tvc_progress *g, const struct snapshot *s,
     char rss[32];
     char eta[32] = "?";
     char items[64] = "";
+    char rate[48] = "";
     unsigned percent = 0;
-    if (s->bytes_total > 0)
+    if (s->by_items && s->items_total > 0)
+        percent = (unsigned)((double)s->items * 100 / (double)s->items_total);
+    else if (s->bytes_total > 0)
         percent = (unsigned)((double)s->bytes * 100 / (double)s->bytes_total);
+    if (!s->by_items)
+        (void)snprintf(rate, sizeof rate, "%.0f MB/s  ", s->rate / 1e6);
+    else if (g->unit && s->rate > 0)
+        (void)snprintf(rate, sizeof rate, "%.*f %s/s  ", s->rate < 10 ? 1 : 0,
+                       s->rate, g->unit);
     if (s->eta >= 0)
         tvc_duration(s->eta, eta, sizeof eta);
     if (g->unit)
         (void)snprintf(items, sizeof items, " %" PRIu64 "/%" PRIu64 " %s",
                        s->items, s->items_total, g->unit);
     tv_format_bytes(tvc_memory("VmRSS"), rss, sizeof rss);
-    (void)snprintf(dst, cap, "%s%s  %u%%  %.0f MB/s  eta %s  rss %s", g->verb,
-                   items, percent > 100 ? 100 : percent, s->rate / 1e6, eta,
-                   rss);
+    (void)snprintf(dst, cap, "%s%s  %u%%  %seta %s  rss %s", g->verb, items,
+                   percent > 100 ? 100 : percent, rate, eta, rss);
 }
 
 static void json_of(const struct tvc_progress *g, const struct snapshot *s,
@@ -114,7 +127,7 @@ static void json_of(const struct tvc_progress *g, const struct snapshot *s,
         "phase", g->verb, "items_done", tvc_json_u64(s->items), "items_total",
         tvc_json_u64(s->items_total), "bytes_done", tvc_json_u64(s->bytes),
         "bytes_total", tvc_json_u64(s->bytes_total), "bytes_per_second",
-        tvc_json_u64((uint64_t)s->rate), "eta_seconds",
+        tvc_json_u64(s->by_items ? 0 : (uint64_t)s->rate), "eta_seconds",
         s->eta >= 0 ? tvc_json_u64((uint64_t)s->eta) : json_null(), "rss_bytes",
         tvc_json_u64(tvc_memory("VmRSS")));
     const size_t n = doc ? json_dumpb(doc, dst, cap - 1, JSON_COMPACT) : 0;
@@ -234,6 +247,7 @@ void tvc_progress_set(struct tvc_progress *g, uint64_t items,
     if (!g->started) {
         g->started = true;
         g->bytes_first = bytes;
+        g->items_first = items;
         g->begin = tvc_seconds();
     }
     g->items = items;

@@ -221,6 +221,21 @@ static enum tv_err check_cover(const struct reader *r,
     return TV_OK;
 }
 
+/* What a file is that cannot be a safetensors file, by its first bytes. */
+static const char *other_kind(const char *bytes, uint64_t n)
+{
+    static const char lfs[] = "version https://git-lfs";
+
+    if (n >= sizeof lfs - 1 && memcmp(bytes, lfs, sizeof lfs - 1) == 0)
+        return "a Git LFS pointer, not the file itself ('git lfs pull' or 'hf "
+               "download' fetches it)";
+    if (n >= 4 && memcmp(bytes, "PK\3\4", 4) == 0)
+        return "a zip archive, as torch.save writes them, not a safetensors "
+               "file (give it the name *.bin)";
+    /* A header begins with a brace, or is cut off before it. */
+    return n > 8 && bytes[8] == '{' ? NULL : "no safetensors file";
+}
+
 enum tv_err tv_safetensors_parse(const void *data, uint64_t n,
                                  const char *label, struct tv_error *err,
                                  struct tv_parsed_file **out)
@@ -241,11 +256,15 @@ enum tv_err tv_safetensors_parse(const void *data, uint64_t n,
                             "length at byte 0",
                             label, n);
     n_header = tv_get_le64(bytes);
-    if (n_header > TV_ST_HEADER_MAX)
+    if (n_header > TV_ST_HEADER_MAX) {
+        const char *const kind = other_kind(bytes, n);
         return tv_error_set(err, TV_E_CORRUPT,
-                            "%s: header length %" PRIu64
+                            "%s: %s%sheader length %" PRIu64
                             " at byte 0 is above the limit of %u",
-                            label, n_header, TV_ST_HEADER_MAX);
+                            label, kind == NULL ? "" : kind,
+                            kind == NULL ? "" : ": ", n_header,
+                            TV_ST_HEADER_MAX);
+    }
     if (n_header > n - 8)
         return tv_error_set(err, TV_E_CORRUPT,
                             "%s: header length %" PRIu64

@@ -317,6 +317,9 @@ static enum tv_err check_magic(const struct archive *a,
                       "save it again with a torch of this decade");
     if (n >= 262 && memcmp(data + 257, "ustar", 5) == 0)
         return bad(a, "a legacy torch file (tar), which is refused");
+    if (n >= 23 && memcmp(data, "version https://git-lfs", 23) == 0)
+        return bad(a, "not a torch zip archive but a Git LFS pointer ('git "
+                      "lfs pull' or 'hf download' fetches the file)");
     return bad(a, "not a torch zip archive");
 }
 

@@ -184,6 +184,28 @@ static void test_flood(void **state)
     tv_buf_free(&b);
 }
 
+/* What people take for one. */
+static void test_other_kinds(void **state)
+{
+    static const struct {
+        const char *bytes, *message;
+    } cases[] = {
+        {"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"},
+        {"PK\3\4zip, torch.save", "a zip archive, as torch.save writes"},
+        {"merge_method: ties\nmodels:\n", "no safetensors file"},
+    };
+    struct tv_parsed_file *p = NULL;
+    struct tv_error err;
+
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        assert_code(tv_safetensors_parse(cases[i].bytes, strlen(cases[i].bytes),
+                                         "f", &err, &p),
+                    TV_E_CORRUPT, &err);
+        assert_message(&err, cases[i].message);
+    }
+}
+
 static void test_limit(void **state)
 {
     const size_t n = ((size_t)TV_ST_HEADER_MAX) + 64;
@@ -365,8 +387,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all_dtypes), cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_counts),     cmocka_unit_test(test_flood),
-        cmocka_unit_test(test_limit),      cmocka_unit_test(test_mutations),
-        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_limit),      cmocka_unit_test(test_other_kinds),
+        cmocka_unit_test(test_mutations),  cmocka_unit_test(test_no_memory),
     };
     json_set_alloc_funcs(tv_alloc, tv_free);
     return cmocka_run_group_tests(tests, NULL, NULL);

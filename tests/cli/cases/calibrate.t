@@ -92,6 +92,9 @@ $ sed 's/0.5/1/' idle.yml > all.yml; printf 'parameters: {sparsify: importance}\
 $ sed 's/: ties/: dare_ties/' idle.yml > dare.yml; tvmerge run dare.yml dare -q
 2> dare.yml:6:23: warning: the calibration text is not used: dare_ties looks at no inputs of layers; <*>, and regmean
 $ head -c 2000 $DATA/text/code.val.txt > few.txt; printf 'parameters: {sparsify: importance}\n' >> idle.yml; tvmerge compare idle.yml -o cmp --text few.txt --context 64 --methods ties_magnitude,dare_ties -q > table
+$ tvmerge compare idle.yml -o cmp2 --text ft-code=few.txt
+2> tvmerge: error: no text to score with: add --text FILE (--text NAME=FILE calibrates that model)
+=> 2
 $ printf 'merge_method: ties\nbase_model: %s/base\nmodels:\n- model: %s/ft-code\n  parameters: {weight: 1, density: 0.5}\n  calibration: {text: gone.txt, samples: many, context: 1}\nparameters: {sparsify: importance}\n' $DATA $DATA > wrong.yml
 $ tvmerge plan wrong.yml
 2> wrong.yml:6:42: error: 'samples' must be a whole number from 1 to 16777216

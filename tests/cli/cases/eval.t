@@ -113,3 +113,9 @@ $ tveval ppl $DATA/base --text t.txt --protocol llamacp
 $ tvstore cat s.tv base/model.norm.weight --format raw > norm; python3 -c 'd=open("s.tv/data.mdb","rb").read(); t=open("norm","rb").read(); assert t in d; open("s.tv/data.mdb","wb").write(d.replace(t,t[:7]+bytes([t[7]^16])+t[8:]))'; tveval ppl store:base --store s.tv --text $DATA/text/code.val.txt -q
 2> tveval: error: <*>model.norm.weight<*>damaged<*>
 => 12
+# --text - is stdin.
+$ printf 'def f' > def.txt; tveval tokenize $DATA/base --text def.txt > a; tveval tokenize $DATA/base --text - < def.txt > b; tveval tokenize $DATA/base < def.txt > c; cmp a b && cmp a c
+$ tveval tokenize $DATA/base --text - --text def.txt
+2> tveval: error: --text is given twice: one text is tokenized
+2> ...
+=> 2

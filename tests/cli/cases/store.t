@@ -114,6 +114,15 @@ $ tvstore quota s 1GiB
 quota 1.0 GiB, used <*>
 $ tvstore quota s 0
 quota none, used <*>
+$ tvstore quota s 1GiB > x; tvstore quota s none
+quota none, used <*>
+$ tvstore quota s unlimited
+2> tvstore: error: SIZE: 'unlimited' is not a size
+2>   hint: sizes look like 18GB, 1.5GiB or 4096; none (or 0) is no limit
+=> 2
+$ printf 'no model, but a text\n' > text.txt; tvstore import s text text.txt
+2> tvstore: error: text.txt: no safetensors file: header length <n> at byte 0 is above the limit of <n>
+=> 12
 $ tvstore stat s
 WHAT <*>
 quota                  none          -
