@@ -99,6 +99,19 @@ TVK_INLINE uint32_t rank_bucket(const struct rank_row *r, uint32_t key)
     return high > r->first ? high - r->first : 0;
 }
 
+/* Neighbours of one bucket, as they are where few values occur, would wait for
+ * each other's store: hence two histograms. */
+TVK_INLINE void rank_count_buckets(const struct rank_row *r,
+                                   const uint16_t *bucket, size_t n)
+{
+    size_t i = 0;
+
+    for (; i + 4 <= n; i += 4)
+        tvk_count_four(r->hist, r->hist + RANK_BUCKETS, bucket + i);
+    for (; i < n; i++)
+        r->hist[bucket[i]]++;
+}
+
 /* Does entry i, of a key that is not 0, stay? Its rank is counted. Negative:
  * that would take too long. */
 TVK_INLINE int rank_stays(struct rank_row *r, size_t i)

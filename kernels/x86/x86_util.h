@@ -94,6 +94,19 @@ static inline void tvk_read_ahead(const void *at)
         (const void *)((uintptr_t)at + TVK_AHEAD_BYTES)); /* not an object */
 }
 
+/* Counts four buckets, every other one in `other`, which may be hist. */
+TVK_INLINE void tvk_count_four(uint32_t *hist, uint32_t *other,
+                               const uint16_t *bucket)
+{
+    uint64_t four = 0;
+
+    memcpy(&four, bucket, sizeof(four));
+    hist[four & 0xffff]++;
+    other[four >> 16 & 0xffff]++;
+    hist[four >> 32 & 0xffff]++;
+    other[four >> 48]++;
+}
+
 /* Counting waits for nothing, so memory brings what comes next meanwhile: x and
  * b (NULL: none) are where these buckets come from. */
 TVK_INLINE void tvk_count_buckets(uint32_t *TVK_RESTRICT hist,
@@ -106,14 +119,8 @@ TVK_INLINE void tvk_count_buckets(uint32_t *TVK_RESTRICT hist,
         tvk_read_ahead(x + i);
         if (b != NULL)
             tvk_read_ahead(b + i);
-        for (size_t k = 0; k < 16; k += 4) {
-            uint64_t four = 0;
-            memcpy(&four, bucket + i + k, sizeof(four));
-            hist[four & 0xffff]++;
-            hist[four >> 16 & 0xffff]++;
-            hist[four >> 32 & 0xffff]++;
-            hist[four >> 48]++;
-        }
+        for (size_t k = 0; k < 16; k += 4)
+            tvk_count_four(hist, hist, bucket + i + k);
     }
     for (; i < n; i++)
         hist[bucket[i]]++;

@@ -53,23 +53,6 @@ TVK_INLINE size_t count_lower(const uint32_t *keys, uint32_t key, size_t n)
     return total(count) - absent; /* those were lower */
 }
 
-TVK_INLINE void count_buckets(uint32_t *hist, const uint16_t *bucket, size_t n)
-{
-    uint32_t *const other = hist + RANK_BUCKETS;
-    size_t i = 0;
-
-    for (; i + 4 <= n; i += 4) {
-        uint64_t four = 0;
-        memcpy(&four, bucket + i, sizeof(four));
-        hist[four & 0xffff]++;
-        other[four >> 16 & 0xffff]++;
-        hist[four >> 32 & 0xffff]++;
-        other[four >> 48]++;
-    }
-    for (; i < n; i++)
-        hist[bucket[i]]++;
-}
-
 /* Counts the keys by bucket, but those that are 0: returns how many. */
 TVK_INLINE size_t fill_buckets(const struct rank_row *r)
 {
@@ -102,7 +85,7 @@ TVK_INLINE size_t fill_buckets(const struct rank_row *r)
                                               _mm256_extracti128_si256(b, 1)));
             n_buckets += count;
         }
-        count_buckets(r->hist, bucket, n_buckets);
+        rank_count_buckets(r, bucket, n_buckets);
     }
     r->hist[0] -= counted; /* modulo 2^32: the other part may hold them */
     return n_zero;

@@ -11,7 +11,9 @@
 /* More zeros than that among 32 would wait for each other in bucket 0. */
 #define ZEROS 8u
 
-TVK_INLINE size_t count_equal(const uint32_t *keys, uint32_t key, size_t n)
+/* Keys that equal `key` or, with `lower`, are below it. */
+TVK_INLINE size_t count_keys(const uint32_t *keys, uint32_t key, size_t n,
+                             int lower)
 {
     const __m512i wanted = _mm512_set1_epi32((int)key);
     const __m512i one = _mm512_set1_epi32(1);
@@ -20,44 +22,22 @@ TVK_INLINE size_t count_equal(const uint32_t *keys, uint32_t key, size_t n)
     for (size_t i = 0; i < n; i += 16) {
         const __mmask16 lanes = lanes16(i, n);
         const __m512i k = _mm512_maskz_loadu_epi32(lanes, keys + i);
-        count = _mm512_mask_add_epi32(
-            count, _mm512_mask_cmpeq_epi32_mask(lanes, k, wanted), count, one);
+        const __mmask16 some =
+            lower ? _mm512_mask_cmplt_epu32_mask(lanes, k, wanted)
+                  : _mm512_mask_cmpeq_epi32_mask(lanes, k, wanted);
+        count = _mm512_mask_add_epi32(count, some, count, one);
     }
     return (uint32_t)_mm512_reduce_add_epi32(count);
+}
+
+TVK_INLINE size_t count_equal(const uint32_t *keys, uint32_t key, size_t n)
+{
+    return count_keys(keys, key, n, 0);
 }
 
 TVK_INLINE size_t count_lower(const uint32_t *keys, uint32_t key, size_t n)
 {
-    const __m512i limit = _mm512_set1_epi32((int)key);
-    const __m512i one = _mm512_set1_epi32(1);
-    __m512i count = _mm512_setzero_si512();
-
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 lanes = lanes16(i, n);
-        const __m512i k = _mm512_maskz_loadu_epi32(lanes, keys + i);
-        count = _mm512_mask_add_epi32(
-            count, _mm512_mask_cmplt_epu32_mask(lanes, k, limit), count, one);
-    }
-    return (uint32_t)_mm512_reduce_add_epi32(count);
-}
-
-/* Neighbours of one bucket, as they are where few values occur, would wait for
- * each other's store: hence two histograms. */
-TVK_INLINE void count_buckets(uint32_t *hist, const uint16_t *bucket, size_t n)
-{
-    uint32_t *const other = hist + RANK_BUCKETS;
-    size_t i = 0;
-
-    for (; i + 4 <= n; i += 4) {
-        uint64_t four = 0;
-        memcpy(&four, bucket + i, sizeof(four));
-        hist[four & 0xffff]++;
-        other[four >> 16 & 0xffff]++;
-        hist[four >> 32 & 0xffff]++;
-        other[four >> 48]++;
-    }
-    for (; i < n; i++)
-        hist[bucket[i]]++;
+    return count_keys(keys, key, n, 1);
 }
 
 TVK_INLINE __m512i buckets16(const struct rank_row *r, __m512i keys)
@@ -120,7 +100,7 @@ TVK_INLINE size_t fill_buckets(const struct rank_row *r)
             n_buckets += some;
             n_zero += (end - i < 16 ? end - i : 16) - some;
         }
-        count_buckets(r->hist, bucket, n_buckets);
+        rank_count_buckets(r, bucket, n_buckets);
     }
     r->hist[0] -= counted; /* modulo 2^32: the other part may hold them */
     return n_zero;
