@@ -23,7 +23,10 @@
 struct arrays {
     size_t n;
     float *b, *x[DONORS], *dst;
-    void *half, *copy; /* 2 bytes per element; as large as all others */
+    /* 2 bytes per element: of b, of both x, a result; then as large as all
+     * others. */
+    unsigned char *half, *half_x[DONORS], *half_dst;
+    void *copy;
     uint64_t *mask[DONORS];
     uint32_t *hist;
 };
@@ -53,25 +56,25 @@ static struct tvk_gta gta_call(int consensus)
 static void run_widen(const struct tvk_table *k, const struct arrays *a,
                       size_t at, size_t n)
 {
-    (void)k->bf16_to_f32(a->dst + at, (const char *)a->half + 2 * at, n);
+    (void)k->bf16_to_f32(a->dst + at, a->half + 2 * at, n);
 }
 
 static void run_widen_f16(const struct tvk_table *k, const struct arrays *a,
                           size_t at, size_t n)
 {
-    (void)k->f16_to_f32(a->dst + at, (const char *)a->half + 2 * at, n);
+    (void)k->f16_to_f32(a->dst + at, a->half + 2 * at, n);
 }
 
 static void run_narrow(const struct tvk_table *k, const struct arrays *a,
                        size_t at, size_t n)
 {
-    (void)k->f32_to_bf16((char *)a->half + 2 * at, a->b + at, n);
+    (void)k->f32_to_bf16(a->half_dst + 2 * at, a->b + at, n);
 }
 
 static void run_narrow_f16(const struct tvk_table *k, const struct arrays *a,
                            size_t at, size_t n)
 {
-    (void)k->f32_to_f16((char *)a->half + 2 * at, a->b + at, n);
+    (void)k->f32_to_f16(a->half_dst + 2 * at, a->b + at, n);
 }
 
 static void run_sum(const struct tvk_table *k, const struct arrays *a,
@@ -140,6 +143,24 @@ static void run_topk(const struct tvk_table *k, const struct arrays *a,
                        0x3b280000u, &seen, UINT64_MAX, n);
 }
 
+static void run_elect_bf16(const struct tvk_table *k, const struct arrays *a,
+                           size_t at, size_t n)
+{
+    const void *const x[DONORS] = {a->half_x[0] + 2 * at,
+                                   a->half_x[1] + 2 * at};
+    const uint64_t *const m[DONORS] = {a->mask[0] + at / 64,
+                                       a->mask[1] + at / 64};
+    const struct tvk_gta call = gta_call(1);
+    (void)k->gta_bf16(a->half_dst + 2 * at, a->half + 2 * at, x, m, &call, n);
+}
+
+static void run_range_bf16(const struct tvk_table *k, const struct arrays *a,
+                           size_t at, size_t n)
+{
+    (void)k->hist_range_bf16(a->hist, 0x3b2a0000u, 0x10000u,
+                             a->half_x[0] + 2 * at, a->half + 2 * at, n);
+}
+
 static void run_philox(const struct tvk_table *k, const struct arrays *a,
                        size_t at, size_t n)
 {
@@ -181,6 +202,8 @@ static const struct kernel kernels[] = {
     {"hist_hi", 8, run_hist},
     {"hist_range", 8, run_range},
     {"topk_mask", 8, run_topk},
+    {"gta_bf16 elect, 2, masks", 8, run_elect_bf16},
+    {"hist_range_bf16", 4, run_range_bf16},
     {"philox_mask", 0, run_philox},
     {"dots", 8, run_dots},
     {"abs_sum", 8, run_abs_sum},
@@ -262,6 +285,8 @@ static void fill(const struct arrays *a)
         a->x[1][i] = (float)(a->b[i] + 0.0035 * v[2]);
     }
     (void)tvk_table_best()->f32_to_bf16(a->half, a->b, a->n);
+    for (size_t j = 0; j < DONORS; j++)
+        (void)tvk_table_best()->f32_to_bf16(a->half_x[j], a->x[j], a->n);
     for (size_t i = 0; i < a->n / 64; i++) {
         s = s * 6364136223846793005u + 1442695040888963407u;
         a->mask[0][i] = s ^ s >> 31;
@@ -289,7 +314,7 @@ int main(int argc, char **argv)
     /* copy_once reads b as a source of 8 n bytes: x[0] follows it. */
     a.b = tv_alloc_aligned(4 * a.n * sizeof *a.b);
     a.copy = tv_alloc_aligned(8 * a.n);
-    a.half = tv_alloc_aligned(2 * a.n);
+    a.half = tv_alloc_aligned((2 + DONORS) * 2 * a.n);
     a.mask[0] = tv_alloc_aligned(a.n / 4);
     a.hist = tv_calloc(TVK_HIST_HI, sizeof *a.hist);
     int rc = 1;
@@ -297,6 +322,10 @@ int main(int argc, char **argv)
         a.x[0] = a.b + a.n;
         a.x[1] = a.b + 2 * a.n;
         a.dst = a.b + 3 * a.n;
+        for (size_t j = 0; j < DONORS; j++)
+            a.half_x[j] = a.half + (1 + j) * 2 * a.n;
+        a.half_dst = a.half + (1 + DONORS) * 2 * a.n;
+        memset(a.half_dst, 0, 2 * a.n);
         a.mask[1] = a.mask[0] + a.n / 64;
         memset(a.copy, 0, 8 * a.n);
         memset(a.dst, 0, a.n * sizeof *a.dst);
