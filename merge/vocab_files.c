@@ -268,6 +268,107 @@ static void pin_ids(struct editor *ed, json_t *vocab)
     }
 }
 
+/* ---- tokenizer.json: what stands around a text ----------------------------
+ */
+
+/* The new id of a token that had no row; false: the output lacks it. */
+static bool new_id(struct editor *ed, const json_t *token, json_t *array,
+                   size_t at)
+{
+    const struct plan_token *o = NULL;
+    if (!is_beyond(ed->v, token))
+        return true;
+    o = plan_vocab_find(ed->v, json_string_value(token),
+                        json_string_length(token));
+    if (o != NULL && at < json_array_size(array)) {
+        if (json_array_set_new(array, at, json_integer(o->id)) != 0)
+            ed->failed = true;
+        ed->changed = true;
+    }
+    return o != NULL;
+}
+
+static void drop_piece(struct editor *ed, json_t *pieces, const char *id)
+{
+    for (size_t i = json_array_size(pieces); i-- > 0;) {
+        const char *const s = json_string_value(json_object_get(
+            json_object_get(json_array_get(pieces, i), "SpecialToken"), "id"));
+        if (s != NULL && strcmp(s, id) == 0) {
+            (void)json_array_remove(pieces, i);
+            ed->changed = true;
+        }
+    }
+}
+
+/* Tokens that TemplateProcessing writes around a text. */
+static void edit_pieces(struct editor *ed, json_t *post)
+{
+    json_t *const map = json_object_get(post, "special_tokens");
+    const char *key = NULL;
+    json_t *value = NULL;
+    void *tmp = NULL;
+
+    json_object_foreach_safe(map, tmp, key, value)
+    {
+        const json_t *const tokens = json_object_get(value, "tokens");
+        json_t *const ids = json_object_get(value, "ids");
+        bool has = true;
+        for (size_t i = 0; i < json_array_size(tokens); i++)
+            has = new_id(ed, json_array_get(tokens, i), ids, i) && has;
+        if (has)
+            continue;
+        drop_piece(ed, json_object_get(post, "single"), key);
+        drop_piece(ed, json_object_get(post, "pair"), key);
+        (void)json_object_del(map, key);
+        ed->changed = true;
+    }
+}
+
+/* False: it cannot do without a token that is gone. */
+static bool edit_post(struct editor *ed, json_t *post)
+{
+    json_t *const list = json_object_get(post, "processors");
+    json_t *const sep = json_object_get(post, "sep");
+    json_t *const cls = json_object_get(post, "cls");
+
+    for (size_t i = json_array_size(list); i-- > 0;) {
+        json_t *const one = json_array_get(list, i);
+        /* Sequences are not nested. */
+        edit_pieces(ed, one);
+        if (!new_id(ed, json_array_get(json_object_get(one, "sep"), 0),
+                    json_object_get(one, "sep"), 1) ||
+            !new_id(ed, json_array_get(json_object_get(one, "cls"), 0),
+                    json_object_get(one, "cls"), 1)) {
+            (void)json_array_remove(list, i);
+            ed->changed = true;
+        }
+    }
+    edit_pieces(ed, post);
+    return new_id(ed, json_array_get(sep, 0), sep, 1) &&
+           new_id(ed, json_array_get(cls, 0), cls, 1);
+}
+
+/* Tokens without a row that other parts of the file name. */
+static void edit_named(struct editor *ed, json_t *model)
+{
+    json_t *const padding = json_object_get(ed->root, "padding");
+    const json_t *const pad = json_object_get(padding, "pad_token");
+
+    if (ed->v->n_dropped == 0)
+        return;
+    if (!edit_post(ed, json_object_get(ed->root, "post_processor")))
+        put(ed, ed->root, "post_processor", json_null());
+    if (is_dropped(ed->v, json_object_get(model, "unk_token")))
+        put(ed, model, "unk_token", json_null());
+    if (is_dropped(ed->v, pad)) {
+        put(ed, ed->root, "padding", json_null());
+    } else if (is_beyond(ed->v, pad)) {
+        const struct plan_token *const o = plan_vocab_find(
+            ed->v, json_string_value(pad), json_string_length(pad));
+        put(ed, padding, "pad_id", json_integer(o->id));
+    }
+}
+
 static void edit_tokenizer(struct editor *ed)
 {
     struct plan_vocab *const v = ed->v;
@@ -290,6 +391,7 @@ static void edit_tokenizer(struct editor *ed)
     add_ordinary(ed, vocab);
     add_merges(ed, model);
     edit_added(ed);
+    edit_named(ed, model);
     pin_ids(ed, vocab);
 }
 

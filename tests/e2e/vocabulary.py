@@ -323,6 +323,48 @@ def qwen():
     check(len(Model("out").w[EMBED]) == 64, "qwen: 64 rows as asked")
 
 
+def around():
+    """Ids of what a tokenizer writes around a text, of padding and of unknown
+    words follow their tokens, or go with them."""
+    tok = tokenizer(64, ["<x>", "<bos>", "<pad>"])
+    tok["padding"] = {"strategy": "BatchLongest", "pad_id": 66, "pad_type_id": 0,
+                      "pad_token": "<pad>"}
+    tok["model"]["unk_token"] = "<pad>"
+    special = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [special, text],
+                "pair": [special, text], "special_tokens": {
+                    "<bos>": {"id": "<bos>", "ids": [65],
+                              "tokens": ["<bos>"]}}}
+    tok["post_processor"] = {"type": "Sequence", "processors": [
+        {"type": "ByteLevel"}, template]}
+    roberta = json.loads(json.dumps(tok))
+    roberta["post_processor"] = {"type": "RobertaProcessing", "cls":
+                                 ["<s>", 1], "sep": ["<bos>", 65]}
+    for name, t, seed in (("p64", tok, 30), ("r64", roberta, 31)):
+        model(name, 64, t, seed)
+    model("p65", 65, tokenizer(64, ["<bos>"]), 32)
+    merge(linear(["p64"], "p64", "tokenizer_source: base"))
+    out = read("out/tokenizer.json")
+    check(out["post_processor"]["processors"][1] == {
+        **template, "single": [text], "pair": [text], "special_tokens": {}},
+        f"a template without its token: {out['post_processor']}")
+    check(out["padding"] is None and out["model"]["unk_token"] is None,
+          "padding and unknown words without their token")
+    merge(linear(["p64", "p65"], "p64", "tokenizer_source: union"))
+    out = read("out/tokenizer.json")
+    check(Model("out").vocab["<bos>"] == 64 and
+          out["post_processor"]["processors"][1]["single"] == [special, text]
+          and out["post_processor"]["processors"][1]["special_tokens"]
+          ["<bos>"]["ids"] == [64], f"a template: {out['post_processor']}")
+    merge(linear(["r64", "p65"], "r64", "tokenizer_source: union"))
+    check(read("out/tokenizer.json")["post_processor"]["sep"]
+          == ["<bos>", 64], "a pair of token and id")
+    merge(linear(["r64"], "r64", "tokenizer_source: base"))
+    check(read("out/tokenizer.json")["post_processor"] is None,
+          "a pair without its token")
+
+
 def words(text):
     r = run(TVEVAL, "tokenize", text[0], "--json", stdin=text[1], code=0)
     doc = json.loads(r.stdout)
@@ -352,6 +394,7 @@ def main():
     sizes()
     printed()
     qwen()
+    around()
     if os.path.exists(TVEVAL):
         text()
     finish("vocabulary")
