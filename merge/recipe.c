@@ -1374,6 +1374,13 @@ enum tv_err tvm_recipe_load_as(const char *path, const char *method,
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
+    if (tv_path_is_dir(path)) {
+        rc =
+            tv_error_set(err, TV_E_INPUT, "%s is a directory, no recipe", path);
+        tv_error_hint(err, "the recipe comes first, then where the result "
+                           "goes: RECIPE OUT");
+        goto out;
+    }
     rc = tv_file_read(path, TVM_YAML_BYTES_MAX, err, &r->text, &r->n_text);
     if (rc == TV_E_CORRUPT)
         rc = tv_error_set(err, TV_E_USAGE, "%s is no recipe: larger than 1 MiB",

@@ -384,6 +384,14 @@ static enum tv_err meet_files(const struct dir_sink *s, struct tv_error *err)
     for (size_t i = 0; i < n; i++) {
         if (strcmp(names[i], STATE_DIR) == 0)
             continue;
+        if (strcmp(names[i], "data.mdb") == 0) {
+            rc = tv_error_set(err, TV_E_EXISTS, "%s is a store", s->out);
+            tv_error_hint(err,
+                          "'--into NAME --store %s' in place of OUT merges "
+                          "into an object of it",
+                          s->out);
+            break;
+        }
         rc = tv_error_set(err, TV_E_EXISTS,
                           "%s is not empty and not made by tvmerge (it holds "
                           "%s)",

@@ -74,6 +74,15 @@ $ sed -i s/0.3/0.4/ dare.yml && tvmerge run dare.yml dare -q
 2> tvmerge: error: <*>models[ft-prose].parameters.density was 0.3, is 0.4
 2>   hint: --force replaces it
 => 4
+# The wrong way round; a store in place of OUT.
+$ mkdir dir && tvmerge run dir dare.yml
+2> tvmerge: error: dir is a directory, no recipe
+2>   hint: the recipe comes first, then where the result goes: RECIPE OUT
+=> 4
+$ tvmerge run dare.yml s -q
+2> tvmerge: error: s is a store
+2>   hint: '--into NAME --store s' in place of OUT merges into an object of it
+=> 4
 # mergekit takes any density; what it makes of it can be written.
 $ sed 's/density: 0.4/density: [1.2, -1]/' dare.yml > beyond.yml && tvmerge plan beyond.yml
 2> beyond.yml:4:<n>: error: parameter 'density': 1.2 is not between 0 and 1; mergekit takes it as 1: write that
