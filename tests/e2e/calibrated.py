@@ -182,13 +182,15 @@ def stop_behind_masks(argv, out, wait):
     time.sleep(wait)
     while p.poll() is None:
         p.send_signal(signal.SIGSTOP)
+        t0 = time.monotonic()
         s = json.loads(run(TVMERGE, "status", out, "--json").stdout)
         c = s.get("calibration")
         if c and c["made"] == c["masks"] and s["n_done"] > 0:
             p.kill()
             break
         p.send_signal(signal.SIGCONT)
-        time.sleep(0.005)
+        # Where looking is slow, so is the merge.
+        time.sleep(max(0.005, (time.monotonic() - t0) / 5))
     p.wait()
     return (os.path.exists(f"{out}/.tvmerge/journal") and
             not os.path.exists(f"{out}/tvmerge.json"))
