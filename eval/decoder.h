@@ -328,10 +328,11 @@ TV_NODISCARD enum tv_err tve_there_work(tve_model *m, size_t bytes,
                                         struct tv_error *err);
 TV_NODISCARD enum tv_err tve_there_sync(tve_model *m, struct tv_error *err);
 /* Rows of the table (ids [rows]), scaled by the spec, to [rows, embed_dim];
- * they are read here. */
-TV_NODISCARD enum tv_err tve_there_embed(tve_model *m, const int32_t *ids,
-                                         size_t rows, float *to,
-                                         struct tv_error *err);
+ * they are read here, unless the table is there. */
+TV_NODISCARD enum tv_err tve_there_embed(tve_model *m,
+                                         const struct tve_batch_there *b,
+                                         const int32_t *ids, size_t rows,
+                                         float *to, struct tv_error *err);
 /* h += the first `longest` positions' rows; room [longest, hidden]. */
 TV_NODISCARD enum tv_err tve_there_positions(tve_model *m,
                                              const struct tve_batch_there *b,

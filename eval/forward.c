@@ -549,8 +549,8 @@ static enum tv_err embed_there(struct batch *b, struct tv_error *err)
     const struct tve_param *const g = b->m->globals;
     const bool projected = g[TVE_PROJECT_IN].w.t;
 
-    TV_TRY(
-        tve_there_embed(b->m, b->ids, b->rows, projected ? b->x : b->h, err));
+    TV_TRY(tve_there_embed(b->m, &b->there, b->ids, b->rows,
+                           projected ? b->x : b->h, err));
     if (projected) {
         const struct tve_linear l = {&g[TVE_PROJECT_IN], b->x, s->embed_dim,
                                      b->h, s->hidden};

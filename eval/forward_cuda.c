@@ -108,7 +108,8 @@ static uint64_t there_is(const struct tve_device *d)
 {
     uint64_t bytes = tvk_cuda_left(d->cuda) + 2 * d->weights.bytes +
                      2 * d->outputs.bytes + d->raw[0].bytes + d->raw[1].bytes +
-                     d->logits.bytes + d->batch.bytes + d->work.bytes;
+                     d->logits.bytes + d->batch.bytes + d->work.bytes +
+                     tve_device_resident_bytes(d);
 
     for (size_t i = 0; i < d->n_kept; i++)
         bytes += d->kept[i].piece.bytes;
@@ -135,6 +136,12 @@ enum tv_err tve_there_fits(const tve_model *m, size_t floats, size_t rows,
                         (unsigned long long)left);
 }
 
+/* Every allocation may be rounded up. */
+static uint64_t weights_slack(const tve_model *m)
+{
+    return (m->spec.n_layers * TVE_SLOTS + TVE_GLOBALS) * (uint64_t)ALIGN;
+}
+
 enum tv_err tve_there_rows(tve_model *m, size_t floats, size_t longest,
                            size_t group, bool walk, size_t *out,
                            struct tv_error *err)
@@ -155,8 +162,17 @@ enum tv_err tve_there_rows(tve_model *m, size_t floats, size_t longest,
         others += (d->outputs.bytes ? 0 : 2 * d->logits.bytes) +
                   PIECE * wide * sizeof(float);
     left = left > others ? left - others : 0;
-    if (walk) /* who looks at inputs needs the other half */
+    if (walk) { /* who looks at inputs needs the other half */
         left /= 2;
+    } else { /* weights stay where batches lose less than half by it */
+        const uint64_t all = tve_device_weight_bytes(m) + weights_slack(m);
+        const uint64_t there = tve_device_resident_bytes(d);
+        const uint64_t more = all > there ? all - there : 0;
+
+        d->keeps = there > 0 || more <= left / 2;
+        if (d->keeps)
+            left = left > more ? left - more : 0;
+    }
     *out = left > shared ? (size_t)((left - shared) / row_bytes(floats)) : 0;
     return TV_OK;
 }
@@ -342,9 +358,31 @@ out:
     return rc;
 }
 
-enum tv_err tve_there_embed(tve_model *m, const int32_t *ids, size_t rows,
-                            float *to, struct tv_error *err)
+enum tv_err tve_there_embed(tve_model *m, const struct tve_batch_there *b,
+                            const int32_t *ids, size_t rows, float *to,
+                            struct tv_error *err)
 {
+    const struct tve_resident *const table =
+        tve_device_table(m->device, m, &m->globals[TVE_EMBED].w, m->spec.vocab);
+
+    if (table) { /* as the output head's weight: only ids travel */
+        const struct tvk_cuda_lookup l = {.dst = tve_there(to),
+                                          .table = table->piece.at,
+                                          .index = b->index,
+                                          .type = !table->raw ? TVK_LOOKUP_F32
+                                                  : table->dtype == TV_BF16
+                                                      ? TVK_LOOKUP_BF16
+                                                      : TVK_LOOKUP_F16,
+                                          .rows = rows,
+                                          .n = m->spec.embed_dim,
+                                          .scale = m->spec.embed_scale};
+        enum tv_err rc = tvk_cuda_upload(stream_of(m), b->index, ids,
+                                         rows * sizeof(*ids), err);
+
+        if (rc == TV_OK)
+            rc = tvk_cuda_look_up(m->device->math, &l, err);
+        return rc == TV_OK ? tve_there_sync(m, err) : rc;
+    }
     return bring_rows(m, &m->globals[TVE_EMBED].w, ids, 0, rows,
                       m->spec.embed_dim, to, err);
 }

@@ -13,7 +13,8 @@
  * the groups alone: x that does not fit goes in several slices of whole pieces,
  * weights then once for each, and no result depends on it. So it is when the
  * activations of a batch have no room there; else they stay there between the
- * layers (forward_cuda.c, and the end of this file). Not run on a GPU so far
+ * layers (forward_cuda.c, and the end of this file), and weights stay there too
+ * for later batches if there is room for all. Not run on a GPU so far
  * (tv/cuda_math.h).
  */
 #include <string.h>
@@ -107,6 +108,10 @@ void tve_device_shrink(struct tve_device *d)
     for (size_t i = 0; i < d->n_kept; i++)
         piece_free(d, &d->kept[i].piece);
     d->n_kept = 0;
+    for (size_t i = 0; i < d->n_residents; i++)
+        piece_free(d, &d->residents[i].piece);
+    d->n_residents = 0;
+    d->keeps = false;
 }
 
 void tve_device_close(struct tve_device *d)
@@ -115,6 +120,7 @@ void tve_device_close(struct tve_device *d)
         return;
     tve_device_shrink(d);
     tv_free(d->kept);
+    tv_free(d->residents);
     tv_free(d);
 }
 
@@ -541,6 +547,98 @@ out:
     return rc;
 }
 
+/* ---- weights that stay --------------------------------------------------- */
+
+static uint64_t stored_bytes(const struct tve_param *p)
+{
+    const enum tv_dtype t = p->w.t ? p->w.t->dtype : TV_F32;
+    const bool raw = p->w.n_changes == 0 && (t == TV_BF16 || t == TV_F16);
+
+    return p->w.t && p->w.t->rank == 2 ? p->w.t->n_elems * (raw ? 2 : 4) : 0;
+}
+
+uint64_t tve_device_weight_bytes(const tve_model *m)
+{
+    uint64_t bytes = stored_bytes(&m->globals[TVE_HEAD]);
+
+    for (size_t i = 0; i < m->spec.n_layers * TVE_SLOTS; i++)
+        bytes += stored_bytes(&m->layers[i]);
+    for (int i = TVE_PROJECT_IN; i <= TVE_PROJECT_OUT; i++)
+        bytes += stored_bytes(&m->globals[i]);
+    return bytes;
+}
+
+uint64_t tve_device_resident_bytes(const struct tve_device *d)
+{
+    uint64_t bytes = 0;
+
+    for (size_t i = 0; i < d->n_residents; i++)
+        bytes += d->residents[i].piece.bytes;
+    return bytes;
+}
+
+static struct tve_resident *resident_of(const struct tve_device *d,
+                                        const struct tv_input_tensor *t)
+{
+    for (size_t i = 0; i < d->n_residents; i++)
+        if (d->residents[i].t == t)
+            return &d->residents[i];
+    return NULL;
+}
+
+const struct tve_resident *tve_device_table(const struct tve_device *d,
+                                            const tve_model *m,
+                                            const struct tve_weight *w,
+                                            size_t rows)
+{
+    const struct tve_resident *const r = resident_of(d, w->t);
+    const size_t each = tve_tile_rows(w->cols, w->rows);
+
+    return r && r->piece.at && r->n_there * each >= rows &&
+                   !tve_is_replaced(m, w->t)
+               ? r
+               : NULL;
+}
+
+/* Room for the weight of j, made by the first call; NULL: it does not stay. */
+static enum tv_err resident_for(struct tve_device *d, const tve_model *m,
+                                const struct tve_job *j,
+                                struct tve_resident **out, struct tv_error *err)
+{
+    const struct tv_input_tensor *const t = j->item->p->w.t;
+    struct tve_resident *r = resident_of(d, t);
+    enum tv_err rc = TV_OK;
+
+    *out = NULL;
+    if (!d->keeps || tve_is_replaced(m, t))
+        return TV_OK;
+    if (!r) {
+        if (d->n_residents == d->cap_residents) {
+            const size_t cap = d->cap_residents ? 2 * d->cap_residents : 64;
+            struct tve_resident *const more = tv_calloc(cap, sizeof(*more));
+            if (!more)
+                return tv_error_set(err, TV_E_NOMEM, "out of memory");
+            if (d->n_residents > 0)
+                memcpy(more, d->residents, d->n_residents * sizeof(*more));
+            tv_free(d->residents);
+            d->residents = more;
+            d->cap_residents = cap;
+        }
+        r = &d->residents[d->n_residents++];
+        *r = (struct tve_resident){
+            .t = t, .raw = is_raw(j), .dtype = j->rows.view.dtype};
+        rc = tve_piece_need(d, &r->piece, j->in * j->out * (r->raw ? 2 : 4),
+                            "weights", err);
+        if (rc == TV_E_BUDGET) { /* the device has less than it may have */
+            tv_error_clear(err);
+            rc = TV_OK;
+        }
+    }
+    if (rc == TV_OK && r->piece.at)
+        *out = r;
+    return rc;
+}
+
 /* The k-th tile of j in *at, ready for products. */
 static enum tv_err next_tile(struct tve_device *d, const struct tve_run *r,
                              const struct tve_job *j, size_t k,
@@ -548,14 +646,38 @@ static enum tv_err next_tile(struct tve_device *d, const struct tve_run *r,
                              struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    tvk_cuda_stream *const stream = tvk_cuda_math_stream(d->math);
     const int i = (int)(d->n_tiles++ % 2);
     const size_t out0 = k * j->tile_rows, left = j->out - out0;
+    struct tve_resident *stays = NULL;
 
     *tile = (struct tile){j, out0, left < j->tile_rows ? left : j->tile_rows,
                           is_raw(j), d->weights.host[i]};
-    TV_TRY(bring_tile(d, r, tile, i, err));
-    TV_TRY(tvk_cuda_sync(tvk_cuda_math_stream(d->math), err));
     *at = d->weights.device[i];
+    TV_TRY(resident_for(d, r->m, j, &stays, err));
+    const size_t n = tile->n_out * j->in, each = stays && !stays->raw ? 4 : 2;
+    const tvk_cuda_ptr there =
+        stays ? stays->piece.at + out0 * j->in * each : 0;
+    if (stays && k < stays->n_there) {
+        d->n_queued++;
+        if (!stays->raw)
+            *at = there;
+        else
+            TV_TRY(tvk_cuda_widen(d->math, stays->dtype == TV_BF16, *at, there,
+                                  n, err));
+        goto out;
+    }
+    /* Of what is queued, the last tile alone has other buffers. */
+    if (d->n_queued > 1)
+        TV_TRY(tvk_cuda_sync(stream, err));
+    TV_TRY(bring_tile(d, r, tile, i, err));
+    TV_TRY(tvk_cuda_sync(stream, err));
+    d->n_queued = 1;
+    if (stays && k == stays->n_there) {
+        TV_TRY(tvk_cuda_copy(stream, there, tile->raw ? d->raw[i].at : *at,
+                             n * each, err));
+        stays->n_there++;
+    }
 out:
     return rc;
 }

@@ -69,6 +69,14 @@ struct tve_kept { /* a norm's weight or a bias, fp32 */
     bool replaced; /* it was when this was read: read it again */
 };
 
+struct tve_resident { /* a weight whose tiles stay, one behind the other */
+    const struct tv_input_tensor *t;
+    struct tve_piece piece; /* 0 bytes: there was no room */
+    size_t n_there;         /* tiles, from the first */
+    bool raw;               /* 16 bits, of this type; else fp32 */
+    enum tv_dtype dtype;
+};
+
 struct tve_device {
     tvk_cuda *cuda;
     tvk_cuda_math *math;
@@ -79,7 +87,11 @@ struct tve_device {
     struct tve_piece work;   /* of who looks at them */
     struct tve_kept *kept;   /* [n_kept, cap_kept] */
     size_t n_kept, cap_kept;
-    size_t n_tiles; /* brought so far: their parity names the buffers */
+    size_t n_tiles;  /* so far: their parity names the buffers */
+    size_t n_queued; /* of them, since the stream was waited for */
+    bool keeps;      /* weights have room to stay */
+    struct tve_resident *residents; /* [n_residents, cap_residents] */
+    size_t n_residents, cap_residents;
     bool host_only; /* activations did not fit: they stay on the host */
     struct tv_error why;
 };
@@ -93,6 +105,14 @@ TV_NODISCARD enum tv_err tve_device_buffers(struct tve_device *d,
                                             struct tv_error *err);
 /* Of them, there. */
 uint64_t tve_device_buffer_bytes(const tve_model *m, bool logits);
+/* Bytes of all weights as they would stay, of those that do. */
+uint64_t tve_device_weight_bytes(const tve_model *m);
+uint64_t tve_device_resident_bytes(const struct tve_device *d);
+/* The table if its first `rows` rows are there; else NULL. */
+const struct tve_resident *tve_device_table(const struct tve_device *d,
+                                            const tve_model *m,
+                                            const struct tve_weight *w,
+                                            size_t rows);
 /* A whole small weight on the device, kept there; 0 when the model has none. */
 TV_NODISCARD enum tv_err tve_device_param(struct tve_device *d, tve_model *m,
                                           const struct tve_weight *w,

@@ -11,9 +11,7 @@
 #ifndef TVK_CU_EVAL_H
 #define TVK_CU_EVAL_H
 
-#include "cu_hd.h"
-
-#include <math.h>
+#include "cu_ops.h"
 
 /* Threads of a row: of reductions, of the rest. */
 #define TVK_CU_ROW_LANES 64u
@@ -193,6 +191,35 @@ TVK_HD void tvk_cu_rows_take(const struct tvk_cu_place *at,
         float *const dst = a->dst + r * a->ld;
         for (uint64_t i = at->thread; i < a->n; i += at->n_threads)
             dst[i] = a->add ? dst[i] + src[i] : src[i];
+    }
+}
+
+struct tvk_cu_lookup { /* row r is row index[r] of the table, scaled */
+    float *dst;        /* [rows, n] */
+    const void *table; /* [.., n] of fp32 (0), bf16 (1) or fp16 (2) */
+    const uint32_t *index;
+    uint64_t rows, n;
+    float scale;
+    uint32_t type;
+};
+
+TVK_HD void tvk_cu_look_up(const struct tvk_cu_place *at,
+                           const struct tvk_cu_lookup *a)
+{
+    for (uint64_t r = at->block; r < a->rows; r += at->n_blocks) {
+        const uint64_t from = a->index[r] * a->n;
+        float *const dst = a->dst + r * a->n;
+        for (uint64_t i = at->thread; i < a->n; i += at->n_threads) {
+            float x = 0.0f;
+            if (a->type == 0) {
+                x = ((const float *)a->table)[from + i];
+            } else {
+                const uint16_t h = ((const uint16_t *)a->table)[from + i];
+                x = tvk_cu_float(a->type == 1 ? tvk_cu_of_bf16(h)
+                                              : tvk_cu_of_f16(h));
+            }
+            dst[i] = a->scale == 1.0f ? x : x * a->scale;
+        }
     }
 }
 
@@ -473,6 +500,7 @@ TVK_HD void tvk_cu_squares_body(const struct tvk_cu_place *at,
     ELEMENTS(tv_rows_add, tvk_cu_rows, tvk_cu_rows_add)                        \
     ELEMENTS(tv_rows_copy, tvk_cu_rows, tvk_cu_rows_copy)                      \
     ELEMENTS(tv_rows_take, tvk_cu_take_rows, tvk_cu_rows_take)                 \
+    ELEMENTS(tv_look_up, tvk_cu_lookup, tvk_cu_look_up)                        \
     ELEMENTS(tv_act, tvk_cu_act, tvk_cu_act_body)                              \
     ELEMENTS(tv_rotate, tvk_cu_rotate, tvk_cu_rotate_body)                     \
     ELEMENTS(tv_heads, tvk_cu_heads, tvk_cu_heads_body)                        \

@@ -109,6 +109,23 @@ enum tv_err tvk_cuda_take_rows(tvk_cuda_math *m, const struct tvk_cuda_rows *a,
                            TVK_CU_ROW_WIDE, 0, &k, err);
 }
 
+enum tv_err tvk_cuda_look_up(tvk_cuda_math *m, const struct tvk_cuda_lookup *a,
+                             struct tv_error *err)
+{
+    struct tvk_cu_lookup k = {.dst = tvk_cuda_address(a->dst),
+                              .table = tvk_cuda_address(a->table),
+                              .index = tvk_cuda_address(a->index),
+                              .rows = a->rows,
+                              .n = a->n,
+                              .scale = a->scale,
+                              .type = (uint32_t)a->type};
+
+    if (a->rows == 0)
+        return TV_OK;
+    return tvk_cuda_launch(m->stream, "tv_look_up", blocks_for(a->rows), 1,
+                           TVK_CU_ROW_WIDE, 0, &k, err);
+}
+
 enum tv_err tvk_cuda_act_rows(tvk_cuda_math *m, enum tvk_cuda_act_type act,
                               tvk_cuda_ptr x, tvk_cuda_ptr gate_by, size_t rows,
                               size_t n, size_t ld, struct tv_error *err)

@@ -198,6 +198,46 @@ static void test_rows(void **state)
     drop(&index);
 }
 
+static void test_lookup(void **state)
+{
+    enum { ROWS = 5, TABLE = 7, N = 140 };
+    struct there dst = normal((size_t)ROWS * N, 23);
+    struct there table = normal((size_t)TABLE * N, 24);
+    struct there index = normal(ROWS, 25);
+    const uint32_t take[ROWS] = {6, 0, 3, 3, 1};
+
+    (void)state;
+    memcpy(index.x, take, sizeof take);
+    send(&index);
+    for (unsigned type = 0; type < 3; type++) {
+        const struct tvk_cuda_lookup l = {
+            dst.at, table.at, index.at, (enum tvk_cuda_lookup_type)type,
+            ROWS,   N,        2.5f};
+
+        assert_ok(tvk_cuda_look_up(math, &l, &err), &err);
+        float *const got = fetch(&dst);
+        for (size_t i = 0; i < (size_t)ROWS * N; i++) {
+            const size_t from = take[i / N] * (size_t)N + i % N;
+            float want = table.x[from];
+            uint64_t n_bad = 0;
+
+            if (type > 0) {
+                const uint16_t *const half =
+                    (const uint16_t *)(const void *)table.x + from;
+                const struct tvk_table *const k = tvk_table_for(TVK_REF);
+                n_bad = type == 1 ? k->bf16_to_f32(&want, half, 1)
+                                  : k->f16_to_f32(&want, half, 1);
+            }
+            if (n_bad == 0)
+                assert_true(got[i] == want * 2.5f);
+        }
+        free(got);
+    }
+    drop(&dst);
+    drop(&table);
+    drop(&index);
+}
+
 static void test_rotation(void **state)
 {
     enum { ROWS = 4, HEADS = 3, STEP = 20, HALF = 7, LD = 64, POSITIONS = 9 };
@@ -437,10 +477,10 @@ static void test_losses(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_norms),   cmocka_unit_test(test_activations),
-        cmocka_unit_test(test_rows),    cmocka_unit_test(test_rotation),
-        cmocka_unit_test(test_squares), cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_losses),
+        cmocka_unit_test(test_norms),     cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_rows),      cmocka_unit_test(test_rotation),
+        cmocka_unit_test(test_lookup),    cmocka_unit_test(test_squares),
+        cmocka_unit_test(test_attention), cmocka_unit_test(test_losses),
     };
 
     device = cuda_device_open();

@@ -146,7 +146,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct range *memory, *pinned;
 static size_t n_devices = 1, total_bytes = 64u << 20;
 static size_t used_bytes, most_bytes, n_pinned;
-static size_t pinned_bytes, most_pinned_bytes;
+static size_t pinned_bytes, most_pinned_bytes, uploaded_bytes;
 static unsigned long lose_at, kill_at, n_launches;
 static unsigned long full_at, full_for, n_allocs;
 static unsigned n_streams, most_streams; /* with work waiting */
@@ -268,6 +268,7 @@ void fake_cuda_set(const struct fake_cuda *f)
     lose_at = f->lose_at;
     is_lost = false;
     n_launches = 0;
+    uploaded_bytes = 0;
     most_streams = 0;
     most_bytes = used_bytes;
     most_pinned_bytes = pinned_bytes;
@@ -285,6 +286,7 @@ void fake_cuda_get(struct fake_cuda *f)
                             .pinned_bytes = pinned_bytes,
                             .most_pinned_bytes = most_pinned_bytes,
                             .n_launches = n_launches,
+                            .uploaded_bytes = uploaded_bytes,
                             .most_streams = most_streams};
     (void)pthread_mutex_unlock(&mutex);
 }
@@ -486,6 +488,7 @@ tvk_cu_result cuMemcpyHtoDAsync_v2(tvk_cu_ptr to, const void *from,
     (void)pthread_mutex_lock(&mutex);
     if (!within(memory, address(to), bytes))
         return locked(INVALID);
+    uploaded_bytes += bytes;
     return locked(copy(address(to), from, bytes, from, s));
 }
 

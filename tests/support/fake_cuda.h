@@ -16,6 +16,7 @@ struct fake_cuda {
     size_t used_bytes, most_bytes, n_pinned;
     size_t pinned_bytes, most_pinned_bytes;
     unsigned long n_launches; /* done, since the last set */
+    size_t uploaded_bytes;    /* asked for, since the last set */
     unsigned most_streams;    /* with work waiting at the same time */
 };
 /* Symbols of the library. `set` also brings a lost device back. */

@@ -57,6 +57,18 @@ TV_NODISCARD enum tv_err tvk_cuda_take_rows(tvk_cuda_math *m,
                                             tvk_cuda_ptr index, bool add,
                                             struct tv_error *err);
 
+/* dst [rows, n] = scale * row index[r] of a table as it is stored. */
+enum tvk_cuda_lookup_type { TVK_LOOKUP_F32, TVK_LOOKUP_BF16, TVK_LOOKUP_F16 };
+struct tvk_cuda_lookup {
+    tvk_cuda_ptr dst, table, index; /* index: 32 bits */
+    enum tvk_cuda_lookup_type type;
+    size_t rows, n;
+    float scale;
+};
+TV_NODISCARD enum tv_err tvk_cuda_look_up(tvk_cuda_math *m,
+                                          const struct tvk_cuda_lookup *a,
+                                          struct tv_error *err);
+
 /* x [rows, n] = act(x); times gate_by of the same stride, unless 0. */
 TV_NODISCARD enum tv_err tvk_cuda_act_rows(tvk_cuda_math *m,
                                            enum tvk_cuda_act_type act,
