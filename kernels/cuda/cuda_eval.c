@@ -173,7 +173,10 @@ static size_t score_floats(size_t length, size_t rows, size_t n_heads)
     const size_t one = QUERIES * length;
     const size_t some = one > SCORES ? one : SCORES;
 
-    return some / length / n_heads < rows ? some : length * rows * n_heads;
+    const size_t all =
+        some / length / n_heads < rows ? some : length * rows * n_heads;
+
+    return (all + 63) / 64 * 64; /* addresses follow */
 }
 
 static size_t array_bytes(size_t rows, size_t n_heads)
