@@ -16,20 +16,12 @@
 #include "tmpdir.h"
 #include "tv/alloc.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-
 #define ROWS 1024
 #define COLS 1100 /* F32: more than what a helper is worth it for */
 
 static _Thread_local bool slow; /* the next unlock of this thread */
 
-#ifndef SANITIZED
+#if !TEST_SANITIZED
 int pthread_mutex_unlock(pthread_mutex_t *mutex)
 {
     static int (*next)(pthread_mutex_t *);
@@ -104,7 +96,7 @@ static void what_is_known_is_right(void **state)
 static void a_late_importer_finds_its_work(void **state)
 {
     (void)state;
-#ifdef SANITIZED
+#if TEST_SANITIZED
     skip(); /* sanitizers have the function themselves */
 #endif
     (void)alarm(60); /* a hang is a failure */

@@ -79,13 +79,8 @@ static void free_pages_go(void **state)
 static void works_in_a_limited_address_space(void **state)
 {
     struct fx *f = (struct fx *)*state;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    skip(); /* sanitizers need more address space than the limit */
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-    skip();
-#endif
-#endif
+    if (TEST_SANITIZED)
+        skip(); /* sanitizers need more address space than the limit */
     half_empty(f);
     fx_close(f);
     const pid_t pid = fork();

@@ -227,7 +227,7 @@ static void what_is_no_mask_is_refused(void **state)
 /* mask.h says how much: CRoaring does not use our allocator. */
 static void open_chunks_take_little(void **state)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if TEST_SANITIZED
     (void)state;
     skip(); /* their allocators do not fill mallinfo2 */
 #else

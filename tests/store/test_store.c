@@ -447,13 +447,8 @@ static int open_in_small_space(const char *path, int ready, int go)
 static void map_fits_an_address_space_limit(void **state)
 {
     struct fx *f = (struct fx *)*state;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    skip(); /* sanitizers need more address space than the limit */
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-    skip();
-#endif
-#endif
+    if (TEST_SANITIZED)
+        skip(); /* sanitizers need more address space than the limit */
     assert_ok(fx_object(f->s, "m", 5, 300, &f->err), &f->err);
     fx_close(f);
     struct child c = child_start(open_in_small_space, f->path);

@@ -16,6 +16,19 @@
 
 #include "tv/error.h"
 
+/* 1 under ASan or TSan, which need address space, replace the allocator and
+ * wrap functions: a test that cannot live with that skips. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define TEST_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define TEST_SANITIZED 1
+#endif
+#endif
+#ifndef TEST_SANITIZED
+#define TEST_SANITIZED 0
+#endif
+
 /* expr must be TV_OK; shows the message of err (struct tv_error *) if not. */
 #define assert_ok(expr, err)                                                   \
     test_check_code(#expr, (expr), TV_OK, (err), __FILE__, __LINE__)
