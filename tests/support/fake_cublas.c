@@ -9,6 +9,7 @@
  * parts by its shape, as the real one chooses kernels by it: whoever promises
  * the same bits must ask for the same products.
  */
+#include <stdint.h>
 #include <stdlib.h>
 
 #include "cuda/cuda_blas_abi.h"
@@ -172,6 +173,9 @@ tvk_cb_status cublasSgemmBatched(tvk_cb_handle h, tvk_cb_op ta, tvk_cb_op tb,
     const struct handle *const x = h;
     const size_t bytes = (size_t)n_problems * sizeof(void *);
 
+    /* A device is lost by addresses that are not aligned. */
+    if (((uintptr_t)a | (uintptr_t)b | (uintptr_t)c) % sizeof(void *) != 0)
+        return INVALID;
     if (!is_ready(x) || n_problems < 1 || !fake_holds(a, bytes) ||
         !fake_holds(b, bytes) || !fake_holds(c, bytes))
         return INVALID;
