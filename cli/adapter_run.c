@@ -22,15 +22,16 @@ json_t *tvc_adapter_result_json(const char *schema, const char *out,
                                 const struct tvm_result *r)
 {
     char hex[33];
-    return json_pack(
-        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:s, s:o}", "schema", schema,
-        "out", tvc_json_string(out), "n_tensors", tvc_json_u64(r->n_tensors),
-        "n_resumed", tvc_json_u64(r->n_resumed), "bytes_read",
-        tvc_json_u64(r->bytes_read), "bytes_written",
-        tvc_json_u64(r->bytes_written), "seconds", tvc_json_real(r->seconds),
-        "peak_scratch_bytes", tvc_json_u64(r->peak_scratch_bytes), "digest",
-        tv_hash_hex(r->digest, hex), "already_done",
-        json_boolean(r->already_done));
+    return json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:s, s:o}",
+                     "schema", schema, "out", tvc_json_string(out), "n_tensors",
+                     tvc_json_u64(r->n_tensors), "n_resumed",
+                     tvc_json_u64(r->n_resumed), "bytes_read",
+                     tvc_json_u64(r->bytes_read), "bytes_written",
+                     tvc_json_u64(r->bytes_written), "seconds",
+                     tvc_json_measured(r->seconds), "peak_scratch_bytes",
+                     tvc_json_u64(r->peak_scratch_bytes), "digest",
+                     tv_hash_hex(r->digest, hex), "already_done",
+                     json_boolean(r->already_done));
 }
 
 void tvc_adapter_summary(struct tvc *c, const char *out,

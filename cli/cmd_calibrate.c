@@ -283,14 +283,14 @@ static void report(const struct job *j, double seconds)
         (void)json_object_update(doc, j->about);
         (void)json_object_del(doc, "type");
         (void)json_object_update_new(
-            doc,
-            json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "store",
-                      tv_store_path(j->store), "key", hex, "tokens",
-                      tvc_json_u64(j->samples.n_tokens), "n_inputs",
-                      tvc_json_u64(n), "n_resumed", tvc_json_u64(u->n_found),
-                      "n_computed", tvc_json_u64(u->n_computed), "bytes",
-                      tvc_json_u64(bytes), "seconds", tvc_json_real(seconds),
-                      "tokens_per_second", tvc_json_real(rate)));
+            doc, json_pack(
+                     "{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "store",
+                     tv_store_path(j->store), "key", hex, "tokens",
+                     tvc_json_u64(j->samples.n_tokens), "n_inputs",
+                     tvc_json_u64(n), "n_resumed", tvc_json_u64(u->n_found),
+                     "n_computed", tvc_json_u64(u->n_computed), "bytes",
+                     tvc_json_u64(bytes), "seconds", tvc_json_measured(seconds),
+                     "tokens_per_second", tvc_json_measured(rate)));
         tvc_out_json(&c->out, doc);
         return;
     }

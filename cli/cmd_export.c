@@ -208,7 +208,7 @@ static int run(struct tvc *c)
                                         tvc_json_string(c->pos[2]), "n_tensors",
                                         tvc_json_u64(t.n_tensors), "bytes",
                                         tvc_json_u64(t.bytes), "seconds",
-                                        tvc_json_real(seconds)));
+                                        tvc_json_measured(seconds)));
     else
         tvc_say(&c->out, "exported %s to %s: %zu tensors, %s in %s", c->pos[1],
                 c->pos[2], t.n_tensors,

@@ -90,7 +90,7 @@ static void print_result(struct tvc *c, const struct tv_transfer *t,
                                tvc_json_u64(t->n_resumed), "bytes",
                                tvc_json_u64(t->bytes), "bytes_shared",
                                tvc_json_u64(t->bytes_shared), "linked", t->link,
-                               "seconds", tvc_json_real(seconds)));
+                               "seconds", tvc_json_measured(seconds)));
         return;
     }
     tvc_say(&c->out, "%s %s: %zu tensors, %s%s%s%s in %s",

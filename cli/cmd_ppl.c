@@ -156,7 +156,7 @@ static void document(const struct job *j, const char *hash)
         tvc_json_u64(j->results[0].context), "bos",
         o->eval.ppl.bos < 0 ? json_null() : json_integer(o->eval.ppl.bos),
         "tokenizer_hash", *hash ? json_string(hash) : json_null(), "texts",
-        texts, "tokens_per_second", tvc_json_real(rate(j)));
+        texts, "tokens_per_second", tvc_json_measured(rate(j)));
     if (c->cuda) {
         char name[32];
 

@@ -180,8 +180,9 @@ static void document(struct tvc *c, const struct tvc_merge *m,
         o->out_dir ? tvc_json_string(o->out_dir) : json_null(), "n_tensors",
         tvc_json_u64(r->n_tensors), "n_resumed", tvc_json_u64(r->n_resumed),
         "bytes_read", tvc_json_u64(r->bytes_read), "bytes_written",
-        tvc_json_u64(r->bytes_written), "seconds", tvc_json_real(r->seconds),
-        "peak_scratch_bytes", tvc_json_u64(r->peak_scratch_bytes), "digest",
+        tvc_json_u64(r->bytes_written), "seconds",
+        tvc_json_measured(r->seconds), "peak_scratch_bytes",
+        tvc_json_u64(r->peak_scratch_bytes), "digest",
         tv_hash_hex(r->digest, hex));
     if (o->into)
         (void)json_object_set_new(doc, "into", tvc_json_string(o->into));
@@ -223,7 +224,7 @@ static void document(struct tvc *c, const struct tvc_merge *m,
             tvc_json_u64(u->n_damped), "most_damping",
             tvc_json_real(u->most_damping), "layers_uncorrected",
             tvc_json_u64(u->n_uncorrected), "random", u->random, "seconds",
-            tvc_json_real(u->seconds)));
+            tvc_json_measured(u->seconds)));
     (void)json_object_set_new(doc, "problems",
                               tvc_problems_json(&m->problems, false));
     if (m->stages)

@@ -131,7 +131,7 @@ static enum tv_err score(struct tvc_compare *p, struct entry *e)
     tvc_subject_told(c, model);
     tvc_record_put(p, e, "geometric_mean",
                    tvc_json_real(exp(logs / (double)o->n_texts)));
-    tvc_record_put(p, e, "eval_seconds", tvc_json_real(tvc_seconds() - t0));
+    tvc_record_put(p, e, "eval_seconds", tvc_json_measured(tvc_seconds() - t0));
     tvc_record_put(p, e, "bos",
                    ppl.bos < 0 ? json_null() : json_integer(ppl.bos));
     tvc_record_put(p, e, "texts", json_incref(texts));
@@ -257,7 +257,7 @@ static json_t *calibration_json(const struct tvm_calibration_use *u)
     return json_pack(
         "{s:o, s:o, s:o, s:o}", "models", tvc_json_u64(u->n_models),
         "masks_made", tvc_json_u64(u->n_made), "masks_found",
-        tvc_json_u64(u->n_found), "seconds", tvc_json_real(u->seconds));
+        tvc_json_u64(u->n_found), "seconds", tvc_json_measured(u->seconds));
 }
 
 static enum tv_err merge(struct tvc_compare *p, struct entry *e)
@@ -302,7 +302,7 @@ static enum tv_err merge(struct tvc_compare *p, struct entry *e)
         goto out; /* made again to be kept: its figures are there */
     TV_TRY(size_of(p, e, &disk));
     tvc_record_put(p, e, "seconds",
-                   r.already_done ? json_null() : tvc_json_real(r.seconds));
+                   r.already_done ? json_null() : tvc_json_measured(r.seconds));
     tvc_record_put(p, e, "peak_memory_bytes",
                    r.already_done ? json_null()
                                   : tvc_json_u64(r.peak_scratch_bytes));

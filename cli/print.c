@@ -665,3 +665,8 @@ json_t *tvc_json_real(double v)
 {
     return isfinite(v) ? json_real(v) : json_null();
 }
+
+json_t *tvc_json_measured(double v)
+{
+    return tvc_json_real(round(v * 1e4) / 1e4);
+}

@@ -131,5 +131,8 @@ json_t *tvc_json_string(const char *s);
 json_t *tvc_json_u64(uint64_t v);
 /* null for NaN and infinities, which JSON has not. */
 json_t *tvc_json_real(double v);
+/* A time or a rate, to a tenth of a millisecond: what the clock says shall not
+ * decide with how many digits the other numbers of a document are written. */
+json_t *tvc_json_measured(double v);
 
 #endif
