@@ -31,7 +31,12 @@ def run(bench):
     store, copy, out = (bench.path(p) for p in ("bench.tvs", "copy", "out"))
     seconds = {k: [] for k in ("import", "verify", "export", "copy", "read")}
     cpu = {k: [] for k in ("import", "verify", "export")}
-    common.prime([weights], bench.scratch)
+
+    def primed(f, *argv):
+        """Whoever writes first after memory went back to a hypervisor pays for
+        getting it again, up to four times its own time: nobody does here."""
+        common.prime([weights], bench.scratch)
+        return f(*argv)
 
     def timed(what, *argv):
         t = common.Timed([tvstore, *argv, "--progress=none", "--quiet"])
@@ -41,13 +46,14 @@ def run(bench):
     for _ in bench.rounds():
         shutil.rmtree(store, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
-        seconds["copy"].append(common.clock(common.copy_synced, weights, copy))
+        seconds["copy"].append(
+            primed(common.clock, common.copy_synced, weights, copy))
         os.unlink(copy)
         common.Timed([tvstore, "init", store])
-        timed("import", "import", store, "base", model)
+        primed(timed, "import", "import", store, "base", model)
         seconds["read"].append(common.clock(common.read_all, [weights]))
         timed("verify", "verify", store)
-        timed("export", "export", store, "base", out)
+        primed(timed, "export", "export", store, "base", out)
     for path in (store, out):
         shutil.rmtree(path, ignore_errors=True)
     return [{"operation": what, "shape": o.shape, "bytes": n,
