@@ -124,10 +124,11 @@ uint64_t tve_split_slab(const tve_model *m)
 {
     const uint64_t least = m->splits ? most_piece(m) : 0;
     const uint64_t share = m->memory_bytes / 8;
+    const uint64_t some = share > SLAB_MOST ? SLAB_MOST : share;
 
     if (!m->splits)
         return 0;
-    return share > SLAB_MOST ? SLAB_MOST : share > least ? share : least;
+    return some > least ? some : least; /* a piece is never cut */
 }
 
 uint64_t tve_split_least(const tve_model *m)

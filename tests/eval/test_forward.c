@@ -18,6 +18,7 @@
 
 #include "cuda_fixture.h"
 #include "npy.h"
+#include "tinymodel.h"
 #include "tv/alloc.h"
 #include "tv/eval.h"
 #include "tv/sys.h"
@@ -167,6 +168,40 @@ static void make_model(const char *dir, const char *family, const char *config,
     tv_free(weights);
     tv_free(link);
     tv_free(path);
+}
+
+/* Inner activations so wide that a piece of 128 rows, cut for AMX, is more than
+ * the slab usually gets: it gets the piece, and comes to an end. */
+static void test_wide(void **state)
+{
+    (void)state;
+    struct tv_error err = {0};
+    char *const parent = tmpdir_make();
+    struct tiny_model tiny;
+    tv_input *in = NULL;
+    tve_model *m = NULL;
+    int32_t ids[128];
+    double nll[128];
+    const struct tve_window w = {ids, 128, 1};
+    const struct tve_model_options opt = {.n_threads = 1,
+                                          .memory_bytes = UINT64_C(2) << 30};
+
+    /* never with "cuda": this is about products here */
+    tiny_model_init(&tiny);
+    tiny.layers = 1;
+    tiny.inner = 175000;
+    for (int i = 0; i < 128; i++)
+        ids[i] = i % 16;
+    char *const dir = tiny_model_write(parent, "wide", &tiny);
+    assert_ok(tv_input_open_path(dir, &err, &in), &err);
+    assert_ok(tve_model_open(in, NULL, 0, &opt, &err, &m), &err);
+    assert_ok(tve_score(m, &w, 1, NULL, nll, &err), &err);
+    for (int i = 0; i < 127; i++)
+        assert_true(isfinite(nll[i]));
+    tve_model_close(m);
+    tv_input_close(in);
+    tv_free(dir);
+    tmpdir_remove(parent);
 }
 
 static void test_old_spelling(void **state)
@@ -528,6 +563,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_families),
         cmocka_unit_test(test_old_spelling),
+        cmocka_unit_test(test_wide),
         cmocka_unit_test(test_scores),
         cmocka_unit_test(test_device_memory),
         cmocka_unit_test(test_bad_calls),
