@@ -669,6 +669,42 @@ static enum tv_err is_above(struct planner *pl, const struct stat *dir,
     return rc;
 }
 
+/* Tensors of a store may be read from files that lie in OUT, which only
+ * --force replaces. */
+static enum tv_err check_out_links(struct planner *pl, const char *out)
+{
+    enum tv_err rc = TV_OK;
+    tv_read *r = NULL;
+    char **names = NULL;
+    char *path = NULL;
+    size_t n = 0;
+    bool used = false;
+
+    if (pl->plan->options.store == NULL || !pl->plan->options.force ||
+        !tv_path_is_dir(out))
+        return TV_OK;
+    TV_TRY(tv_read_begin(pl->plan->options.store, pl->err, &r));
+    TV_TRY(tv_dir_list(out, pl->err, &names, &n));
+    for (size_t i = 0; i < n && !used; i++) {
+        tv_free(path);
+        path = tv_path_join(out, names[i]);
+        if (path == NULL) {
+            rc = plan_oom(pl);
+            goto out;
+        }
+        TV_TRY(tv_source_is_used(r, path, &used, pl->err));
+        if (used)
+            plan_report(pl, "OUT and the inputs", 5, true, TV_E_INPUT, "",
+                        "OUT '%s' holds '%s', which the store links to", out,
+                        names[i]);
+    }
+out:
+    tv_free(path);
+    tv_dir_list_free(names, n);
+    tv_read_end(r);
+    return rc;
+}
+
 /* Writing into an input, or replacing what holds it, would destroy it. */
 static enum tv_err check_out_place(struct planner *pl)
 {
@@ -708,6 +744,7 @@ static enum tv_err check_out_place(struct planner *pl)
                                      : "holds",
                     tv_input_label(o->input));
     }
+    TV_TRY(check_out_links(pl, out));
 out:
     tv_free(parent);
     return rc;

@@ -94,6 +94,9 @@ $ cp -r $DATA/base in && printf 'merge_method: linear\nmodels:\n- {model: ./in, 
 $ tvmerge run in.yml in --force
 2> tvmerge: error: OUT 'in' is the directory of the input './in'
 => 4
+$ tvstore init l.tv -q && tvstore import l.tv in in --link -q && printf 'merge_method: linear\nmodels:\n- {model: store:in, parameters: {weight: 1}}\n' > link.yml
+$ tvmerge run link.yml in --store l.tv --force; tvstore verify l.tv -q && rm -r l.tv
+2> tvmerge: error: OUT 'in' holds 'model.safetensors', which the store links to
 $ tvmerge run in.yml in/sub
 2> tvmerge: error: OUT 'in/sub' lies inside the input './in'
 => 4
