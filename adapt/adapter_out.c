@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 
 #include <jansson.h>
 
@@ -92,6 +93,20 @@ static bool holds(const char *dir, const char *name)
 
     tv_free(path);
     return yes;
+}
+
+enum tv_err tva_out_apart(const char *dir, const char *input_dir,
+                          const char *label, struct tv_error *err)
+{
+    struct stat out, in;
+
+    if (!input_dir || tv_sys()->stat(dir, &out) != 0 ||
+        tv_sys()->stat(input_dir, &in) != 0 || out.st_dev != in.st_dev ||
+        out.st_ino != in.st_ino)
+        return TV_OK;
+    return tv_error_set(err, TV_E_INPUT,
+                        "OUT '%s' is the directory of the input '%s'", dir,
+                        label);
 }
 
 /* May the directory be written? */

@@ -1208,6 +1208,9 @@ enum tv_err tvm_adapters_run(struct tvm_adapters *a,
         rc = tv_error_set(err, TV_E_USAGE, "no output named");
         goto out;
     }
+    for (size_t i = 0; i < a->n_inputs; i++)
+        TV_TRY(tva_out_apart(a->options.out_dir, tv_input_dir(a->inputs[i].in),
+                             a->inputs[i].ref->text, err));
     TV_TRY(tva_out_open(a->options.out_dir, a->hash, a->options.force,
                         a->options.sync, &done, err, &o));
     if (done.complete) {

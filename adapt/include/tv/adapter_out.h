@@ -29,6 +29,10 @@ struct tva_out_done { /* of a finished directory */
     struct tv_hash digest;
 };
 
+/* INPUT when `dir`, which is to be written, is where the input `label` lies
+ * (input_dir; NULL: in a store). */
+TV_NODISCARD enum tv_err tva_out_apart(const char *dir, const char *input_dir,
+                                       const char *label, struct tv_error *err);
 /* Takes the directory (made when missing). `plan` is the hash of everything
  * that the bytes depend on: with a finished result of the same plan
  * done->complete is set and *out is NULL. EXISTS when the directory holds

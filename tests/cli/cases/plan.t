@@ -97,6 +97,12 @@ $ tvmerge run in.yml in --force
 $ tvstore init l.tv -q && tvstore import l.tv in in --link -q && printf 'merge_method: linear\nmodels:\n- {model: store:in, parameters: {weight: 1}}\n' > link.yml
 $ tvmerge run link.yml in --store l.tv --force; tvstore verify l.tv -q && rm -r l.tv
 2> tvmerge: error: OUT 'in' holds 'model.safetensors', which the store links to
+$ cp -r $DATA/lora-jargon lora && printf 'merge_method: svd\nmodels:\n- {model: ./lora, parameters: {weight: 1}}\n' > lora.yml && tvmerge run lora.yml lora --force; cmp lora/adapter_model.safetensors $DATA/lora-jargon/adapter_model.safetensors && rm -r lora
+2> tvmerge: error: OUT 'lora' is the directory of the input './lora'
+$ tvmerge extract-lora --model in --base $DATA/base --rank 1 in --force; ls in | grep -c adapter
+0
+2> tvmerge: error: OUT 'in' is the directory of the input 'in'
+=> 1
 $ tvmerge run in.yml in/sub
 2> tvmerge: error: OUT 'in/sub' lies inside the input './in'
 => 4
