@@ -483,16 +483,7 @@ enum tv_err plan_views_equal(struct planner *pl, const struct tvm_source *a,
     memset(&vb, 0, sizeof(vb));
     TV_TRY(tv_input_view(ia, a->tensor, err, &va));
     TV_TRY(tv_input_view(ib, b->tensor, err, &vb));
-    *equal = va.bytes == vb.bytes;
-    for (uint64_t off = 0; *equal && off < va.bytes;) {
-        uint64_t na = 0;
-        uint64_t nb = 0;
-        const unsigned char *const pa = tv_view_at(&va, off, &na);
-        const unsigned char *const pb = tv_view_at(&vb, off, &nb);
-        const uint64_t n = na < nb ? na : nb;
-        *equal = memcmp(pa, pb, (size_t)n) == 0;
-        off += n;
-    }
+    *equal = tv_view_equal(&va, &vb);
 out:
     tv_input_release(ib, &vb);
     tv_input_release(ia, &va);

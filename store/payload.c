@@ -172,23 +172,6 @@ enum tv_err payload_leaves(const struct txn *t, uint64_t id,
     return TV_OK;
 }
 
-static bool views_equal(const struct tv_view *x, const struct tv_view *y)
-{
-    uint64_t off = 0;
-    if (x->bytes != y->bytes)
-        return false;
-    while (off < x->bytes) {
-        uint64_t nx = 0, ny = 0;
-        const unsigned char *px = tv_view_at(x, off, &nx);
-        const unsigned char *py = tv_view_at(y, off, &ny);
-        const uint64_t n = nx < ny ? nx : ny;
-        if (memcmp(px, py, (size_t)n) != 0)
-            return false;
-        off += n;
-    }
-    return true;
-}
-
 /* ---- users ----------------------------------------------------------------
  */
 
@@ -429,7 +412,7 @@ static enum tv_err content_find(tv_batch *b, const struct tv_tensor_desc *d,
             continue;
         }
         TV_TRY(seen);
-        if (views_equal(&v, same)) {
+        if (tv_view_equal(&v, same)) {
             *found = true;
             *id = other;
         }

@@ -28,6 +28,25 @@ void tv_view_copy(const struct tv_view *v, uint64_t off, uint64_t n, void *dst)
     }
 }
 
+bool tv_view_equal(const struct tv_view *a, const struct tv_view *b)
+{
+    uint64_t off = 0;
+
+    if (a->bytes != b->bytes)
+        return false;
+    while (off < a->bytes) {
+        uint64_t na = 0;
+        uint64_t nb = 0;
+        const unsigned char *const pa = tv_view_at(a, off, &na);
+        const unsigned char *const pb = tv_view_at(b, off, &nb);
+        const uint64_t n = na < nb ? na : nb;
+        if (memcmp(pa, pb, (size_t)n) != 0)
+            return false;
+        off += n;
+    }
+    return true;
+}
+
 struct tv_hash tv_view_leaf(const struct tv_view *v, uint64_t i)
 {
     uint64_t off = i * TV_LEAF_BYTES;

@@ -668,17 +668,7 @@ static enum tv_err same_bytes(tv_input *in, const struct tv_input_tensor *a,
         return TV_OK;
     TV_TRY(tv_input_view(in, a, err, &va));
     TV_TRY(tv_input_view(in, b, err, &vb));
-    *same = va.bytes == vb.bytes;
-    for (uint64_t off = 0; *same && off < va.bytes;) {
-        uint64_t na = 0;
-        uint64_t nb = 0;
-        const unsigned char *const pa = tv_view_at(&va, off, &na);
-        const unsigned char *const pb = tv_view_at(&vb, off, &nb);
-        const uint64_t n = na < nb ? na : nb;
-
-        *same = memcmp(pa, pb, (size_t)n) == 0;
-        off += n;
-    }
+    *same = tv_view_equal(&va, &vb);
 out:
     tv_input_release(in, &vb);
     tv_input_release(in, &va);

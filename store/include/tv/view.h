@@ -14,6 +14,7 @@
 #ifndef TV_VIEW_H
 #define TV_VIEW_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,6 +52,8 @@ static inline const unsigned char *tv_view_at(const struct tv_view *v,
 
 /* Copies [off, off+n) into dst, over chunk borders. */
 void tv_view_copy(const struct tv_view *v, uint64_t off, uint64_t n, void *dst);
+/* Do both have the same bytes? Chunks may be cut differently. */
+bool tv_view_equal(const struct tv_view *a, const struct tv_view *b);
 /* XXH3-128 of leaf i as the bytes are now. */
 struct tv_hash tv_view_leaf(const struct tv_view *v, uint64_t i);
 #endif
