@@ -5,11 +5,6 @@
  */
 #include "calibrated.h"
 
-const char *tvm_rule_name(const struct tvm_trim_rule *r)
-{
-    return r->calibrated ? "importance" : "magnitude";
-}
-
 enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
                                const struct tvm_tensor *t, size_t source,
                                const struct tvm_trim_rule *r, struct tv_buf *to,
@@ -21,22 +16,6 @@ enum tv_err tvm_calibrated_key(const struct tvm_plan *p,
     (void)to;
     return tv_error_set(err, TV_E_UNSUPPORTED,
                         "%s: calibration is not built in", t->name);
-}
-
-bool tvm_calibrated_rule(const struct tvm_tensor *t, size_t source,
-                         struct tvm_trim_rule *rule)
-{
-    if (t->action != TVM_MERGE || t->n_elems == 0 || !t->method)
-        return false;
-    if (t->method->needs_gram && (int)source != t->base &&
-        t->method->needs_gram(t)) {
-        *rule = (struct tvm_trim_rule){.calibrated = true,
-                                       .gram_only = true,
-                                       .inputs = t->method->gram_inputs};
-        return true;
-    }
-    return t->method->trims && t->method->trims(t, source, rule) &&
-           rule->calibrated;
 }
 
 bool tvm_calibrated_walks(const struct tvm_plan *p)

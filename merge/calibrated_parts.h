@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * calibrated_parts.h - what making masks (calibrated.c) and measuring them
- * (layers.c) share: task vectors of one layer, windows of text, models that
- * run (private to these two files).
+ * calibrated_parts.h - what making masks (calibrated*.c, sequential.c) and
+ * measuring them (layers.c) share: task vectors of one layer, windows of text,
+ * models that run (private to these files).
  */
 #ifndef TVM_CALIBRATED_PARTS_H
 #define TVM_CALIBRATED_PARTS_H
@@ -29,8 +29,19 @@ TV_NODISCARD enum tv_err tvm_layer_open(struct tvm_layer *l,
                                         const struct tvm_tensor *t,
                                         size_t source, struct tv_error *err);
 void tvm_layer_close(struct tvm_layer *l);
+/* fp32 differences of n stored elements from start, into dst. */
+void tvm_layer_delta(const struct tvm_layer *l, uint64_t start, size_t n,
+                     float *dst);
 /* arg: a struct tvm_layer. Rows [row, row + n) of T [out, in] into dst. */
 void tvm_layer_rows(void *arg, size_t row, size_t n, float *dst);
+/* Of t, a pruned T [out, in]: the bits of what is left, in stored order, set in
+ * words that are zero. */
+void tvm_layer_words(const struct tvm_layer *l, const float *t,
+                     uint64_t *words);
+/* The donor that has these differences: values where words say so, packed in
+ * stored order, and how many stand before each TV_DELTA_BLOCK. */
+void tvm_layer_values(const struct tvm_layer *l, const float *t,
+                      const uint64_t *words, float *values, uint64_t *before);
 
 /* Bytes of memory that a model is given at least. */
 #define TVM_MODEL_LEAST ((uint64_t)16 << 20)
