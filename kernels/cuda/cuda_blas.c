@@ -26,10 +26,7 @@ static const char *const blas_names[] = {"libcublas.so.13", "libcublas.so.12"};
 static const char *const solver_names[] = {"libcusolver.so.12",
                                            "libcusolver.so.11"};
 
-/* Of cuBLAS; behind it a counter for conversions. */
-#define WORKSPACE ((size_t)4 << 20)
-#define COUNTER   256u
-_Static_assert(TVK_CUDA_WORKSPACE == WORKSPACE + COUNTER, "one size");
+#define COUNTER 256u /* behind the workspace: of conversions */
 
 /* Written once under the guard, read-only afterwards. */
 static struct tvk_cublas_api blas;
@@ -37,10 +34,17 @@ static struct tvk_cusolver_api solver;
 static char reason[160]; /* "": both are there */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
+/* Where the toolkit puts them, and not every installation tells the loader. */
+#define TOOLKIT "/usr/local/cuda/lib64/"
+
 static void *library(const char *const *names, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        void *const l = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    char path[64];
+
+    for (size_t i = 0; i < 2 * n; i++) {
+        (void)snprintf(path, sizeof path, "%s%s", i < n ? "" : TOOLKIT,
+                       names[i % n]);
+        void *const l = dlopen(path, RTLD_NOW | RTLD_LOCAL);
         if (l != NULL)
             return l;
     }
@@ -95,13 +99,31 @@ enum tv_err tvk_cuda_math_find(struct tv_error *err)
 
 /* ---- errors -------------------------------------------------------------- */
 
+/* What NVIDIA advises for an architecture: less costs much of the speed of
+ * products, more none. */
+static size_t workspace_bytes(const tvk_cuda *d)
+{
+    return (size_t)(d->info.major >= 9 ? 32 : 4) << 20;
+}
+
+uint64_t tvk_cuda_workspace(const tvk_cuda *d)
+{
+    return workspace_bytes(d) + COUNTER;
+}
+
 /* Codes of the libraries tell little; the driver has the reason, if it is one
  * of the device's. */
-static enum tv_err refused(tvk_cuda *d, int code, bool no_memory,
+static enum tv_err refused(tvk_cuda_math *m, int code, bool no_memory,
                            const char *call, struct tv_error *err)
 {
+    tvk_cuda *const d = m->device;
+    tvk_cu_result why = TVK_CU_OK;
+
     if (code == TVK_CB_OK)
         return TV_OK;
+    why = d->api->stream_sync((tvk_cu_stream)tvk_cuda_stream_raw(m->stream));
+    if (why != TVK_CU_OK)
+        return tvk_cuda_refused(d, why, call, err);
     if (no_memory)
         return tv_error_set(err, TV_E_BUDGET,
                             "CUDA device %d (%s) has no memory left: %s",
@@ -112,13 +134,13 @@ static enum tv_err refused(tvk_cuda *d, int code, bool no_memory,
 enum tv_err tvk_cuda_blas_done(tvk_cuda_math *m, int code, const char *call,
                                struct tv_error *err)
 {
-    return refused(m->device, code, code == TVK_CB_NO_MEMORY, call, err);
+    return refused(m, code, code == TVK_CB_NO_MEMORY, call, err);
 }
 
 enum tv_err tvk_cuda_solver_done(tvk_cuda_math *m, int code, const char *call,
                                  struct tv_error *err)
 {
-    return refused(m->device, code, code == TVK_CB_SOLVER_NO_MEMORY, call, err);
+    return refused(m, code, code == TVK_CB_SOLVER_NO_MEMORY, call, err);
 }
 
 /* ---- the handle ---------------------------------------------------------- */
@@ -149,12 +171,12 @@ enum tv_err tvk_cuda_math_of(tvk_cuda *d, struct tv_error *err,
     void *const raw = tvk_cuda_stream_raw(m->stream);
     TV_TRY(tvk_cuda_blas_done(m, (int)blas.set_stream(m->blas_handle, raw),
                               "cublasSetStream", err));
-    TV_TRY(tvk_cuda_alloc(d, WORKSPACE + COUNTER, "the workspace of cuBLAS",
-                          err, &m->workspace));
+    TV_TRY(tvk_cuda_alloc(d, workspace_bytes(d) + COUNTER,
+                          "the workspace of cuBLAS", err, &m->workspace));
     TV_TRY(tvk_cuda_blas_done(
         m,
         (int)blas.set_workspace(m->blas_handle, tvk_cuda_address(m->workspace),
-                                WORKSPACE),
+                                workspace_bytes(d)),
         "cublasSetWorkspace", err));
     TV_TRY(tvk_cuda_blas_done(
         m, (int)blas.set_math(m->blas_handle, TVK_CB_PEDANTIC),
@@ -182,7 +204,8 @@ void tvk_cuda_math_close(tvk_cuda_math *m)
     if (m->blas_handle != NULL)
         (void)m->blas->destroy(m->blas_handle);
     tvk_cuda_stream_close(m->stream);
-    tvk_cuda_free(m->device, m->workspace, WORKSPACE + COUNTER);
+    tvk_cuda_free(m->device, m->workspace,
+                  workspace_bytes(m->device) + COUNTER);
     tv_free(m);
 }
 
@@ -219,11 +242,11 @@ enum tv_err tvk_cuda_widen(tvk_cuda_math *m, bool bf16, tvk_cuda_ptr dst,
                            tvk_cuda_ptr src, size_t n, struct tv_error *err)
 {
     const size_t blocks = (n + TVK_CU_BLOCK - 1) / TVK_CU_BLOCK;
-    struct tvk_cu_convert a = {.dst = tvk_cuda_address(dst),
-                               .src = tvk_cuda_address(src),
-                               .n_bad =
-                                   tvk_cuda_address(m->workspace + WORKSPACE),
-                               .n = n};
+    struct tvk_cu_convert a = {
+        .dst = tvk_cuda_address(dst),
+        .src = tvk_cuda_address(src),
+        .n_bad = tvk_cuda_address(m->workspace + workspace_bytes(m->device)),
+        .n = n};
 
     if (n == 0)
         return TV_OK;

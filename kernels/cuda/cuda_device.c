@@ -13,6 +13,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tv/alloc.h"
 
@@ -191,16 +192,24 @@ static enum tv_err load_code(tvk_cuda *d, const struct tvk_cuda_options *o,
         return tv_error_set(err, TV_E_UNSUPPORTED, "%s",
                             tvk_cuda_image_missing());
     const tvk_cu_result code = d->api->module_load(&d->module, image);
+    if (code == TVK_CU_OK)
+        return TV_OK;
+    d->module = NULL;
+    if (code == TVK_CU_NO_MEMORY)
+        return tvk_cuda_refused(d, code, "cuModuleLoadData", err);
     if (code == TVK_CU_NO_CODE)
         return tv_error_set(
             err, TV_E_UNSUPPORTED,
             "CUDA device %d (%s): this program has no code for compute %d.%d",
             d->info.index, d->info.name, d->info.major, d->info.minor);
-    if (code != TVK_CU_OK) {
-        d->module = NULL;
-        return tvk_cuda_refused(d, code, "cuModuleLoadData", err);
-    }
-    return TV_OK;
+    /* A driver takes code of compilers of its own age or older. */
+    return tv_error_set(
+        err, TV_E_UNSUPPORTED,
+        "CUDA device %d (%s): its driver (of CUDA %d.%d) does not take this "
+        "program's code, of a compiler that may be newer: cuModuleLoadData: %s "
+        "(%d)",
+        d->info.index, d->info.name, d->info.driver_version / 1000,
+        d->info.driver_version % 1000 / 10, name_of(d, code), (int)code);
 }
 
 static enum tv_err take_budget(tvk_cuda *d, const struct tvk_cuda_options *o,
@@ -347,12 +356,20 @@ void tvk_cuda_free(tvk_cuda *d, tvk_cuda_ptr at, size_t bytes)
 }
 
 /* Memory is pinned by the page, and two pinned ranges must not share one: so
- * whole pages, with where the allocation begins right in front of them. */
-#define PAGE ((size_t)4096)
+ * whole pages, with where the allocation begins right in front of them. Pages
+ * have 64 KiB on some machines. */
+static size_t page_bytes(void)
+{
+    const long n = sysconf(_SC_PAGESIZE);
+
+    return n > 4096 ? (size_t)n : 4096;
+}
 
 static size_t pages(size_t bytes)
 {
-    return (bytes > 0 ? bytes + PAGE - 1 : PAGE) / PAGE * PAGE;
+    const size_t page = page_bytes();
+
+    return (bytes > 0 ? bytes + page - 1 : page) / page * page;
 }
 
 enum tv_err tvk_cuda_pin(tvk_cuda *d, size_t bytes, struct tv_error *err,
@@ -362,14 +379,15 @@ enum tv_err tvk_cuda_pin(tvk_cuda *d, size_t bytes, struct tv_error *err,
     const enum tv_err rc = tvk_cuda_enter(d, err);
     if (rc != TV_OK)
         return rc;
+    const size_t page = page_bytes();
     unsigned char *raw = NULL;
-    if (bytes < SIZE_MAX - 3 * PAGE)
-        raw = tv_alloc(pages(bytes) + PAGE + sizeof raw);
+    if (bytes < SIZE_MAX - 3 * page)
+        raw = tv_alloc(pages(bytes) + page + sizeof raw);
     if (raw == NULL)
         return tv_error_set(err, TV_E_NOMEM,
                             "out of memory (%zu bytes of staging)", bytes);
     const uintptr_t first = (uintptr_t)raw + sizeof raw;
-    unsigned char *const p = raw + sizeof raw + (PAGE - first % PAGE) % PAGE;
+    unsigned char *const p = raw + sizeof raw + (page - first % page) % page;
     const tvk_cu_result code =
         d->api->host_register(p, pages(bytes), TVK_CU_HOST_PORTABLE);
     if (code != TVK_CU_OK) {

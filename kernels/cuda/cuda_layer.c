@@ -284,7 +284,8 @@ static uint64_t layer_bytes(size_t rows, size_t cols, bool on_host,
            small_size(rows, cols) + (on_host ? 0 : SOLVER_LEAST);
 }
 
-static uint64_t least_bytes(size_t rows, size_t cols, bool on_host)
+static uint64_t least_bytes(const tvk_cuda *d, size_t rows, size_t cols,
+                            bool on_host)
 {
     uint64_t least = UINT64_MAX;
 
@@ -293,7 +294,7 @@ static uint64_t least_bytes(size_t rows, size_t cols, bool on_host)
 
         least = bytes < least ? bytes : least;
     }
-    return least + TVK_CUDA_WORKSPACE;
+    return least + tvk_cuda_workspace(d);
 }
 
 uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
@@ -304,12 +305,12 @@ uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
 /* By the budget, which stays what it is, not by what is left of it. */
 bool tvk_cuda_layer_factors(const tvk_cuda *d, size_t rows, size_t cols)
 {
-    return least_bytes(rows, cols, false) <= d->info.budget_bytes;
+    return least_bytes(d, rows, cols, false) <= d->info.budget_bytes;
 }
 
 uint64_t tvk_cuda_layer_least(const tvk_cuda *d, size_t rows, size_t cols)
 {
-    return least_bytes(rows, cols, !tvk_cuda_layer_factors(d, rows, cols));
+    return least_bytes(d, rows, cols, !tvk_cuda_layer_factors(d, rows, cols));
 }
 
 size_t tvk_cuda_layer_staging(size_t cols)
@@ -547,7 +548,7 @@ static enum tv_err potrf(tvk_cuda_layer *l, int *info, struct tv_error *err)
     double *const a = tvk_cuda_address(l->m);
     const int n = (int)l->cols;
     int n_work = 0;
-    tvk_cuda_ptr work = 0;
+    tvk_cuda_ptr more = 0;
 
     *info = 0;
     TV_TRY(tvk_cuda_enter(l->device, err));
@@ -556,21 +557,26 @@ static enum tv_err potrf(tvk_cuda_layer *l, int *info, struct tv_error *err)
                                                             TVK_CB_UPPER, n, a,
                                                             n, &n_work),
                                 "cusolverDnDpotrf_bufferSize", err));
-    TV_TRY(tvk_cuda_alloc(l->device, (size_t)n_work * sizeof(double),
-                          "the workspace of cuSOLVER", err, &work));
+    /* H's own place is free from here on, and enough for large layers. */
+    const size_t bytes = (size_t)n_work * sizeof(double);
+    if (bytes > l->h_bytes)
+        TV_TRY(tvk_cuda_alloc(l->device, bytes, "the workspace of cuSOLVER",
+                              err, &more));
     /* Upper by columns is ours, lower, by rows. */
     TV_TRY(tvk_cuda_solver_done(
         m,
         (int)m->solver->dpotrf(m->solver_handle, TVK_CB_UPPER, n, a, n,
-                               tvk_cuda_address(work), n_work,
+                               tvk_cuda_address(more ? more : l->h), n_work,
                                tvk_cuda_address(l->info)),
         "cusolverDnDpotrf", err));
     TV_TRY(tvk_cuda_download(l->stream, info, l->info, sizeof *info, err));
     TV_TRY(tvk_cuda_sync(l->stream, err));
+    if (*info < 0) /* a parameter of ours is wrong */
+        rc = tvk_cuda_broken(l->device, "cusolverDnDpotrf", *info, err);
 out:
     if (rc != TV_OK)
         tvk_cuda_settle(l->stream);
-    tvk_cuda_free(l->device, work, (size_t)n_work * sizeof(double));
+    tvk_cuda_free(l->device, more, (size_t)n_work * sizeof(double));
     return rc;
 }
 

@@ -10,7 +10,7 @@
 #include "tv/cuda_math.h"
 
 /* Device memory that a handle takes: cuBLAS's workspace, a counter. */
-#define TVK_CUDA_WORKSPACE (((size_t)4 << 20) + 256u)
+uint64_t tvk_cuda_workspace(const tvk_cuda *d);
 
 struct tvk_cuda_math {
     tvk_cuda *device;
