@@ -121,6 +121,10 @@ static void test_open(void **state)
     device_close(d);
     tvk_cuda_close(NULL);
     assert_int_equal(tvk_cuda_trouble(NULL, &err), TV_OK);
+    o.image = FAKE_CUDA_NEWER;
+    assert_int_equal(tvk_cuda_open(&o, &err, &d), TV_E_UNSUPPORTED);
+    assert_null(d);
+    assert_non_null(strstr(err.msg, "its driver (of CUDA 12.4) does not take"));
 }
 
 static void test_budget(void **state)

@@ -11,9 +11,14 @@
  * It is stricter than a device, so that luck does not hide mistakes:
  *  - nothing on a stream happens before somebody waits for it (unless host
  *    memory is not pinned, where the driver may wait too): memory that is
- *    changed too early gives wrong results;
+ *    changed too early gives wrong results; or, with FAKE_CUDA_EAGER, all of it
+ *    happens at once: what is right on a device is right both ways;
  *  - every other launch runs blocks and threads backwards;
- *  - every copy must lie in an allocation; memory starts as garbage.
+ *  - every copy must lie in an allocation; memory starts as garbage;
+ *  - what a device would not tell ends the process, with the reason: calls of a
+ *    thread that has no context, pinned memory that changes or goes while it is
+ *    copied from, copies on two streams of which one writes what the other
+ *    touches, something left behind when the context goes.
  *
  * Environment, read by cuInit:
  *   FAKE_CUDA_DEVICES  how many there are (default 1)
@@ -22,6 +27,7 @@
  *   FAKE_CUDA_KILL     the process is, by SIGKILL
  *   FAKE_CUDA_FULL     the N-th allocation of memory finds none,
  *   FAKE_CUDA_FULL_FOR and so do this many from it on (default all)
+ *   FAKE_CUDA_EAGER    1: work is done when it is asked for
  */
 #include <pthread.h>
 #include <signal.h>
@@ -38,6 +44,9 @@
 #include "fake_cuda.h"
 
 #define INVALID    1
+#define NO_CONTEXT 201 /* CUDA_ERROR_INVALID_CONTEXT */
+#define NEWER_PTX  222 /* CUDA_ERROR_UNSUPPORTED_PTX_VERSION */
+#define PINNED     712 /* CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED */
 #define LOST       719 /* CUDA_ERROR_LAUNCH_FAILED */
 #define SHARED_MAX (48u << 10)
 #define ARGS_MAX   4096u
@@ -116,7 +125,18 @@ static const struct kernel kernels[] = {
     TVK_CU_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)
         TVK_CU_MATRIX_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)
             TVK_CU_EVAL_KERNELS(ROW_ELEMENTS, ROW_BLOCKS2, ROW_BLOCKS3)};
-#define N_KERNELS (sizeof kernels / sizeof *kernels)
+#define N_KERNELS                       (sizeof kernels / sizeof *kernels)
+/* What a kernel may have without being asked for more. */
+#define FITS(name, args)                _Static_assert(sizeof(struct args) <= ARGS_MAX, #name);
+#define FITS_ELEMENTS(name, args, body) FITS(name, args)
+#define FITS_BLOCKS2(name, args, type, n, p0, p1)                              \
+    FITS(name, args)                                                           \
+    _Static_assert((n) * sizeof(type) <= SHARED_MAX, #name);
+#define FITS_BLOCKS3(name, args, type, n, p0, p1, p2)                          \
+    FITS_BLOCKS2(name, args, type, n, p0, p1)
+TVK_CU_KERNELS(FITS_ELEMENTS, FITS_BLOCKS2, FITS_BLOCKS3)
+TVK_CU_MATRIX_KERNELS(FITS_ELEMENTS, FITS_BLOCKS2, FITS_BLOCKS3)
+TVK_CU_EVAL_KERNELS(FITS_ELEMENTS, FITS_BLOCKS2, FITS_BLOCKS3)
 
 /* ---- the driver's state -------------------------------------------------- */
 
@@ -136,9 +156,12 @@ struct action { /* not done yet */
     const struct kernel *kernel;
     fake_cuda_work *work; /* of a library */
     struct grid grid;
+    uint64_t check; /* of what a copy from pinned memory reads */
+    bool is_checked;
     unsigned char args[ARGS_MAX];
 };
 struct stream {
+    struct stream *next;
     struct action *first, **last;
 };
 
@@ -150,12 +173,59 @@ static size_t pinned_bytes, most_pinned_bytes, uploaded_bytes;
 static unsigned long lose_at, kill_at, n_launches;
 static unsigned long full_at, full_for, n_allocs;
 static unsigned n_streams, most_streams; /* with work waiting */
-static bool is_lost;
+static struct stream *streams;           /* all of them */
+static bool is_lost, is_eager;
+static unsigned n_retained;
+static _Thread_local bool has_context;
 
 static size_t number(const char *name, size_t fallback)
 {
     const char *const text = getenv(name);
     return text && *text ? (size_t)strtoull(text, NULL, 10) : fallback;
+}
+
+/* Mistakes that a device would answer with wrong numbers, if at all. */
+static void must(bool is_right, const char *what)
+{
+    if (is_right)
+        return;
+    (void)fprintf(stderr, "fake_cuda: %s\n", what);
+    abort();
+}
+
+/* FNV-1a, of every byte of the first and last 4 KiB and of some between. */
+static uint64_t check_of(const unsigned char *p, size_t bytes)
+{
+    uint64_t h = 14695981039346656037u;
+
+    for (size_t i = 0; i < bytes; i += i < 4096 || bytes - i <= 4096 ? 1 : 61)
+        h = (h ^ p[i]) * 1099511628211u;
+    return h;
+}
+
+static bool overlap(const unsigned char *a, size_t n_a, const unsigned char *b,
+                    size_t n_b)
+{
+    return a && b && a < b + n_b && b < a + n_a;
+}
+
+/* Does one of two copies or fills write what the other reads or writes? */
+static bool collide(const struct action *a, const struct action *b)
+{
+    return a->kind < LAUNCH && b->kind < LAUNCH &&
+           (overlap(a->to, a->bytes, b->to, b->bytes) ||
+            overlap(a->to, a->bytes, b->from, b->bytes) ||
+            overlap(a->from, a->bytes, b->to, b->bytes));
+}
+
+/* Nobody waits to copy from or to memory that goes. Mutex held. */
+static void must_be_idle(const unsigned char *p, size_t bytes, const char *what)
+{
+    for (const struct stream *s = streams; s && !is_lost; s = s->next)
+        for (const struct action *a = s->first; a; a = a->next)
+            must(a->kind >= LAUNCH || (!overlap(a->to, a->bytes, p, bytes) &&
+                                       !overlap(a->from, a->bytes, p, bytes)),
+                 what);
 }
 
 static bool within(const struct range *r, const void *p, size_t bytes)
@@ -194,6 +264,8 @@ static size_t range_drop(struct range **list, const void *at)
 
 static void act(const struct action *a)
 {
+    must(!a->is_checked || check_of(a->from, a->bytes) == a->check,
+         "pinned memory was changed before it was copied");
     if (a->kind == COPY)
         memcpy(a->to, a->from, a->bytes);
     else if (a->kind == FILL)
@@ -233,22 +305,38 @@ static tvk_cu_result push(struct stream *s, const struct action *a, bool wait)
 {
     if (is_lost)
         return LOST;
+    for (const struct stream *other = streams; other; other = other->next)
+        for (const struct action *b = other->first; b && other != s;
+             b = b->next)
+            must(!collide(a, b), "copies on two streams collide");
     struct action *const mine = malloc(sizeof *mine);
     if (!mine)
         return TVK_CU_NO_MEMORY;
     *mine = *a;
     mine->next = NULL;
+    mine->is_checked = a->kind == COPY && !wait && !is_eager &&
+                       within(pinned, a->from, a->bytes);
+    if (mine->is_checked)
+        mine->check = check_of(a->from, a->bytes);
     if (!s->first && ++n_streams > most_streams)
         most_streams = n_streams;
     *s->last = mine;
     s->last = &mine->next;
-    return wait ? drain(s) : TVK_CU_OK;
+    return wait || is_eager ? drain(s) : TVK_CU_OK;
 }
 
 static tvk_cu_result locked(tvk_cu_result code)
 {
     (void)pthread_mutex_unlock(&mutex);
     return code;
+}
+
+/* Takes the mutex, for a call that needs a context. */
+static void lock(void)
+{
+    must(has_context, "a thread without a context calls the driver");
+    (void)pthread_mutex_lock(&mutex);
+    must(n_retained > 0, "the context is gone");
 }
 
 static void *address(tvk_cu_ptr p)
@@ -304,7 +392,7 @@ int fake_cuda_call(void *stream, fake_cuda_work *work, const void *args,
     if (!stream || bytes > sizeof a.args)
         return INVALID;
     memcpy(a.args, args, bytes);
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     return locked(push(stream, &a, false));
 }
 
@@ -331,6 +419,7 @@ tvk_cu_result cuInit(unsigned flags)
     kill_at = number("FAKE_CUDA_KILL", kill_at);
     full_at = number("FAKE_CUDA_FULL", full_at);
     full_for = number("FAKE_CUDA_FULL_FOR", SIZE_MAX);
+    is_eager = number("FAKE_CUDA_EAGER", 0) != 0;
     return n_devices > 0 ? TVK_CU_OK : TVK_CU_NO_DEVICE;
 }
 
@@ -386,23 +475,32 @@ tvk_cu_result cuDevicePrimaryCtxRetain(tvk_cu_context *c, tvk_cu_device d)
     static int context;
     (void)d;
     *c = &context;
-    return TVK_CU_OK;
+    (void)pthread_mutex_lock(&mutex);
+    n_retained++;
+    return locked(TVK_CU_OK);
 }
 
 tvk_cu_result cuDevicePrimaryCtxRelease_v2(tvk_cu_device d)
 {
     (void)d;
-    return TVK_CU_OK;
+    (void)pthread_mutex_lock(&mutex);
+    must(n_retained > 0, "a context is released twice");
+    if (--n_retained == 0)
+        must(!memory && !pinned && !streams,
+             "memory or a stream is left when the context goes");
+    return locked(TVK_CU_OK);
 }
 
 tvk_cu_result cuCtxSetCurrent(tvk_cu_context c)
 {
-    return c ? TVK_CU_OK : INVALID;
+    (void)pthread_mutex_lock(&mutex);
+    has_context = c && n_retained > 0;
+    return locked(has_context ? TVK_CU_OK : NO_CONTEXT);
 }
 
 tvk_cu_result cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     *free_bytes = total_bytes > used_bytes ? total_bytes - used_bytes : 0;
     *total = total_bytes;
     return locked(TVK_CU_OK);
@@ -410,7 +508,7 @@ tvk_cu_result cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 
 tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (is_lost)
         return locked(LOST);
     if (bytes == 0)
@@ -435,10 +533,11 @@ tvk_cu_result cuMemAlloc_v2(tvk_cu_ptr *at, size_t bytes)
 
 tvk_cu_result cuMemFree_v2(tvk_cu_ptr at)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     const size_t bytes = range_drop(&memory, address(at));
     if (bytes == 0)
         return locked(INVALID);
+    must_be_idle(address(at), bytes, "device memory goes while it is copied");
     used_bytes -= bytes;
     free(address(at));
     return locked(is_lost ? LOST : TVK_CU_OK);
@@ -447,13 +546,16 @@ tvk_cu_result cuMemFree_v2(tvk_cu_ptr at)
 tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
 {
     (void)flags;
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (is_lost)
         return locked(LOST);
     /* A device pins pages, and no page twice: whole ones are on the safe side.
      */
     if ((uintptr_t)p % 4096 != 0 || bytes == 0 || bytes % 4096 != 0)
         return locked(INVALID);
+    for (const struct range *r = pinned; r; r = r->next)
+        if (overlap(r->at, r->bytes, p, bytes))
+            return locked(PINNED);
     if (!range_add(&pinned, p, bytes))
         return locked(TVK_CU_NO_MEMORY);
     n_pinned++;
@@ -465,10 +567,11 @@ tvk_cu_result cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
 
 tvk_cu_result cuMemHostUnregister(void *p)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     const size_t bytes = range_drop(&pinned, p);
     if (bytes == 0)
         return locked(INVALID);
+    must_be_idle(p, bytes, "pinned memory goes while it is copied");
     pinned_bytes -= bytes;
     n_pinned--;
     return locked(TVK_CU_OK);
@@ -485,7 +588,7 @@ static tvk_cu_result copy(void *to, const void *from, size_t bytes,
 tvk_cu_result cuMemcpyHtoDAsync_v2(tvk_cu_ptr to, const void *from,
                                    size_t bytes, tvk_cu_stream s)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (!within(memory, address(to), bytes))
         return locked(INVALID);
     uploaded_bytes += bytes;
@@ -495,7 +598,7 @@ tvk_cu_result cuMemcpyHtoDAsync_v2(tvk_cu_ptr to, const void *from,
 tvk_cu_result cuMemcpyDtoHAsync_v2(void *to, tvk_cu_ptr from, size_t bytes,
                                    tvk_cu_stream s)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (!within(memory, address(from), bytes))
         return locked(INVALID);
     return locked(copy(to, address(from), bytes, to, s));
@@ -504,7 +607,7 @@ tvk_cu_result cuMemcpyDtoHAsync_v2(void *to, tvk_cu_ptr from, size_t bytes,
 tvk_cu_result cuMemcpyDtoDAsync_v2(tvk_cu_ptr to, tvk_cu_ptr from, size_t bytes,
                                    tvk_cu_stream s)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (!within(memory, address(to), bytes) ||
         !within(memory, address(from), bytes))
         return locked(INVALID);
@@ -516,7 +619,7 @@ tvk_cu_result cuMemsetD8Async(tvk_cu_ptr at, unsigned char value, size_t bytes,
 {
     const struct action a = {
         .kind = FILL, .to = address(at), .value = value, .bytes = bytes};
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     if (!within(memory, address(at), bytes))
         return locked(INVALID);
     return locked(push(s, &a, false));
@@ -524,35 +627,44 @@ tvk_cu_result cuMemsetD8Async(tvk_cu_ptr at, unsigned char value, size_t bytes,
 
 tvk_cu_result cuStreamCreate(tvk_cu_stream *s, unsigned flags)
 {
-    (void)flags;
     struct stream *const mine = malloc(sizeof *mine);
     if (!mine)
         return TVK_CU_NO_MEMORY;
-    mine->first = NULL;
-    mine->last = &mine->first;
+    lock();
+    /* A blocking one would wait for work of others in the same process. */
+    must(flags == TVK_CU_STREAM_APART, "a stream that waits for stream 0");
+    *mine = (struct stream){.next = streams, .last = &mine->first};
+    streams = mine;
     *s = mine;
-    return TVK_CU_OK;
+    return locked(TVK_CU_OK);
 }
 
 tvk_cu_result cuStreamDestroy_v2(tvk_cu_stream s)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     const tvk_cu_result code = drain(s);
+    struct stream **at = &streams;
+    while (*at != s)
+        at = &(*at)->next;
+    *at = (*at)->next;
     free(s);
     return locked(code);
 }
 
 tvk_cu_result cuStreamSynchronize(tvk_cu_stream s)
 {
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     return locked(drain(s));
 }
 
 tvk_cu_result cuModuleLoadData(tvk_cu_module *m, const void *image)
 {
     static int module;
+    lock();
     *m = &module;
-    return image ? TVK_CU_OK : INVALID;
+    if (image && strcmp(image, FAKE_CUDA_NEWER) == 0)
+        return locked(NEWER_PTX);
+    return locked(image ? TVK_CU_OK : INVALID);
 }
 
 tvk_cu_result cuModuleUnload(tvk_cu_module m)
@@ -580,15 +692,16 @@ tvk_cu_result cuLaunchKernel(tvk_cu_function f, unsigned grid_x,
 {
     const uintptr_t i = (uintptr_t)f - 1;
 
-    (void)shared;
     (void)extra;
-    if (i >= N_KERNELS || grid_x == 0 || grid_y != 1 || grid_z != 1 ||
-        block_x == 0 || block_x > 1024 || block_y != 1 || block_z != 1)
+    /* Kernels loop over a grid of one dimension, up to 2^31 - 1 blocks. */
+    if (i >= N_KERNELS || grid_x == 0 || grid_x > INT32_MAX || grid_y != 1 ||
+        grid_z != 1 || block_x == 0 || block_x > 1024 || block_y != 1 ||
+        block_z != 1 || shared > SHARED_MAX)
         return INVALID;
     struct action a = {.kind = LAUNCH,
                        .kernel = &kernels[i],
                        .grid = {.n_blocks = grid_x, .n_threads = block_x}};
     memcpy(a.args, params[0], kernels[i].args_bytes);
-    (void)pthread_mutex_lock(&mutex);
+    lock();
     return locked(push(s, &a, false));
 }

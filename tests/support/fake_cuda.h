@@ -19,6 +19,9 @@ struct fake_cuda {
     size_t uploaded_bytes;    /* asked for, since the last set */
     unsigned most_streams;    /* with work waiting at the same time */
 };
+/* An image that the driver is too old for; it takes every other string. */
+#define FAKE_CUDA_NEWER "of a newer compiler"
+
 /* Symbols of the library. `set` also brings a lost device back. */
 typedef void fake_cuda_set_fn(const struct fake_cuda *f);
 typedef void fake_cuda_get_fn(struct fake_cuda *f);
