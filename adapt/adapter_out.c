@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -21,13 +20,17 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 #include "tv/format.h"
+#include "tv/lock.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 
-#define WEIGHTS "adapter_model.safetensors"
-#define CONFIG  "adapter_config.json"
-#define RECORD  "tvmerge.json"
-#define PIECE   (1u << 20)
+#define WEIGHTS  "adapter_model.safetensors"
+#define CONFIG   "adapter_config.json"
+#define RECORD   "tvmerge.json"
+#define STATE    ".tvmerge"
+#define LOCK     "lock"
+#define PREVIOUS "previous.json" /* of a merge that is replaced, in STATE */
+#define PIECE    (1u << 20)
 
 #ifndef TV_VERSION
 #define TV_VERSION "unknown"
@@ -42,6 +45,11 @@ struct tensor {
     struct tv_hash checksum;
 };
 
+struct side { /* a file beside the weights */
+    char *name;
+    uint64_t bytes;
+};
+
 struct tva_out {
     char *dir, *work, *data_path;
     int lock, data;
@@ -49,6 +57,8 @@ struct tva_out {
     struct tv_hash plan;
     struct tensor *tensors;
     size_t n, cap;
+    struct side *sides;
+    size_t n_sides;
     uint64_t end;
 };
 
@@ -59,31 +69,54 @@ static enum tv_err no_memory(struct tv_error *err)
 
 /* ---- a finished directory ------------------------------------------------ */
 
-static enum tv_err read_record(const char *path, struct tv_hash *plan,
-                               struct tva_out_done *done, struct tv_error *err)
+struct record {  /* what a merge says of its output */
+    json_t *doc; /* NULL: there is none */
+    struct tv_hash plan;
+};
+
+static enum tv_err record_read(const char *dir, const char *name,
+                               struct record *r, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
+    char *path = tv_path_join(dir, name);
     char *text = NULL;
     size_t n = 0;
-    json_t *root = NULL;
-    const char *p = NULL, *d = NULL;
+    const char *plan = NULL;
 
+    *r = (struct record){.doc = NULL};
+    if (!path)
+        return no_memory(err);
+    if (!tv_path_exists(path))
+        goto out;
     TV_TRY(tv_file_read(path, 64u << 20, err, &text, &n));
-    TV_TRY(tv_json_parse(text, n, path, err, &root));
-    p = json_string_value(json_object_get(root, "plan_hash"));
-    d = json_string_value(json_object_get(root, "digest"));
-    if (!p || !d || tv_hash_from_hex(p, plan) != 0 ||
-        tv_hash_from_hex(d, &done->digest) != 0) {
+    TV_TRY(tv_json_parse(text, n, path, err, &r->doc));
+    plan = json_string_value(json_object_get(r->doc, "plan_hash"));
+    if (!plan || tv_hash_from_hex(plan, &r->plan) != 0)
         rc =
             tv_error_set(err, TV_E_CORRUPT, "%s is no record of a merge", path);
-        goto out;
-    }
-    done->n_tensors =
-        (size_t)json_integer_value(json_object_get(root, "n_tensors"));
 out:
-    json_decref(root);
+    if (rc != TV_OK) {
+        json_decref(r->doc);
+        r->doc = NULL;
+    }
     tv_free(text);
+    tv_free(path);
     return rc;
+}
+
+/* The i-th file that it lists, NULL behind the last one. Names that would lead
+ * out of the directory are none. */
+static const char *record_file(const struct record *r, size_t i,
+                               uint64_t *bytes)
+{
+    const json_t *f = json_array_get(json_object_get(r->doc, "files"), i);
+    const char *name = json_string_value(json_object_get(f, "name"));
+
+    if (bytes)
+        *bytes = (uint64_t)json_integer_value(json_object_get(f, "bytes"));
+    if (f && (!name || *name == '\0' || *name == '.' || strchr(name, '/')))
+        return "";
+    return name;
 }
 
 static bool holds(const char *dir, const char *name)
@@ -93,6 +126,29 @@ static bool holds(const char *dir, const char *name)
 
     tv_free(path);
     return yes;
+}
+
+/* First file of the record that is not there as it was, or NULL. Records of
+ * adapters once listed nothing. */
+static const char *missing_file(const char *dir, const struct record *r)
+{
+    const char *name = NULL;
+    uint64_t bytes = 0;
+
+    if (!record_file(r, 0, NULL))
+        return !holds(dir, WEIGHTS)  ? WEIGHTS
+               : !holds(dir, CONFIG) ? CONFIG
+                                     : NULL;
+    for (size_t i = 0; (name = record_file(r, i, &bytes)) != NULL; i++) {
+        char *path = *name ? tv_path_join(dir, name) : NULL;
+        struct stat st;
+        const bool same = path && tv_sys()->stat(path, &st) == 0 &&
+                          S_ISREG(st.st_mode) && (uint64_t)st.st_size == bytes;
+        tv_free(path);
+        if (!same && *name)
+            return name;
+    }
+    return NULL;
 }
 
 enum tv_err tva_out_apart(const char *dir, const char *input_dir,
@@ -109,52 +165,143 @@ enum tv_err tva_out_apart(const char *dir, const char *input_dir,
                         label);
 }
 
+static enum tv_err in_use(const char *dir, int fd, struct tv_error *err)
+{
+    char holder[160];
+
+    tv_lock_holder(fd, holder, sizeof holder);
+    (void)tv_error_set(err, TV_E_LOCKED, "%s is being written by %s", dir,
+                       holder);
+    tv_error_hint(err, "wait until it ends");
+    return TV_E_LOCKED;
+}
+
+/* LOCKED while another run holds it. */
+static enum tv_err check_lock(const char *dir, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *path = tv_asprintf("%s/" STATE "/" LOCK, dir);
+
+    if (!path)
+        return no_memory(err);
+    const int fd = tv_sys()->open(path, O_RDONLY | O_CLOEXEC, 0);
+    if (fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) != 0)
+        rc = in_use(dir, fd, err);
+    if (fd >= 0)
+        (void)tv_sys()->close(fd);
+    tv_free(path);
+    return rc;
+}
+
+/* What a finished output says of this one: it is this one, or in its way, or
+ * (nothing set) unfinished. */
+static enum tv_err meet_record(const char *dir, const struct record *r,
+                               struct tv_hash plan, struct tva_out_done *done,
+                               struct tv_error *err)
+{
+    const char *digest = json_string_value(json_object_get(r->doc, "digest"));
+    const char *missing = missing_file(dir, r);
+    const bool begun = holds(dir, STATE);
+
+    if (!tv_hash_equal(r->plan, plan)) {
+        if (begun && missing) /* another --force was killed here */
+            return TV_OK;
+        (void)tv_error_set(err, TV_E_CHANGED,
+                           "%s holds the result of another recipe, options or "
+                           "inputs",
+                           dir);
+        tv_error_hint(err, "--force replaces it");
+        return TV_E_CHANGED;
+    }
+    if (!missing) {
+        if (!digest || tv_hash_from_hex(digest, &done->digest) != 0)
+            return tv_error_set(err, TV_E_CORRUPT,
+                                "%s/" RECORD " has no digest", dir);
+        done->complete = true;
+        done->n_tensors =
+            (size_t)json_integer_value(json_object_get(r->doc, "n_tensors"));
+        return TV_OK;
+    }
+    if (begun)
+        return TV_OK;
+    (void)tv_error_set(err, TV_E_EXISTS,
+                       "%s holds this adapter, but %s is missing or has "
+                       "another size",
+                       dir, missing);
+    tv_error_hint(err, "--force makes it again");
+    return TV_E_EXISTS;
+}
+
 /* May the directory be written? */
 static enum tv_err check_place(const char *dir, struct tv_hash plan, bool force,
                                struct tva_out_done *done, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    char *record = tv_path_join(dir, RECORD);
+    struct record r = {.doc = NULL};
     char **names = NULL;
     size_t n = 0;
-    struct tv_hash before = {0, 0};
+    bool exists = false;
 
-    if (!record)
-        return no_memory(err);
-    if (!tv_path_exists(dir) || force)
+    *done = (struct tva_out_done){.complete = false};
+    TV_TRY(tv_out_dir_check(dir, err, &exists));
+    if (!exists)
         goto out;
-    if (holds(dir, RECORD) && holds(dir, CONFIG) && holds(dir, WEIGHTS)) {
-        TV_TRY(read_record(record, &before, done, err));
-        done->complete = tv_hash_equal(before, plan);
-        if (done->complete)
-            goto out;
+    TV_TRY(check_lock(dir, err));
+    if (force)
+        goto out;
+    TV_TRY(record_read(dir, RECORD, &r, err));
+    if (r.doc)
+        TV_TRY(meet_record(dir, &r, plan, done, err));
+    if (done->complete)
+        goto out;
+    if (holds(dir, STATE "/journal")) {
         rc = tv_error_set(err, TV_E_CHANGED,
-                          "%s holds the result of another recipe, options or "
-                          "inputs",
-                          dir);
-        tv_error_hint(err, "--force replaces it");
+                          "%s holds an unfinished merge of models", dir);
+        tv_error_hint(err, "repeat the earlier command to finish it, or "
+                           "--force to start anew");
         goto out;
     }
-    TV_TRY(tv_dir_list(dir, err, &names, &n));
-    for (size_t i = 0; i < n; i++) {
-        /* What an interrupted run of ours may have left. */
-        if (strcmp(names[i], ".tvmerge") == 0 || holds(dir, ".tvmerge"))
-            continue;
-        rc = tv_error_set(err, TV_E_EXISTS, "%s is not empty (%s)", dir,
-                          names[i]);
-        tv_error_hint(err, "--force writes into it all the same");
+    if (holds(dir, STATE)) /* an interrupted run like this one */
         goto out;
+    TV_TRY(tv_dir_list(dir, err, &names, &n));
+    if (n > 0) {
+        rc = tv_error_set(err, TV_E_EXISTS, "%s is not empty (it holds %s)",
+                          dir, names[0]);
+        tv_error_hint(err, "choose another directory, or use --force");
     }
 out:
     tv_dir_list_free(names, n);
-    tv_free(record);
+    json_decref(r.doc);
+    return rc;
+}
+
+enum tv_err tva_out_check(const char *dir, struct tv_hash plan, bool force,
+                          struct tv_error *err)
+{
+    struct tva_out_done done;
+    char *there = NULL;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(check_place(dir, plan, force, &done, err));
+    if (done.complete)
+        goto out;
+    there = tv_path_existing(dir);
+    if (!there) {
+        rc = no_memory(err);
+        goto out;
+    }
+    rc = tv_dir_check_writable(there, err);
+    if (rc != TV_OK)
+        tv_error_context(err, "OUT '%s'", dir);
+out:
+    tv_free(there);
     return rc;
 }
 
 /* A run that was killed after its last rename left its state behind. */
 static enum tv_err sweep(const char *dir, struct tv_error *err)
 {
-    char *work = tv_path_join(dir, ".tvmerge");
+    char *work = tv_path_join(dir, STATE);
     enum tv_err rc = TV_OK;
 
     if (!work)
@@ -169,7 +316,7 @@ static enum tv_err sweep(const char *dir, struct tv_error *err)
 
 static enum tv_err take_lock(tva_out *o, struct tv_error *err)
 {
-    char *path = tv_path_join(o->work, "lock");
+    char *path = tv_path_join(o->work, LOCK);
 
     if (!path)
         return no_memory(err);
@@ -181,8 +328,8 @@ static enum tv_err take_lock(tva_out *o, struct tv_error *err)
     }
     tv_free(path);
     if (flock(o->lock, LOCK_EX | LOCK_NB) != 0)
-        return tv_error_set(err, TV_E_LOCKED, "another run works on %s",
-                            o->dir);
+        return in_use(o->dir, o->lock, err);
+    tv_lock_sign(o->lock, "tvmerge");
     return TV_OK;
 }
 
@@ -194,7 +341,6 @@ enum tv_err tva_out_open(const char *dir, struct tv_hash plan, bool force,
     tva_out *o = NULL;
 
     *out = NULL;
-    *done = (struct tva_out_done){.complete = false};
     TV_TRY(check_place(dir, plan, force, done, err));
     if (done->complete) {
         rc = sweep(dir, err);
@@ -209,7 +355,7 @@ enum tv_err tva_out_open(const char *dir, struct tv_hash plan, bool force,
     o->sync = sync;
     o->plan = plan;
     o->dir = tv_strdup(dir);
-    o->work = tv_path_join(dir, ".tvmerge");
+    o->work = tv_path_join(dir, STATE);
     o->data_path = o->work ? tv_path_join(o->work, "data") : NULL;
     if (!o->dir || !o->work || !o->data_path) {
         rc = no_memory(err);
@@ -237,6 +383,9 @@ void tva_out_close(tva_out *o)
     for (size_t i = 0; i < o->n; i++)
         tv_free(o->tensors[i].name);
     tv_free(o->tensors);
+    for (size_t i = 0; i < o->n_sides; i++)
+        tv_free(o->sides[i].name);
+    tv_free(o->sides);
     if (o->data >= 0)
         (void)tv_sys()->close(o->data);
     if (o->lock >= 0)
@@ -330,8 +479,30 @@ out:
     return rc;
 }
 
-enum tv_err tva_out_file(tva_out *o, const char *name, const char *data,
-                         size_t n, struct tv_error *err)
+/* Remembers a file for the record. */
+static enum tv_err add_side(tva_out *o, const char *name, uint64_t bytes,
+                            struct tv_error *err)
+{
+    struct side *more = NULL;
+
+    for (size_t i = 0; i < o->n_sides; i++)
+        if (strcmp(o->sides[i].name, name) == 0) {
+            o->sides[i].bytes = bytes;
+            return TV_OK;
+        }
+    more = tv_realloc(o->sides, (o->n_sides + 1) * sizeof *more);
+    if (!more)
+        return no_memory(err);
+    o->sides = more;
+    more[o->n_sides] = (struct side){.name = tv_strdup(name), .bytes = bytes};
+    if (!more[o->n_sides].name)
+        return no_memory(err);
+    o->n_sides++;
+    return TV_OK;
+}
+
+static enum tv_err write_file(const tva_out *o, const char *name,
+                              const char *data, size_t n, struct tv_error *err)
 {
     char *path = tv_path_join(o->dir, name);
     enum tv_err rc = TV_OK;
@@ -340,6 +511,17 @@ enum tv_err tva_out_file(tva_out *o, const char *name, const char *data,
         return no_memory(err);
     rc = tv_file_write_atomic(path, data, n, o->sync, err);
     tv_free(path);
+    return rc;
+}
+
+enum tv_err tva_out_file(tva_out *o, const char *name, const char *data,
+                         size_t n, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(add_side(o, name, n, err));
+    rc = write_file(o, name, data, n, err);
+out:
     return rc;
 }
 
@@ -457,6 +639,8 @@ static enum tv_err publish_weights(tva_out *o, struct tv_error *err)
     TV_TRY(write_weights(o, from, e, s, err));
     if (tv_sys()->rename(from, to) != 0)
         rc = tv_error_sys(err, errno, "cannot rename %s", from);
+    else
+        rc = add_side(o, WEIGHTS, s->file_bytes[0], err);
 out:
     tv_shards_free(s);
     tv_free(to);
@@ -465,47 +649,125 @@ out:
     return rc;
 }
 
+/* ---- what the directory held before -------------------------------------- */
+
+static bool is_ours(const tva_out *o, const char *name)
+{
+    for (size_t i = 0; i < o->n_sides; i++)
+        if (strcmp(o->sides[i].name, name) == 0)
+            return true;
+    return strcmp(name, WEIGHTS) == 0 || strcmp(name, CONFIG) == 0;
+}
+
+static enum tv_err remove_file(const tva_out *o, const char *name,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *path = tv_path_join(o->dir, name);
+
+    if (!path)
+        return no_memory(err);
+    if (tv_sys()->unlink(path) != 0 && errno != ENOENT)
+        rc = tv_error_sys(err, errno, "cannot remove %s", path);
+    tv_free(path);
+    return rc;
+}
+
+/* Files that an earlier merge made, as its record lists them. A damaged list is
+ * no reason to stop: it only says what to tidy. */
+static enum tv_err remove_listed(const tva_out *o, const char *dir,
+                                 const char *record, struct tv_error *err)
+{
+    struct record r = {.doc = NULL};
+    const char *name = NULL;
+    enum tv_err rc = TV_OK;
+
+    if (record_read(dir, record, &r, NULL) != TV_OK)
+        return TV_OK;
+    for (size_t i = 0; (name = record_file(&r, i, NULL)) != NULL; i++)
+        if (*name && !is_ours(o, name))
+            TV_TRY(remove_file(o, name, err));
+out:
+    json_decref(r.doc);
+    return rc;
+}
+
+/* What --force replaces: the files that an earlier merge made and the weights
+ * of whatever model or adapter was there. */
+static enum tv_err remove_stale(const tva_out *o, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char **names = NULL;
+    size_t n = 0;
+
+    TV_TRY(remove_listed(o, o->dir, RECORD, err));
+    TV_TRY(remove_listed(o, o->work, PREVIOUS, err));
+    TV_TRY(tv_dir_list(o->dir, err, &names, &n));
+    for (size_t i = 0; i < n; i++)
+        if (tv_out_is_weights(names[i]) && !is_ours(o, names[i]))
+            TV_TRY(remove_file(o, names[i], err));
+out:
+    tv_dir_list_free(names, n);
+    return rc;
+}
+
+/* ---- the record ---------------------------------------------------------- */
+
+static json_t *files_json(const tva_out *o)
+{
+    json_t *list = json_array();
+
+    for (size_t i = 0; i < o->n_sides; i++)
+        (void)json_array_append_new(
+            list, json_pack("{s:s, s:I}", "name", o->sides[i].name, "bytes",
+                            (json_int_t)o->sides[i].bytes));
+    return list;
+}
+
 static enum tv_err put_record(tva_out *o, const struct tva_out_done *done,
                               struct tv_error *err)
 {
     char plan[33], digest[33];
-    char text[512];
-    const int n = snprintf(
-        text, sizeof text,
-        "{\n  \"schema\": \"tvmerge.out/1\",\n  \"plan_hash\": \"%s\",\n"
-        "  \"version\": \"%s\",\n  \"digest\": \"%s\",\n"
-        "  \"seed\": 0,\n  \"n_tensors\": %zu,\n  \"bytes_total\": %llu,\n"
-        "  \"n_nonfinite_in\": 0,\n  \"n_nonfinite_out\": 0,\n"
-        "  \"files\": [],\n  \"identity\": {}\n}\n",
-        tv_hash_hex(o->plan, plan), TV_VERSION,
-        tv_hash_hex(done->digest, digest), o->n, (unsigned long long)o->end);
+    enum tv_err rc = TV_OK;
+    char *text = NULL, *line = NULL;
+    json_t *doc = json_pack(
+        "{s:s, s:s, s:s, s:s, s:i, s:I, s:I, s:i, s:i, s:o, s:{}}", "schema",
+        "tvmerge.out/1", "plan_hash", tv_hash_hex(o->plan, plan), "version",
+        TV_VERSION, "digest", tv_hash_hex(done->digest, digest), "seed", 0,
+        "n_tensors", (json_int_t)o->n, "bytes_total", (json_int_t)o->end,
+        "n_nonfinite_in", 0, "n_nonfinite_out", 0, "files", files_json(o),
+        "identity");
 
-    return tva_out_file(o, RECORD, text, (size_t)n, err);
+    text = doc ? tv_json_text(doc, JSON_INDENT(2)) : NULL;
+    line = text ? tv_asprintf("%s\n", text) : NULL;
+    rc = line ? write_file(o, RECORD, line, strlen(line), err) : no_memory(err);
+    tv_free(line);
+    tv_free(text);
+    json_decref(doc);
+    return rc;
 }
 
 enum tv_err tva_out_finish(tva_out *o, const char *config, size_t n_config,
                            struct tva_out_done *done, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    char *old = tv_path_join(o->dir, CONFIG);
 
-    if (!old)
-        return no_memory(err);
-    if (tv_sys()->unlink(old) != 0 && errno != ENOENT) {
-        rc = tv_error_sys(err, errno, "cannot remove %s", old);
-        goto out;
-    }
+    TV_TRY(remove_file(o, CONFIG, err));
+    TV_TRY(remove_file(o, "config.json", err));
+    if (o->sync)
+        TV_TRY(tv_dir_sync(o->dir, err));
     done->n_tensors = o->n;
     TV_TRY(digest_of(o, &done->digest, err));
     TV_TRY(publish_weights(o, err));
+    TV_TRY(add_side(o, CONFIG, n_config, err));
+    TV_TRY(remove_stale(o, err));
     TV_TRY(put_record(o, done, err));
     if (o->sync)
         TV_TRY(tv_dir_sync(o->dir, err));
-    TV_TRY(tva_out_file(o, CONFIG, config, n_config, err));
+    TV_TRY(write_file(o, CONFIG, config, n_config, err));
     TV_TRY(tv_dir_remove(o->work, err));
     if (o->sync)
         TV_TRY(tv_dir_sync(o->dir, err));
 out:
-    tv_free(old);
     return rc;
 }

@@ -98,7 +98,8 @@ static void plan_text(struct tvc *c, const struct tvm_adapters *a)
     tvm_adapters_info(a, &i);
     tvc_out(&c->out, "output         adapter\n");
     tvc_out(&c->out, "method         %s\n", i.method);
-    tvc_out(&c->out, "inputs         %zu adapters\n", i.n_inputs);
+    tvc_out(&c->out, "inputs         %zu adapter%s\n", i.n_inputs,
+            i.n_inputs == 1 ? "" : "s");
     tvc_out(&c->out, "modules        %zu\n", i.n_modules);
     tvc_out(&c->out, "reads          %s\n",
             tv_format_bytes(i.bytes_read, b, sizeof b));
@@ -150,6 +151,8 @@ enum tv_err tvc_adapters(struct tvc *c, bool planning, bool *handled,
     if (problems.n_errors > 0)
         rc = TV_OK;
     TV_TRY(rc);
+    if (planning && a && problems.n_errors == 0)
+        tvc_place_problem(&problems, tvm_adapters_check(a, &c->err), &c->err);
     if (planning && c->out.json)
         plan_document(c, a, &problems);
     else if (planning && a && problems.n_errors == 0)

@@ -132,9 +132,12 @@ static enum tv_err check_place(const struct tvc_compare *p)
     if (!tv_path_exists(p->opts->out) || tv_path_is_dir(p->state))
         goto out;
     TV_TRY(tv_dir_list(p->opts->out, &c->err, &names, &n));
-    if (n > 0)
+    if (n > 0) {
         rc = tv_error_set(&c->err, TV_E_EXISTS,
-                          "%s is not empty and no comparison", p->opts->out);
+                          "%s is not empty and no comparison (it holds %s)",
+                          p->opts->out, names[0]);
+        tv_error_hint(&c->err, "give another directory");
+    }
 out:
     tv_dir_list_free(names, n);
     return rc;

@@ -363,6 +363,15 @@ static void totals(struct tvc *c, const struct tvm_plan *p)
                 p->files[i].from);
 }
 
+void tvc_place_problem(struct tvm_problems *p, enum tv_err rc,
+                       struct tv_error *e)
+{
+    if (rc != TV_OK)
+        tvm_problem_add(p, true, rc, "", "%s%s%s%s", e->msg,
+                        e->hint[0] ? " (" : "", e->hint, e->hint[0] ? ")" : "");
+    tv_error_clear(e);
+}
+
 /* What run would refuse once it looks at OUT. */
 static void place(struct tvc_merge *m)
 {
@@ -370,9 +379,7 @@ static void place(struct tvc_merge *m)
     const enum tv_err rc = m->problems.n_errors > 0 || !m->plan ? TV_OK
                            : m->stages ? tvm_stages_check(m->stages, &e)
                                        : tvm_run_check(m->plan, &e);
-    if (rc != TV_OK)
-        tvm_problem_add(&m->problems, true, rc, "", "%s%s%s%s", e.msg,
-                        e.hint[0] ? " (" : "", e.hint, e.hint[0] ? ")" : "");
+    tvc_place_problem(&m->problems, rc, &e);
 }
 
 static int run(struct tvc *c)

@@ -69,6 +69,9 @@ void tvc_problems_print(struct tvc *c, const struct tvm_problems *p,
                         bool notes);
 /* [{"severity","where","message","code"}]; warnings or all. New reference. */
 json_t *tvc_problems_json(const struct tvm_problems *p, bool notes);
+/* Adds what was found out about OUT, if that is an error, and clears it. */
+void tvc_place_problem(struct tvm_problems *p, enum tv_err rc,
+                       struct tv_error *e);
 /* Prints the verdict on a list with errors; gives the exit status. */
 int tvc_problems_fail(struct tvc *c, const struct tvm_problems *p);
 

@@ -862,6 +862,42 @@ static void identify(struct tvm_adapters *a)
     tv_buf_free(&b);
 }
 
+static uint64_t disk_of(const struct tvm_adapters *a)
+{
+    return 2 * a->bytes_written + (1u << 20);
+}
+
+static void too_little(struct tvm_adapters *a, const char *what, uint64_t have)
+{
+    char text[160], need[32], there[32];
+
+    (void)snprintf(text, sizeof text,
+                   "%s: the output needs %s (%llu bytes), %s are available",
+                   what, tv_format_bytes_up(disk_of(a), need, sizeof need),
+                   (unsigned long long)disk_of(a),
+                   tv_format_bytes(have, there, sizeof there));
+    problem(a, NULL, TV_E_NOSPACE, text);
+}
+
+static enum tv_err check_room(struct tvm_adapters *a, struct tv_error *err)
+{
+    const uint64_t quota = a->options.quota_bytes;
+    uint64_t disk = 0;
+    char *place = NULL;
+
+    if (quota != 0 && disk_of(a) > quota)
+        too_little(a, "quota", quota);
+    if (!a->options.out_dir)
+        return TV_OK;
+    place = tv_path_existing(a->options.out_dir);
+    if (!place)
+        return no_memory(err);
+    if (tv_disk_free(place, &disk, NULL) == TV_OK && disk_of(a) > disk)
+        too_little(a, "disk", disk);
+    tv_free(place);
+    return TV_OK;
+}
+
 enum tv_err tvm_adapters_plan(const char *path, const struct tvm_options *o,
                               bool peft, struct tvm_problems *problems,
                               struct tv_error *err, struct tvm_adapters **out)
@@ -908,6 +944,7 @@ enum tv_err tvm_adapters_plan(const char *path, const struct tvm_options *o,
     TV_TRY(measure(a, err));
     if (a->kind == AM_CORE && problems->n_errors == 0)
         TV_TRY(plan_cores(a, err));
+    TV_TRY(check_room(a, err));
     identify(a);
 done:
     *out = a;
@@ -949,7 +986,7 @@ void tvm_adapters_info(const struct tvm_adapters *a,
         .bytes_read = a->bytes_read,
         .bytes_written = a->bytes_written,
         .peak_scratch_bytes = a->scratch,
-        .peak_disk_bytes = 2 * a->bytes_written + (1u << 20),
+        .peak_disk_bytes = disk_of(a),
     };
 }
 
@@ -1189,6 +1226,24 @@ static void report(const struct tvm_adapters *a,
     hooks->progress(hooks->arg, &p);
 }
 
+enum tv_err tvm_adapters_check(const struct tvm_adapters *a,
+                               struct tv_error *err)
+{
+    const char *const out = a->options.out_dir;
+    enum tv_err rc = TV_OK;
+
+    if (!out)
+        return TV_OK;
+    for (size_t i = 0; i < a->n_inputs; i++)
+        TV_TRY(tva_out_apart(out, tv_input_dir(a->inputs[i].in),
+                             a->inputs[i].ref->text, err));
+    if (a->options.force)
+        TV_TRY(tv_out_dir_links(out, a->options.store, err));
+    rc = tva_out_check(out, a->hash, a->options.force, err);
+out:
+    return rc;
+}
+
 enum tv_err tvm_adapters_run(struct tvm_adapters *a,
                              const struct tvm_run_hooks *hooks,
                              struct tvm_result *result, struct tv_error *err)
@@ -1208,9 +1263,7 @@ enum tv_err tvm_adapters_run(struct tvm_adapters *a,
         rc = tv_error_set(err, TV_E_USAGE, "no output named");
         goto out;
     }
-    for (size_t i = 0; i < a->n_inputs; i++)
-        TV_TRY(tva_out_apart(a->options.out_dir, tv_input_dir(a->inputs[i].in),
-                             a->inputs[i].ref->text, err));
+    TV_TRY(tvm_adapters_check(a, err));
     TV_TRY(tva_out_open(a->options.out_dir, a->hash, a->options.force,
                         a->options.sync, &done, err, &o));
     if (done.complete) {

@@ -764,6 +764,8 @@ enum tv_err tvm_extract_lora(const struct tvm_extract *x,
     TV_TRY(identify(&e, &plan, err));
     TV_TRY(tva_out_apart(o->out_dir, tv_input_dir(e.model.in), x->model, err));
     TV_TRY(tva_out_apart(o->out_dir, tv_input_dir(e.base.in), x->base, err));
+    if (o->force)
+        TV_TRY(tv_out_dir_links(o->out_dir, o->store, err));
     TV_TRY(
         tva_out_open(o->out_dir, plan, o->force, o->sync, &done, err, &e.out));
     if (done.complete) {

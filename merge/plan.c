@@ -536,24 +536,6 @@ static void report_space(struct planner *pl, const char *what, uint64_t need,
                 (unsigned long long)(need - have));
 }
 
-/* The nearest directory that exists, upwards from path. */
-static char *existing_parent(const char *path)
-{
-    char *p = tv_strdup(path);
-    while (p != NULL && !tv_path_exists(p)) {
-        char *const slash = strrchr(p, '/');
-        if (slash == NULL || (slash == p && p[1] == '\0')) {
-            tv_free(p);
-            return tv_strdup(slash == NULL ? "." : "/");
-        }
-        if (slash == p)
-            p[1] = '\0';
-        else
-            *slash = '\0';
-    }
-    return p;
-}
-
 /* What a full store could give back, for people. */
 static const char *what_could_go(tv_store *store, char dst[160])
 {
@@ -615,7 +597,7 @@ static enum tv_err check_out_dir(struct planner *pl)
     if (plan->options.out_dir == NULL)
         return TV_OK;
     check_shared_quota(pl);
-    parent = existing_parent(plan->options.out_dir);
+    parent = tv_path_existing(plan->options.out_dir);
     if (parent == NULL)
         return plan_oom(pl);
     if (!tvm_room_is_finished(plan) &&
@@ -673,36 +655,20 @@ static enum tv_err is_above(struct planner *pl, const struct stat *dir,
  * --force replaces. */
 static enum tv_err check_out_links(struct planner *pl, const char *out)
 {
+    struct tv_error e = {0};
     enum tv_err rc = TV_OK;
-    tv_read *r = NULL;
-    char **names = NULL;
-    char *path = NULL;
-    size_t n = 0;
-    bool used = false;
 
-    if (pl->plan->options.store == NULL || !pl->plan->options.force ||
-        !tv_path_is_dir(out))
+    if (!pl->plan->options.force)
         return TV_OK;
-    TV_TRY(tv_read_begin(pl->plan->options.store, pl->err, &r));
-    TV_TRY(tv_dir_list(out, pl->err, &names, &n));
-    for (size_t i = 0; i < n && !used; i++) {
-        tv_free(path);
-        path = tv_path_join(out, names[i]);
-        if (path == NULL) {
-            rc = plan_oom(pl);
-            goto out;
-        }
-        TV_TRY(tv_source_is_used(r, path, &used, pl->err));
-        if (used)
-            plan_report(pl, "OUT and the inputs", 5, true, TV_E_INPUT, "",
-                        "OUT '%s' holds '%s', which the store links to", out,
-                        names[i]);
+    rc = tv_out_dir_links(out, pl->plan->options.store, &e);
+    if (rc != TV_E_INPUT) {
+        if (rc != TV_OK && pl->err)
+            *pl->err = e;
+        return rc;
     }
-out:
-    tv_free(path);
-    tv_dir_list_free(names, n);
-    tv_read_end(r);
-    return rc;
+    plan_report(pl, "OUT and the inputs", 5, true, TV_E_INPUT, "",
+                "OUT '%s': %s", out, e.msg);
+    return TV_OK;
 }
 
 /* Writing into an input, or replacing what holds it, would destroy it. */
@@ -715,7 +681,7 @@ static enum tv_err check_out_place(struct planner *pl)
 
     if (out == NULL || pl->plan->options.into != NULL)
         return TV_OK;
-    parent = existing_parent(out);
+    parent = tv_path_existing(out);
     if (parent == NULL)
         return plan_oom(pl);
     const bool exists = tv_path_exists(out);

@@ -36,6 +36,7 @@
 #include "pins.h"
 #include "state.h"
 #include "tv/alloc.h"
+#include "tv/format.h"
 #include "tv/lock.h"
 #include "tv/sys.h"
 
@@ -166,14 +167,15 @@ static enum tv_err remove_entry(const char *dir, const char *name,
     return rc;
 }
 
-/* Before anything that makes OUT less than a model: what loads it must not find
- * it, also after a power cut. */
+/* Before anything that makes OUT less than a model (or less than the adapter
+ * that it was): what loads it must not find it, also after a power cut. */
 static enum tv_err remove_config(struct dir_sink *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
     /* Synced even when there is none: a killed run may have removed it. */
     TV_TRY(remove_file(s->out, CONFIG_FILE, err));
+    TV_TRY(remove_file(s->out, "adapter_config.json", err));
     if (s->sync)
         rc = tv_dir_sync(s->out, err);
 out:
@@ -384,14 +386,6 @@ static enum tv_err meet_files(const struct dir_sink *s, struct tv_error *err)
     for (size_t i = 0; i < n; i++) {
         if (strcmp(names[i], STATE_DIR) == 0)
             continue;
-        if (strcmp(names[i], "data.mdb") == 0) {
-            rc = tv_error_set(err, TV_E_EXISTS, "%s is a store", s->out);
-            tv_error_hint(err,
-                          "'--into NAME --store %s' in place of OUT merges "
-                          "into an object of it",
-                          s->out);
-            break;
-        }
         rc = tv_error_set(err, TV_E_EXISTS,
                           "%s is not empty and not made by tvmerge (it holds "
                           "%s)",
@@ -856,14 +850,6 @@ static bool is_ours(const struct tvm_plan *p, const char *name)
     return p->shards->index_json && strcmp(name, INDEX_FILE) == 0;
 }
 
-static bool is_weights(const char *name)
-{
-    const size_t n = strlen(name);
-    return strcmp(name, INDEX_FILE) == 0 ||
-           (n > 12 && strncmp(name, "model", 5) == 0 &&
-            strcmp(name + n - 12, ".safetensors") == 0);
-}
-
 /* What --force replaces: files that the earlier merge made, weights of whatever
  * model was there, and its config.json first of all. */
 static enum tv_err remove_stale(struct dir_sink *s, struct tv_error *err)
@@ -894,7 +880,7 @@ static enum tv_err remove_stale(struct dir_sink *s, struct tv_error *err)
             TV_TRY(remove_file(s->out, old.files[i].name, err));
     TV_TRY(tv_dir_list(s->out, err, &names, &n_names));
     for (size_t i = 0; i < n_names; i++)
-        if (is_weights(names[i]) && !is_ours(p, names[i]))
+        if (tv_out_is_weights(names[i]) && !is_ours(p, names[i]))
             TV_TRY(remove_file(s->out, names[i], err));
 out:
     tv_dir_list_free(names, n_names);
@@ -1201,26 +1187,18 @@ static enum tv_err look_before(struct dir_sink *s, bool *had_state,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct stat st;
     bool found = false;
 
-    if (tv_sys()->stat(s->out, &st) != 0) {
-        if (errno == ENOTDIR) {
-            rc = tv_error_set(err, TV_E_EXISTS,
-                              "%s cannot be made: a part of its path is a "
-                              "file",
-                              s->out);
-            goto out;
-        }
-        s->made_out = errno == ENOENT;
-        if (!s->made_out)
-            rc = tv_error_sys(err, errno, "cannot look at %s", s->out);
+    rc = tv_out_dir_check(s->out, err, &found);
+    if (rc == TV_E_EXISTS && file_bytes(s->out, "data.mdb") >= 0)
+        tv_error_hint(err,
+                      "'--into NAME --store %s' in place of OUT merges into an "
+                      "object of it",
+                      s->out);
+    TV_TRY(rc);
+    s->made_out = !found;
+    if (s->made_out)
         goto out;
-    }
-    if (!S_ISDIR(st.st_mode)) {
-        rc = tv_error_set(err, TV_E_EXISTS, "%s is not a directory", s->out);
-        goto out;
-    }
     TV_TRY(probe(s->out, STATE_DIR, had_state, err));
     TV_TRY(probe(s->out, RECORD_FILE, &found, err));
     if (!s->base.plan->options.force && !*had_state && !found)

@@ -519,6 +519,23 @@ static bool is_uncounted(const char *path)
             fs.f_type == FUSE_SUPER_MAGIC);
 }
 
+char *tv_path_existing(const char *path)
+{
+    char *p = tv_strdup(path);
+    while (p != NULL && !tv_path_exists(p)) {
+        char *const slash = strrchr(p, '/');
+        if (slash == NULL || (slash == p && p[1] == '\0')) {
+            tv_free(p);
+            return tv_strdup(slash == NULL ? "." : "/");
+        }
+        if (slash == p)
+            p[1] = '\0';
+        else
+            *slash = '\0';
+    }
+    return p;
+}
+
 enum tv_err tv_dir_check_writable(const char *path, struct tv_error *err)
 {
     struct statvfs fs;

@@ -52,28 +52,6 @@ static bool ends_with(const char *s, const char *suffix)
     return n >= k && strcmp(s + n - k, suffix) == 0;
 }
 
-static bool is_config(const char *name)
-{
-    return strcmp(name, "config.json") == 0 ||
-           strcmp(name, "adapter_config.json") == 0;
-}
-
-/* Weight files and indexes of any model or adapter. */
-static bool is_weights(const char *name)
-{
-    static const char *const starts[] = {"model-", "model.safetensors",
-                                         "adapter_model.", "pytorch_model-",
-                                         "pytorch_model.bin"};
-    bool starts_well = false;
-
-    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++)
-        starts_well =
-            starts_well || strncmp(name, starts[i], strlen(starts[i])) == 0;
-    return starts_well &&
-           (ends_with(name, ".safetensors") || ends_with(name, ".bin") ||
-            ends_with(name, ".index.json"));
-}
-
 static bool is_side(const char *name)
 {
     size_t n = 0;
@@ -96,7 +74,7 @@ static bool is_leftover(const char *name)
         return false;
     memcpy(base, name, n - (sizeof partial - 1));
     base[n - (sizeof partial - 1)] = '\0';
-    return is_weights(base) || is_side(base);
+    return tv_out_is_weights(base) || is_side(base);
 }
 
 /* ---- the directory
@@ -115,53 +93,17 @@ static enum tv_err unlink_in(const struct export *x, const char *name)
     return rc;
 }
 
-/* Objects linked from a file that is replaced or removed would be lost. */
-static enum tv_err check_sources(const struct export *x, char **names, size_t n)
-{
-    enum tv_err rc = TV_OK;
-    tv_read *read = NULL;
-    char *path = NULL;
-
-    TV_TRY(tv_read_begin(x->store, x->err, &read));
-    for (size_t i = 0; i < n; i++) {
-        bool used = false;
-
-        path = tv_path_join(x->dir, names[i]);
-        if (path == NULL) {
-            rc = no_memory(x->err);
-            goto out;
-        }
-        TV_TRY(tv_source_is_used(read, path, &used, x->err));
-        if (used) {
-            rc = tv_error_set(x->err, TV_E_INPUT,
-                              "%s belongs to a linked object of the store "
-                              "%s and is not replaced",
-                              path, tv_store_path(x->store));
-            tv_error_hint(x->err, "write into another directory");
-            goto out;
-        }
-        tv_free(path);
-        path = NULL;
-    }
-out:
-    tv_free(path);
-    tv_read_end(read);
-    return rc;
-}
-
 static enum tv_err prepare_dir(struct export *x)
 {
     enum tv_err rc = TV_OK;
     char **names = NULL;
     size_t n = 0;
+    bool exists = false;
 
-    if (!tv_path_exists(x->dir)) {
+    TV_TRY(tv_out_dir_check(x->dir, x->err, &exists));
+    if (!exists) {
         TV_TRY(tv_dir_make(x->dir, x->err));
         x->made_dir = true;
-        goto out;
-    }
-    if (!tv_path_is_dir(x->dir)) {
-        rc = tv_error_set(x->err, TV_E_EXISTS, "%s is not a directory", x->dir);
         goto out;
     }
     TV_TRY(tv_dir_list(x->dir, x->err, &names, &n));
@@ -173,7 +115,8 @@ static enum tv_err prepare_dir(struct export *x)
         tv_error_hint(x->err, "choose another, or write into it with --force");
         goto out;
     }
-    TV_TRY(check_sources(x, names, n));
+    /* Objects linked from a file that is replaced would be lost. */
+    TV_TRY(tv_out_dir_links(x->dir, x->store, x->err));
     for (size_t i = 0; i < n; i++) {
         if (is_leftover(names[i]))
             TV_TRY(unlink_in(x, names[i]));
@@ -340,7 +283,7 @@ static enum tv_err write_sides(const struct export *x)
         size_t n = 0;
         bool found = false;
 
-        if (!tv_plain_name(name) || is_weights(name)) {
+        if (!tv_plain_name(name) || tv_out_is_weights(name)) {
             struct tv_shown shown;
 
             rc = tv_error_set(x->err, TV_E_CORRUPT,
@@ -375,7 +318,7 @@ static enum tv_err each_file(const struct export *x, bool configs,
     for (size_t i = 0; i < tv_input_side_count(x->in); i++) {
         const char *name = tv_input_side_name(x->in, i);
 
-        if (is_config(name) == configs)
+        if (tv_out_is_config(name) == configs)
             TV_TRY(fn(x, name));
     }
 out:
@@ -417,8 +360,8 @@ static enum tv_err remove_stale(const struct export *x, bool configs)
 
     TV_TRY(tv_dir_list(x->dir, x->err, &names, &n));
     for (size_t i = 0; i < n; i++) {
-        if (configs ? is_config(names[i])
-                    : (is_weights(names[i]) || is_side(names[i])) &&
+        if (configs ? tv_out_is_config(names[i])
+                    : (tv_out_is_weights(names[i]) || is_side(names[i])) &&
                           !is_ours(x, names[i]))
             TV_TRY(unlink_in(x, names[i]));
     }

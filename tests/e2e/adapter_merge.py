@@ -286,6 +286,7 @@ def wrong():
     no(4, "conv1d", "cat", INPUTS + [(DATA + "/conv1d/nothing", {})],
        "output: adapter\n")
     no(5, "--memory", "svd", INPUTS, options=["--memory", "1KiB"])
+    no(5, "quota", "cat", INPUTS, options=["--quota", "1KB"])
 
 
 def warned():

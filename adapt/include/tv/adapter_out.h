@@ -33,11 +33,17 @@ struct tva_out_done { /* of a finished directory */
  * (input_dir; NULL: in a store). */
 TV_NODISCARD enum tv_err tva_out_apart(const char *dir, const char *input_dir,
                                        const char *label, struct tv_error *err);
+/* What tva_out_open would say of the directory, and whether it can be written;
+ * nothing is. */
+TV_NODISCARD enum tv_err tva_out_check(const char *dir, struct tv_hash plan,
+                                       bool force, struct tv_error *err);
 /* Takes the directory (made when missing). `plan` is the hash of everything
  * that the bytes depend on: with a finished result of the same plan
  * done->complete is set and *out is NULL. EXISTS when the directory holds
- * something else, CHANGED when another result of ours, both but for `force`;
- * LOCKED when another process works on it. */
+ * something else, CHANGED when another result of ours, both but for `force`,
+ * with which finishing removes what an earlier merge made and the weights of
+ * other models; EXISTS in any case for what is no place of an output
+ * (tv_out_dir_check); LOCKED when another process works on it. */
 TV_NODISCARD enum tv_err tva_out_open(const char *dir, struct tv_hash plan,
                                       bool force, bool sync,
                                       struct tva_out_done *done,

@@ -50,6 +50,10 @@ void tvm_adapters_info(const struct tvm_adapters *a,
                        struct tvm_adapters_info *out);
 void tvm_adapters_tensor(const struct tvm_adapters *a, size_t i,
                          struct tvm_adapters_tensor *out);
+/* What tvm_adapters_run would refuse about OUT (EXISTS, CHANGED, INPUT,
+ * LOCKED); without an OUT nothing. */
+TV_NODISCARD enum tv_err tvm_adapters_check(const struct tvm_adapters *a,
+                                            struct tv_error *err);
 TV_NODISCARD enum tv_err tvm_adapters_run(struct tvm_adapters *a,
                                           const struct tvm_run_hooks *hooks,
                                           struct tvm_result *result,

@@ -96,7 +96,7 @@ $ tvmerge run in.yml in --force
 => 4
 $ tvstore init l.tv -q && tvstore import l.tv in in --link -q && printf 'merge_method: linear\nmodels:\n- {model: store:in, parameters: {weight: 1}}\n' > link.yml
 $ tvmerge run link.yml in --store l.tv --force; tvstore verify l.tv -q && rm -r l.tv
-2> tvmerge: error: OUT 'in' holds 'model.safetensors', which the store links to
+2> tvmerge: error: OUT 'in': in/model.safetensors belongs to a linked object of the store l.tv and is not replaced
 $ cp -r $DATA/lora-jargon lora && printf 'merge_method: svd\nmodels:\n- {model: ./lora, parameters: {weight: 1}}\n' > lora.yml && tvmerge run lora.yml lora --force; cmp lora/adapter_model.safetensors $DATA/lora-jargon/adapter_model.safetensors && rm -r lora
 2> tvmerge: error: OUT 'lora' is the directory of the input './lora'
 $ tvmerge extract-lora --model in --base $DATA/base --rank 1 in --force; ls in | grep -c adapter

@@ -112,6 +112,9 @@ TV_NODISCARD enum tv_err tv_dir_list(const char *path, struct tv_error *err,
 void tv_dir_list_free(char **names, size_t n);
 bool tv_path_exists(const char *path);
 bool tv_path_is_dir(const char *path);
+/* The path, or the nearest one upwards that exists, owned; NULL when out of
+ * memory. */
+char *tv_path_existing(const char *path);
 /* dir/name, owned; NULL when out of memory. */
 char *tv_path_join(const char *dir, const char *name);
 /* Can files be made in this directory, as far as can be told without making

@@ -284,6 +284,20 @@ TV_NODISCARD enum tv_err tv_json_edit(const char *data, size_t n,
                                       size_t n_edits, struct tv_error *err,
                                       char **out, size_t *n_out);
 
+/* ---- output directories --------------------------------------------------
+ * May an output go to `dir`, whatever --force says? EXISTS when it is no
+ * directory, or lies below a file, or is a store or a comparison. *exists: it
+ * is there. */
+TV_NODISCARD enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
+                                          bool *exists);
+/* INPUT when tensors of the store (NULL: none) lie in files of `dir`. */
+TV_NODISCARD enum tv_err tv_out_dir_links(const char *dir, tv_store *store,
+                                          struct tv_error *err);
+/* Of any model or adapter: what loads them would take these files for a part of
+ * another one in the same directory. Weights include their index. */
+bool tv_out_is_config(const char *name);
+bool tv_out_is_weights(const char *name);
+
 /* ---- import and export ------------------------------------------------------
  * Progress: bytes done of total; cancel is polled between tensors (may be
  * NULL): INTERRUPTED, resumable. */
