@@ -269,6 +269,8 @@ void tve_device_shrink(struct tve_device *d);
 /* Host memory that it pins: two tiles of weights and two of outputs, of 2^21
  * elements each. */
 #define TVE_DEVICE_PINNED (4u * (8u << 20))
+/* Of that, what a walk pins. */
+uint64_t tve_device_host_bytes(const tve_model *m);
 tvk_cuda_math *tve_device_math(const struct tve_device *d);
 bool tve_is_replaced(const tve_model *m, const struct tv_input_tensor *t);
 

@@ -876,9 +876,18 @@ out:
 /* Where a batch may be. */
 enum place {
     ANYWHERE, /* on the device, else here */
-    HERE,
-    THERE /* with a device, nowhere else */
+    EMBEDDED, /* here, for the embedding alone: h and what x it takes */
+    THERE     /* with a device, nowhere else */
 };
+
+/* Of a row of x that the embedding takes. */
+static size_t embedding_floats(const struct tve_spec *s,
+                               const struct tve_param *globals)
+{
+    const size_t wide = s->hidden > s->embed_dim ? s->hidden : s->embed_dim;
+
+    return globals[TVE_PROJECT_IN].w.t ? wide : 0;
+}
 
 /* Fills b with as many groups of w as the budget allows, at least one. With h
  * (of w) that is the residual stream of a batch that is here; else it has its
@@ -914,11 +923,13 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         tve_there_give_up(m, &why);
     }
     floats -= h ? s->hidden : 0;
+    if (place == EMBEDDED)
+        floats = embedding_floats(s, m->globals);
     if (!tv_mul_size(floats, sizeof(float), &bytes)) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    TV_TRY(batch_fill(b, w, n_windows, budget / bytes, err));
+    TV_TRY(batch_fill(b, w, n_windows, bytes ? budget / bytes : SIZE_MAX, err));
     if (!tv_mul_size(b->rows, bytes, &b->memory_bytes)) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
@@ -927,7 +938,7 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
         TV_TRY(map_scratch(m, b->memory_bytes, &b->memory, err));
         b->mapped = true;
     } else {
-        b->memory = tv_alloc_aligned(b->memory_bytes);
+        b->memory = tv_alloc_aligned(b->memory_bytes ? b->memory_bytes : 1);
         if (!b->memory) {
             rc = tv_error_set(err, TV_E_NOMEM,
                               "out of memory (%zu bytes of activations)",
@@ -938,6 +949,8 @@ static enum tv_err batch_open(tve_model *m, const struct tve_window *w,
     b->h = h ? h : b->memory;
 lay_out:
     b->x = h && !b->is_there ? b->memory : b->h + b->rows * s->hidden;
+    if (place == EMBEDDED)
+        goto out;
     b->y = b->x + b->rows * b->wide;
     b->s = b->y + b->rows * b->wide;
 out:
@@ -1064,7 +1077,8 @@ static enum tv_err walk_batches(struct tve_walk *k, bool embedding, bool keep,
         float *const h = k->h + row * hidden;
 
         TV_TRY(batch_open(k->m, k->windows + at, k->n_windows - at, k->budget,
-                          keep ? NULL : h, embedding ? HERE : THERE, &b, err));
+                          keep ? NULL : h, embedding ? EMBEDDED : THERE, &b,
+                          err));
         if (b.is_there)
             TV_TRY(tve_there_put(k->m, b.h, h, b.rows * hidden, err));
         else if (keep)
@@ -1086,15 +1100,26 @@ out:
     return rc;
 }
 
+/* Bytes of a row that a walk's batches have here, beside the streams; with a
+ * device it is the embedding's alone. */
+static uint64_t walk_row(const tve_model *m, bool look)
+{
+    struct batch b = {.m = NULL};
+    const size_t floats =
+        m->device ? embedding_floats(&m->spec, m->globals)
+                  : row_floats(&m->spec, &b) - (look ? 0 : m->spec.hidden);
+
+    return (uint64_t)floats * sizeof(float);
+}
+
 /* As tve_walk_open and batch_open will do it: several groups side by side only
  * within the budget, so that one alone may be too large. */
 enum tv_err tve_walk_admit(tve_model *m, const struct tve_window *w, size_t n,
                            uint64_t reserve, struct tv_error *err)
 {
-    struct batch b = {.m = m};
     const uint64_t all = activation_budget(m);
     const size_t hidden = m->spec.hidden;
-    const uint64_t row = (uint64_t)(row_floats(&m->spec, &b) - hidden) * 4;
+    const uint64_t row = walk_row(m, false);
     uint64_t budget = all > reserve ? all - reserve : 0;
     uint64_t h = 0, most = 0;
 
@@ -1133,12 +1158,10 @@ void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
                       uint64_t reserve, uint64_t most, bool look,
                       struct tve_scratch *out)
 {
-    struct batch b = {.m = NULL};
     const uint64_t all = activation_budget(m);
     const uint64_t budget = all > reserve ? all - reserve : 0;
     const size_t hidden = m->spec.hidden;
-    const uint64_t row =
-        (uint64_t)(row_floats(&m->spec, &b) - (look ? 0 : hidden)) * 4;
+    const uint64_t row = walk_row(m, look);
     const uint64_t together = context < GROUP_ROWS ? GROUP_ROWS / context : 1;
     const uint64_t group = (n < together ? n : together) * context * row;
     uint64_t h = 0;
@@ -1153,8 +1176,9 @@ void tve_walk_scratch(const tve_model *m, size_t n, size_t context,
     out->batch = group > rest ? whole_pages(group) : 0;
     /* As many whole groups as there is room for. */
     const uint64_t rows = n < BATCH_ROWS / context ? n * context : BATCH_ROWS;
-    const uint64_t batch = rows < rest / row ? rows * row : rest;
-    const uint64_t workers = m->memory_bytes - all;
+    const uint64_t batch = row == 0 || rows < rest / row ? rows * row : rest;
+    const uint64_t workers =
+        m->device ? tve_device_host_bytes(m) : m->memory_bytes - all;
     out->heap = reserve < all ? reserve : all;
     out->heap += workers + (group > rest ? 0 : batch > group ? batch : group);
     out->heap += out->streams > 0 ? 0 : h;

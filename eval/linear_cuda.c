@@ -468,6 +468,18 @@ static size_t logits_bytes(const tve_model *m)
     return PIECE * tve_tile_rows(head->w.cols, head->w.rows) * sizeof(float);
 }
 
+uint64_t tve_device_host_bytes(const tve_model *m)
+{
+    const struct tve_param *const in = &m->globals[TVE_PROJECT_IN];
+    const size_t cols = in->w.t ? tve_linear_in(m, in) : 0;
+    const size_t rows = in->w.t ? tve_linear_out(m, in) : 0;
+
+    /* The embedding's projection takes x and gives y here. */
+    return 2 * sizeof(float) *
+           (largest_tile(m) +
+            (in->w.t ? (uint64_t)PIECE * tve_tile_rows(cols, rows) : 0));
+}
+
 uint64_t tve_device_buffer_bytes(const tve_model *m, bool logits)
 {
     return largest_tile(m) * 2 * (sizeof(float) + 2) +

@@ -472,7 +472,9 @@ static enum tv_err acquire(struct statistics *t, struct tv_error *err)
     t->sums.product = tv_calloc(n_workers, sizeof(*t->sums.product));
     if (!t->memory || !t->sums.product)
         goto no_memory;
-    for (unsigned i = 0; i < n_workers && t->sums.kind == TVE_STAT_GRAM; i++) {
+    /* With a device, products are made there. */
+    const bool here = t->sums.kind == TVE_STAT_GRAM && !t->sums.m->device;
+    for (unsigned i = 0; i < n_workers && here; i++) {
         t->sums.product[i] = tv_alloc_aligned(TILE * TILE * sizeof(float));
         if (!t->sums.product[i])
             goto no_memory;

@@ -400,9 +400,17 @@ static void test_against_less_memory(void **state)
             if (i == 2)
                 assert_message(&err, "--device-memory");
             tv_error_clear(&err);
+            tv_alloc_peak_reset();
+            const uint64_t before = tv_alloc_now();
             const enum tv_err rc =
                 tve_statistics(m, w, N, c.kind, NULL, collect, &c, &err);
             assert_code(rc, i == 2 ? TV_E_BUDGET : TV_OK, &err);
+            const uint64_t used = tv_alloc_peak() - before;
+            /* Activations of layers are the device's, and not counted here. */
+            if (i < 2) {
+                assert_in_range(used, 1, scratch.heap + (128u << 10));
+                assert_in_range(scratch.heap, 1, used + (128u << 10));
+            }
             if (i == 1) {
                 assert_int_equal(c.n, first.n);
                 assert_memory_equal(c.sums, first.sums, c.n * sizeof(double));
