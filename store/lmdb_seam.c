@@ -32,6 +32,7 @@ static const struct tv_lmdb_table real_table = {
     .env_set_maxdbs = mdb_env_set_maxdbs,
     .env_set_maxreaders = mdb_env_set_maxreaders,
     .env_stat = mdb_env_stat,
+    .env_get_fd = mdb_env_get_fd,
     .env_info = mdb_env_info,
     .reader_check = mdb_reader_check,
     .reader_list = mdb_reader_list,

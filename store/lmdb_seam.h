@@ -27,6 +27,7 @@ struct tv_lmdb_table {
     int (*env_set_maxdbs)(MDB_env *env, MDB_dbi n);
     int (*env_set_maxreaders)(MDB_env *env, unsigned n);
     int (*env_stat)(MDB_env *env, MDB_stat *st);
+    int (*env_get_fd)(MDB_env *env, mdb_filehandle_t *fd);
     int (*env_info)(MDB_env *env, MDB_envinfo *info);
     int (*reader_check)(MDB_env *env, int *dead);
     int (*reader_list)(MDB_env *env, MDB_msg_func *fn, void *ctx);

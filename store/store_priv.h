@@ -203,10 +203,10 @@ enum tv_err batch_result(tv_batch *b, enum tv_err rc);
 /* The same at the end of a public call, when it changed something (`before` is
  * n_writes at its begin): half a change must not be committed. */
 enum tv_err batch_end(tv_batch *b, uint64_t before, enum tv_err rc);
-/* Starts a read transaction of LMDB, following a map that another process has
- * enlarged when nothing is borrowed. */
 /* Commits; returns LMDB's code. */
 TV_NODISCARD int txn_commit(tv_store *s, MDB_txn *txn);
+/* Starts a transaction of LMDB, following a map that another process has
+ * enlarged when nothing is borrowed. */
 TV_NODISCARD enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
                                    struct tv_error *err);
 /* Printable, shortened name for messages. */
@@ -214,6 +214,22 @@ TV_NODISCARD enum tv_err txn_begin(tv_store *s, unsigned flags, MDB_txn **out,
 const char *show(const char *name, char *dst);
 const char *show_text(struct rec_text name, char *dst);
 uint64_t key_get_id(const MDB_val *key, size_t at);
+
+/* ---- write_back.c ---------------------------------------------------------
+ */
+
+struct write_back {
+    bool running;
+    int fd; /* of data.mdb, borrowed */
+    pthread_t thread;
+    pthread_mutex_t mutex; /* guards done */
+    pthread_cond_t end;
+    bool done;
+};
+/* Around a commit of about `bytes`: lets the disk begin while LMDB writes.
+ * Never fails; the commit alone says what is durable. */
+void write_back_begin(struct write_back *w, tv_store *s, uint64_t bytes);
+void write_back_end(struct write_back *w);
 
 /* ---- store.c --------------------------------------------------------------
  */

@@ -264,8 +264,11 @@ enum tv_err tv_batch_commit(tv_batch *b, struct tv_error *err)
     int e = tv_lmdb()->env_set_flags(s->env, MDB_NOMETASYNC, lazy);
     if (e == 0) {
         MDB_txn *txn = b->t.mdb;
+        struct write_back early;
         b->t.mdb = NULL; /* freed by commit, whatever it returns */
+        write_back_begin(&early, s, b->dirty);
         e = txn_commit(s, txn);
+        write_back_end(&early);
         atomic_fetch_sub(&s->n_txns, 1);
     }
     if (e == MDB_MAP_FULL && b->quota != 0)

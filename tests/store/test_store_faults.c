@@ -52,6 +52,7 @@ SEAM(env_set_mapsize, (MDB_env * env, size_t n), (env, n))
 SEAM(env_set_maxdbs, (MDB_env * env, MDB_dbi n), (env, n))
 SEAM(env_set_maxreaders, (MDB_env * env, unsigned n), (env, n))
 SEAM(env_stat, (MDB_env * env, MDB_stat *st), (env, st))
+SEAM(env_get_fd, (MDB_env * env, mdb_filehandle_t *fd), (env, fd))
 SEAM(env_info, (MDB_env * env, MDB_envinfo *info), (env, info))
 SEAM(txn_begin, (MDB_env * env, MDB_txn *up, unsigned flags, MDB_txn **txn),
      (env, up, flags, txn))
@@ -94,6 +95,7 @@ static void seam_arm(uint64_t n, uint64_t repeat, int code)
     seam_table.env_set_maxdbs = seam_env_set_maxdbs;
     seam_table.env_set_maxreaders = seam_env_set_maxreaders;
     seam_table.env_stat = seam_env_stat;
+    seam_table.env_get_fd = seam_env_get_fd;
     seam_table.env_info = seam_env_info;
     seam_table.txn_begin = seam_txn_begin;
     seam_table.txn_commit = seam_txn_commit;
