@@ -521,10 +521,13 @@ json_t *tvc_stages_json(const struct tvc_merge *m)
 void tvc_problems_print(struct tvc *c, const struct tvm_problems *p, bool notes)
 {
     for (size_t i = 0; i < p->n; i++) {
-        if (p->items[i].is_note && !notes)
+        if (p->items[i].is_note && (!notes || c->out.quiet))
             continue;
-        tvc_problem(&c->out, p->items[i].is_error, p->items[i].where,
-                    p->items[i].message);
+        tvc_problem(&c->out,
+                    p->items[i].is_error  ? TVC_ERROR
+                    : p->items[i].is_note ? TVC_NOTE
+                                          : TVC_WARNING,
+                    p->items[i].where, p->items[i].message);
     }
 }
 
@@ -536,12 +539,13 @@ json_t *tvc_problems_json(const struct tvm_problems *p, bool notes)
         if (x->is_note && !notes)
             continue;
         (void)json_array_append_new(
-            a, json_pack("{s:s, s:o, s:o, s:o}", "severity",
+            a, json_pack("{s:s, s:o, s:o, s:o, s:b}", "severity",
                          x->is_error ? "error" : "warning", "where",
                          tvc_json_string(x->where), "message",
                          tvc_json_string(x->message), "code",
                          x->is_error ? json_string(tv_err_name(x->code))
-                                     : json_null()));
+                                     : json_null(),
+                         "note", (int)x->is_note));
     }
     return a;
 }

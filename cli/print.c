@@ -387,15 +387,17 @@ void tvc_warn(struct tvc_print *p, const char *fmt, ...)
     va_end(ap);
 }
 
-void tvc_problem(struct tvc_print *p, bool is_error, const char *where,
+void tvc_problem(struct tvc_print *p, enum tvc_grade grade, const char *where,
                  const char *message)
 {
+    static const char *const colors[] = {RED, YELLOW, CYAN};
+    static const char *const tags[] = {"error", "warning", "note"};
     if (p->json)
         return;
     char head[512];
     tv_text_printable(*where ? where : p->tool, head, sizeof head);
     char *text = clean_text(message, 0, 0);
-    line_put(p, is_error ? RED : YELLOW, head, is_error ? "error" : "warning",
+    line_put(p, colors[grade], head, tags[grade],
              text ? text : "out of memory");
     tv_free(text);
 }
@@ -427,7 +429,7 @@ void tvc_error_full(struct tvc_print *p, const struct tv_error *e,
         return;
     }
     json_decref(problems);
-    tvc_problem(p, true, "", e->msg[0] ? e->msg : tv_err_name(e->code));
+    tvc_problem(p, TVC_ERROR, "", e->msg[0] ? e->msg : tv_err_name(e->code));
     if (e->hint[0]) {
         char *hint = clean_text(e->hint, 0, 0);
         line_put(p, CYAN, NULL, "  hint", hint ? hint : "");

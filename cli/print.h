@@ -85,7 +85,8 @@ void tvc_note(struct tvc_print *p, const char *fmt, ...) TV_PRINTF(2, 3);
 /* "tool: warning: ..." also with -q, not with --json. */
 void tvc_warn(struct tvc_print *p, const char *fmt, ...) TV_PRINTF(2, 3);
 /* "WHERE: error: MESSAGE", or the tool's name where `where` is "". */
-void tvc_problem(struct tvc_print *p, bool is_error, const char *where,
+enum tvc_grade { TVC_ERROR, TVC_WARNING, TVC_NOTE };
+void tvc_problem(struct tvc_print *p, enum tvc_grade grade, const char *where,
                  const char *message);
 /* Error with its hint; a JSON document with --json. problems (may be NULL) is
  * taken over and becomes its member "problems". */

@@ -67,7 +67,8 @@ json_t *tvc_stages_json(const struct tvc_merge *m);
  * only a plan shows. */
 void tvc_problems_print(struct tvc *c, const struct tvm_problems *p,
                         bool notes);
-/* [{"severity","where","message","code"}]; warnings or all. New reference. */
+/* [{"severity","where","message","code","note"}]; warnings or all. New
+ * reference. */
 json_t *tvc_problems_json(const struct tvm_problems *p, bool notes);
 /* Adds what was found out about OUT, if that is an error, and clears it. */
 void tvc_place_problem(struct tvm_problems *p, enum tv_err rc,

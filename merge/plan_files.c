@@ -198,9 +198,9 @@ static enum tv_err add_tokenizer(struct planner *pl)
         return TV_OK;
     }
     if (from != pl->st->donor && !is_aligned(pl))
-        plan_report(pl, "tokenizer", 1, false, TV_OK, "",
-                    "'%s' has no tokenizer files; those of '%s' are copied",
-                    plan->inputs[pl->st->donor].ref, plan->inputs[from].ref);
+        plan_note(pl, "tokenizer", 1, "",
+                  "'%s' has no tokenizer files; those of '%s' are copied",
+                  plan->inputs[pl->st->donor].ref, plan->inputs[from].ref);
     for (size_t i = 0; i < N_OF(tokenizer_files); i++) {
         if (has_side(pl, from, tokenizer_files[i]))
             TV_TRY(tokenizer_file(pl, from, tokenizer_files[i]));
@@ -362,11 +362,11 @@ static enum tv_err add_config(struct planner *pl)
         edits[n_edits].kind = TV_EDIT_BOOL;
         edits[n_edits].i = pl->st->head_written ? 0 : 1;
         n_edits++;
-        plan_report(pl, "tied", 1, false, TV_OK, "config.json",
-                    "tie_word_embeddings becomes %s, because the output has "
-                    "%s lm_head of its own",
-                    pl->st->head_written ? "false" : "true",
-                    pl->st->head_written ? "an" : "no");
+        plan_note(pl, "tied", 1, "config.json",
+                  "tie_word_embeddings becomes %s, because the output has "
+                  "%s lm_head of its own",
+                  pl->st->head_written ? "false" : "true",
+                  pl->st->head_written ? "an" : "no");
     }
     if (a->quantized_before) {
         const char *const keys[] = {"quantization_config",

@@ -163,7 +163,6 @@ static enum tv_err add_copy(struct planner *pl, const char *module)
     struct tvm_recipe_slice *const rs =
         tvm_arena_get(plan_arena(pl), 1, sizeof(*rs));
     const char *const ref = pl->plan->inputs[pl->st->donor].ref;
-    size_t before = 0;
 
     if (rs == NULL)
         return plan_oom(pl);
@@ -177,13 +176,10 @@ static enum tv_err add_copy(struct planner *pl, const char *module)
     s->recipe = rs;
     s->module = module;
     s->is_copy = s->is_first = s->is_last = true;
-    before = pl->problems->n;
-    plan_report(pl, module, 1, false, TV_OK, "",
-                "module '%s' is not in the recipe: it is copied from '%s' "
-                "(mergekit leaves it out)",
-                module, ref);
-    if (pl->problems->n > before)
-        pl->problems->items[before].is_note = true;
+    plan_note(pl, module, 1, "",
+              "module '%s' is not in the recipe: it is copied from '%s' "
+              "(mergekit leaves it out)",
+              module, ref);
     return TV_OK;
 }
 

@@ -82,7 +82,7 @@ struct plan_slice {
 struct plan_cause {
     const char *key;
     size_t n, limit;
-    bool is_error;
+    bool is_error, is_note;
     enum tv_err code;
 };
 
@@ -129,6 +129,9 @@ struct planner {
 void plan_report(struct planner *pl, const char *cause, size_t limit,
                  bool is_error, enum tv_err code, const char *where,
                  const char *fmt, ...) TV_PRINTF(7, 8);
+/* The same for what needs nobody to act: told where a merge is planned only. */
+void plan_note(struct planner *pl, const char *cause, size_t limit,
+               const char *where, const char *fmt, ...) TV_PRINTF(5, 6);
 /* "... and N more" for causes that went over their limit. */
 void plan_report_rest(struct planner *pl);
 /* True for codes that say something about this process, not about the inputs:

@@ -57,12 +57,12 @@ static struct plan_cause *cause_find(struct planner *pl, const char *key,
     return c;
 }
 
-void plan_report(struct planner *pl, const char *cause, size_t limit,
-                 bool is_error, enum tv_err code, const char *where,
-                 const char *fmt, ...)
+static void report(struct planner *pl, const char *cause, size_t limit,
+                   const struct plan_cause *what, const char *where,
+                   const char *fmt, va_list ap)
 {
     char *message = NULL;
-    va_list ap;
+    va_list again;
     int n = 0;
     struct plan_cause *const c = cause_find(pl, cause, limit);
 
@@ -70,24 +70,50 @@ void plan_report(struct planner *pl, const char *cause, size_t limit,
         pl->oom = true;
         return;
     }
-    c->is_error = is_error;
-    c->code = code;
+    c->is_error = what->is_error;
+    c->is_note = what->is_note;
+    c->code = what->code;
     c->n++;
     if (c->n > limit)
         return;
-    va_start(ap, fmt);
-    n = vsnprintf(NULL, 0, fmt, ap);
-    va_end(ap);
+    va_copy(again, ap);
+    n = vsnprintf(NULL, 0, fmt, again);
+    va_end(again);
     message = tv_alloc(n < 0 ? 1 : (size_t)n + 1);
     if (message == NULL) {
         pl->oom = true;
         return;
     }
-    va_start(ap, fmt);
     (void)vsnprintf(message, n < 0 ? 1 : (size_t)n + 1, fmt, ap);
-    va_end(ap);
-    tvm_problem_add(pl->problems, is_error, code, where, "%s", message);
+    if (what->is_note)
+        tvm_problem_note(pl->problems, where, "%s", message);
+    else
+        tvm_problem_add(pl->problems, what->is_error, what->code, where, "%s",
+                        message);
     tv_free(message);
+}
+
+void plan_report(struct planner *pl, const char *cause, size_t limit,
+                 bool is_error, enum tv_err code, const char *where,
+                 const char *fmt, ...)
+{
+    const struct plan_cause what = {.is_error = is_error, .code = code};
+    va_list ap;
+
+    va_start(ap, fmt);
+    report(pl, cause, limit, &what, where, fmt, ap);
+    va_end(ap);
+}
+
+void plan_note(struct planner *pl, const char *cause, size_t limit,
+               const char *where, const char *fmt, ...)
+{
+    const struct plan_cause what = {.is_note = true};
+    va_list ap;
+
+    va_start(ap, fmt);
+    report(pl, cause, limit, &what, where, fmt, ap);
+    va_end(ap);
 }
 
 void plan_report_rest(struct planner *pl)
@@ -95,7 +121,12 @@ void plan_report_rest(struct planner *pl)
     for (size_t i = 0; i < pl->n_causes; i++) {
         const struct plan_cause *const c = &pl->causes[i];
         /* What is given once has said everything. */
-        if (c->n > c->limit && c->limit > 1)
+        if (c->n <= c->limit || c->limit <= 1)
+            continue;
+        if (c->is_note)
+            tvm_problem_note(pl->problems, "", "\xe2\x80\xa6 and %zu more: %s",
+                             c->n - c->limit, c->key);
+        else
             tvm_problem_add(pl->problems, c->is_error, c->code, "",
                             "\xe2\x80\xa6 and %zu more: %s", c->n - c->limit,
                             c->key);

@@ -355,10 +355,33 @@ static bool is_aligned(const struct build *b, unsigned d)
     return b->pl->vocab != NULL && b->like->vocab_dim == 0 && d == 0;
 }
 
-static const char add_block[] =
-    " (different vocabularies: add 'tokenizer: {source: union}' to the recipe "
-    "to match rows by token, or 'tokenizer: {source: base}' to keep the base's "
-    "tokens only)";
+/* Can it stand in a recipe without quotes, and is it no word of its own? */
+static bool is_plain(const char *ref)
+{
+    return *ref != '\0' &&
+           ref[strspn(ref, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy"
+                           "z0123456789_./-+@")] == '\0' &&
+           strchr("-@", *ref) == NULL && strcmp(ref, "union") != 0;
+}
+
+/* What to add to a recipe of models with different vocabularies; a recipe
+ * without a base is not told of one. */
+static const char *add_block(struct build *b)
+{
+    struct planner *const pl = b->pl;
+    const char *const donor = pl->plan->inputs[pl->st->donor].ref;
+    const char *const source =
+        pl->r->base.text != NULL || !is_plain(donor) ? "base" : donor;
+    const char *const s = tvm_arena_fmt(
+        plan_arena(pl),
+        " (different vocabularies: add 'tokenizer: {source: union}' to the "
+        "recipe to match rows by token, or 'tokenizer: {source: %s}' to keep "
+        "only the tokens of '%s')",
+        source, donor);
+
+    pl->oom = pl->oom || s == NULL;
+    return s == NULL ? "" : s;
+}
 
 static void check_shapes(struct build *b)
 {
@@ -383,7 +406,7 @@ static void check_shapes(struct build *b)
                     tv_shape_format(a->shape, a->rank, sa, sizeof(sa)),
                     source_ref(b, 0),
                     tv_shape_format(o->shape, o->rank, so, sizeof(so)),
-                    source_ref(b, i), only_vocab ? add_block : "");
+                    source_ref(b, i), only_vocab ? add_block(b) : "");
     }
     b->t->rank = a->rank;
     memcpy(b->t->shape, a->shape, sizeof(a->shape));
@@ -430,7 +453,7 @@ static void check_tokens(struct build *b)
                 source_ref(b, 0),
                 tv_shape_format(theirs.tensor->shape, theirs.tensor->rank, so,
                                 sizeof(so)),
-                pl->plan->inputs[donor].ref, add_block);
+                pl->plan->inputs[donor].ref, add_block(b));
 }
 
 /* Rows in the order of the output's tokens. */
@@ -763,7 +786,6 @@ static void ask_method(struct build *b)
     b->t->method->check(b->t, &found);
     for (size_t i = 0; i < found.n; i++) {
         const struct tvm_problem *const p = &found.items[i];
-        const size_t before = b->pl->problems->n;
         if (p->of_param) {
             const char *const where = param_where(b, p);
             const char *const cause =
@@ -775,10 +797,11 @@ static void ask_method(struct build *b)
                             "%s (first for %s)", p->message, p->where);
             continue;
         }
-        plan_report(b->pl, p->message, p->is_error ? 3 : 1, p->is_error,
-                    p->code, p->is_error ? p->where : "", "%s", p->message);
-        if (p->is_note && b->pl->problems->n > before)
-            b->pl->problems->items[before].is_note = true;
+        if (p->is_note)
+            plan_note(b->pl, p->message, 1, "", "%s", p->message);
+        else
+            plan_report(b->pl, p->message, p->is_error ? 3 : 1, p->is_error,
+                        p->code, p->is_error ? p->where : "", "%s", p->message);
     }
     if (found.n_errors > 0)
         b->ok = false;
@@ -889,13 +912,10 @@ static void compat_arithmetic(struct build *b)
         t->method = t->method->compat;
         return;
     }
-    const size_t before = b->pl->problems->n;
-    plan_report(b->pl, "no compatible variant", 1, false, TV_OK, "",
-                "--compat mergekit: %s casts its inputs as mergekit does, but "
-                "keeps this program's arithmetic",
-                t->method->name);
-    if (b->pl->problems->n > before)
-        b->pl->problems->items[before].is_note = true;
+    plan_note(b->pl, "no compatible variant", 1, "",
+              "--compat mergekit: %s casts its inputs as mergekit does, but "
+              "keeps this program's arithmetic",
+              t->method->name);
 }
 
 /* Is it what a linear layer multiplies its inputs with? */

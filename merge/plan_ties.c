@@ -158,9 +158,9 @@ enum tv_err plan_ties_make(struct planner *pl)
     if (pl->lend_head && pl->head_name == NULL)
         pl->head_name = pl->plan->inputs[pl->st->donor].arch->head_name;
     if (pl->lend_head && all)
-        plan_report(pl, "head of a stack", 1, false, TV_OK, "",
-                    "the models are tied, but the last slice is of others than "
-                    "the first: its embedding becomes a head of its own");
+        plan_note(pl, "head of a stack", 1, "",
+                  "the models are tied, but the last slice is of others than "
+                  "the first: its embedding becomes a head of its own");
 out:
     return rc;
 }

@@ -423,12 +423,11 @@ static void meet(struct planner *pl, size_t input, const struct tvm_token *t,
                         tv_text_printable(t->s, text, sizeof(text)),
                         ref_of(pl, input));
     } else if (!same_flags(before, t)) {
-        plan_report(pl, "settings of added tokens", 5, false, TV_OK,
-                    ref_of(pl, input),
-                    "the added token '%s' has other settings (special, strip, "
-                    "normalized) than in the models before; the first ones "
-                    "are used",
-                    tv_text_printable(t->s, text, sizeof(text)));
+        plan_note(pl, "settings of added tokens", 5, ref_of(pl, input),
+                  "the added token '%s' has other settings (special, strip, "
+                  "normalized) than in the models before; the first ones "
+                  "are used",
+                  tv_text_printable(t->s, text, sizeof(text)));
     }
 }
 
@@ -522,11 +521,11 @@ static void choose_rows(struct planner *pl)
     v->n_rows = pad == 0 ? (v->n_ids > had ? v->n_ids : had)
                          : (v->n_ids + pad - 1) / pad * pad;
     if (v->n_rows < had)
-        plan_report(pl, "fewer rows", 1, false, TV_OK, "tokenizer",
-                    "pad_to_multiple_of: %lld makes the embeddings smaller: "
-                    "%llu rows instead of %llu",
-                    (long long)pl->r->vocab.pad_to,
-                    (unsigned long long)v->n_rows, (unsigned long long)had);
+        plan_note(pl, "fewer rows", 1, "tokenizer",
+                  "pad_to_multiple_of: %lld makes the embeddings smaller: "
+                  "%llu rows instead of %llu",
+                  (long long)pl->r->vocab.pad_to, (unsigned long long)v->n_rows,
+                  (unsigned long long)had);
 }
 
 static void show(struct planner *pl)

@@ -544,9 +544,9 @@ enum tv_err plan_vocab_file(struct planner *pl, const char *name,
             aligned && (pl->vocab->n_ordinary > 0 || pl->vocab->n_dropped > 0);
         *leave_out = differs;
         if (differs)
-            plan_report(pl, name, 1, false, TV_OK, name,
-                        "left out: it does not have the tokens of the output; "
-                        "tokenizer.json does");
+            plan_note(pl, name, 1, name,
+                      "left out: it does not have the tokens of the output; "
+                      "tokenizer.json does");
         return TV_OK;
     }
     if (strcmp(name, "tokenizer_config.json") == 0) {
@@ -598,9 +598,9 @@ static int64_t mapped_id(const struct plan_vocab *v, size_t from, int64_t id)
 static void warn_id(struct editor *ed, const char *file, const char *key,
                     int64_t id)
 {
-    plan_report(ed->pl, "ids without tokens", 5, false, TV_OK, file,
-                "'%s' %" PRId64 " is left out: the output has no such token",
-                key, id);
+    plan_note(ed->pl, "ids without tokens", 5, file,
+              "'%s' %" PRId64 " is left out: the output has no such token", key,
+              id);
 }
 
 /* The same list with the output's ids; false: one is not in the output. `pair`:

@@ -121,7 +121,7 @@ def merge(recipe, *options, code=0, out="out"):
 
 def block_of(r):
     """What a refusal tells the user to add, as it stands."""
-    return re.findall(r"'(tokenizer: \{source: \w+\})'", r.stderr)
+    return re.findall(r"'(tokenizer: \{source: [^ }]+\})'", r.stderr)
 
 
 def wanted(token, key, models, base, rules):
@@ -253,9 +253,14 @@ def printed():
     for what, recipe in recipes.items():
         r = merge(recipe, code=4)
         blocks = block_of(r)
+        # Who has no base is not told of one.
+        keep = ("base" if "base_model" in recipe else
+                re.search("model: ([^,}]+)", recipe)[1])
         check(set(blocks) == {"tokenizer: {source: union}",
-                              "tokenizer: {source: base}"},
+                              f"tokenizer: {{source: {keep}}}"},
               f"{what}: no block in {r.stderr[-300:]}")
+        check(f"keep only the tokens of '{keep}'" in r.stderr or
+              "base_model: va" in recipe, f"{what}: {r.stderr[-300:]}")
         for block in sorted(set(blocks)):
             merge(recipe + block + "\n")
             if not check(os.path.exists("out/config.json"),
@@ -319,7 +324,7 @@ def qwen():
                      "tokenizer: {source: union, pad_to_multiple_of: 64}"))
     r = run(TVMERGE, "plan", "r.yml", "out2", code=0)
     check("64 rows instead of 152" in r.stderr + r.stdout,
-          "qwen: fewer rows are a warning")
+          "qwen: fewer rows are told")
     check(len(Model("out").w[EMBED]) == 64, "qwen: 64 rows as asked")
 
 

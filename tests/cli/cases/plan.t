@@ -65,7 +65,7 @@ $ tvmerge plan range.yml > /dev/null
 # How DARE rescales is told where a merge is planned only.
 $ printf 'merge_method: dare_ties\nbase_model: %s/base\nmodels:\n- {model: %s/ft-prose, parameters: {weight: 1, density: 0.3}}\n' $DATA $DATA > dare.yml
 $ tvmerge plan dare.yml > /dev/null
-2> tvmerge: warning: rescale divides by density, <*>
+2> tvmerge: note: rescale divides by density, <*>
 $ tvmerge plan dare.yml --json | grep -c '"rescale divides\|: "rescale divides'
 1
 $ tvmerge run dare.yml dare -q
@@ -118,3 +118,13 @@ $ printf 'merge_method: cat\nmodels:\n- model: %s/base\n' $DATA > cat.yml
 $ tvmerge plan cat.yml --compat mergekit
 2> cat.yml:1:15: error: unknown merge_method 'cat' <*>
 => 2
+# Facts are notes: with a note's severity in the document too, not with -q.
+$ printf 'merge_method: linear\nmodels:\n- {model: %s/base, parameters: {weight: 1}}\n- {model: %s/ft-code, parameters: {weight: 1}}\ntokenizer: {source: union}\n' $DATA $DATA > union.yml
+$ tvmerge plan union.yml > /dev/null
+2> <*>: warning: <*> has no tokenizer; it is taken to be that of <*>
+2> vocabulary: note: <*> 0 added
+2> vocabulary: note: <*> 0 of padding
+$ tvmerge plan union.yml -q > /dev/null
+2> <*>: warning: <*> has no tokenizer; it is taken to be that of <*>
+$ tvmerge plan union.yml --json | grep -c '"note": true\|"note":true'
+2
