@@ -28,15 +28,21 @@ if(TV_FUZZ)
 endif()
 
 # tv_add_library(NAME SOURCES ... HEADERS ... [PUBLIC targets] [PRIVATE targets])
-# The headers live under include/ and are checked to compile on their own.
+# The headers live under include/ and are checked to compile on their own (not
+# by a CMake before 3.24, which knows no such check).
 function(tv_add_library name)
   cmake_parse_arguments(A "" "" "SOURCES;HEADERS;PUBLIC;PRIVATE" ${ARGN})
   add_library(tv_${name} STATIC ${A_SOURCES})
   add_library(tv::${name} ALIAS tv_${name})
-  target_sources(tv_${name} PUBLIC FILE_SET HEADERS BASE_DIRS include
-    FILES ${A_HEADERS})
-  set_target_properties(tv_${name} PROPERTIES EXPORT_NAME ${name}
-    VERIFY_INTERFACE_HEADER_SETS ON)
+  set_target_properties(tv_${name} PROPERTIES EXPORT_NAME ${name})
+  if(CMAKE_VERSION VERSION_LESS 3.24)
+    target_include_directories(tv_${name} PUBLIC include)
+  else()
+    target_sources(tv_${name} PUBLIC FILE_SET HEADERS BASE_DIRS include
+      FILES ${A_HEADERS})
+    set_target_properties(tv_${name} PROPERTIES
+      VERIFY_INTERFACE_HEADER_SETS ON)
+  endif()
   target_link_libraries(tv_${name} PUBLIC ${A_PUBLIC}
     PRIVATE ${A_PRIVATE} $<BUILD_INTERFACE:tv_dev>)
 endfunction()
