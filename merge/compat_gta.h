@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * compat_gta.h - generalised task arithmetic with mergekit's roundings
- * (compat.h); which entries are kept is decided in method_gta.c.
+ * (compat.h); which entries are kept is decided in gta_tiles.c.
  */
 #ifndef TVM_COMPAT_GTA_H
 #define TVM_COMPAT_GTA_H

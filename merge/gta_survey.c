@@ -3,7 +3,7 @@
  * gta_survey.c - trimming by magnitude over a layer or a whole model, out of
  * core: exactly k of all entries of a donor's task vector, wherever they lie.
  *
- * The passes are those of method_gta.c, over the tensors of the population
+ * The passes are those of gta_select.c, over the tensors of the population
  * instead of the tiles of one tensor:
  *
  *   HIGH    histogram of the upper 16 magnitude bits -> bucket of the k-th

@@ -46,7 +46,7 @@ static const struct tvm_param params[N_PARAMS] = {
 #define BLOCK_WORDS     (TVM_BLOCK / 64)
 #define SUM_MIN         1e-6
 /* A range of eight buckets of HIGH: squares of magnitudes are twice as far
- * apart as those (method_gta.c). */
+ * apart as those (gta_parts.h). */
 #define RANGE_WIDTH     (UINT32_C(8) << 15)
 #define RANGE_ELEMS_MIN ((uint64_t)2 << 20)
 #define SAMPLE_ELEMS    ((uint64_t)8 << 20) /* fewer: sampled twice as densely */
