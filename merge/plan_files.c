@@ -8,6 +8,7 @@
  */
 #include "plan_vocab.h"
 
+#include <assert.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -301,29 +302,160 @@ static void check_rows(struct planner *pl, size_t from)
                     (unsigned long long)t->shape[0]);
 }
 
-static enum tv_err add_config(struct planner *pl)
+struct config_edits { /* of config.json, in the order of being made */
+    struct tv_json_edit items[6];
+    size_t n;
+};
+
+static struct tv_json_edit *edit_add(struct config_edits *e, const char *key,
+                                     enum tv_edit_kind kind)
 {
-    struct tvm_plan *const plan = pl->plan;
-    const struct tv_arch *a = NULL;
-    struct tv_json_edit edits[6];
-    struct tv_error e;
-    size_t n_edits = 0;
-    size_t from = pl->st->donor;
-    char *data = NULL;
+    assert(e->n < N_OF(e->items));
+    struct tv_json_edit *const at = &e->items[e->n++];
+    *at = (struct tv_json_edit){.key = key, .kind = kind};
+    return at;
+}
+
+static void edit_dtype(const struct tvm_plan *plan, const struct tv_arch *a,
+                       struct config_edits *e)
+{
+    static const char *const names[] = {"dtype", "torch_dtype"};
+    const enum tv_dtype dtype = output_dtype(plan);
+
+    if (dtype == TV_DTYPE_NONE || tv_dtype_from_torch(a->dtype) == dtype)
+        return;
+    for (size_t i = 0; i < N_OF(names); i++) {
+        struct tv_json_edit *const at = edit_add(e, names[i], TV_EDIT_STRING);
+        at->s = tv_dtype_torch_name(dtype);
+        at->only_if_present = true;
+    }
+}
+
+static void edit_layers(struct planner *pl, const struct tv_arch *a,
+                        struct config_edits *e)
+{
+    if (pl->n_layers == a->n_layers)
+        return;
+    if (a->layers_key != NULL)
+        edit_add(e, a->layers_key, TV_EDIT_INT)->i = pl->n_layers;
+    else if (a->modules[0].layers_key == NULL)
+        plan_report(pl, "layer count", 1, true, TV_E_UNSUPPORTED, "config.json",
+                    "the output has %lld layers, but no key of config.json is "
+                    "known to hold their number (%lld), so it would not load",
+                    (long long)pl->n_layers, (long long)a->n_layers);
+}
+
+/* mergekit leaves the flag alone: a written head would then be ignored by
+ * whoever loads the model. */
+static void edit_tied(struct planner *pl, const struct tv_arch *a,
+                      struct config_edits *e)
+{
+    const bool written = pl->st->head_written;
+    const bool wrong = written ? a->tied : pl->tied && !a->tied;
+
+    if (!wrong)
+        return;
+    edit_add(e, "tie_word_embeddings", TV_EDIT_BOOL)->i = written ? 0 : 1;
+    plan_note(pl, "tied", 1, "config.json",
+              "tie_word_embeddings becomes %s, because the output has "
+              "%s lm_head of its own",
+              written ? "false" : "true", written ? "an" : "no");
+}
+
+static void edit_quantized(const struct tv_arch *a, struct config_edits *e)
+{
+    if (!a->quantized_before)
+        return;
+    (void)edit_add(e, "quantization_config", TV_EDIT_REMOVE);
+    (void)edit_add(e, "compression_config", TV_EDIT_REMOVE);
+}
+
+/* Edits *data; false in *ok: they cannot be made, and a problem says so. */
+static enum tv_err apply_edits(struct planner *pl, const struct config_edits *e,
+                               char **data, size_t *n, bool *ok)
+{
     char *edited = NULL;
-    size_t n = 0;
     size_t n_edited = 0;
-    bool found = false;
+    struct tv_error why;
+
+    *ok = true;
+    if (e->n == 0)
+        return TV_OK;
+    tv_error_clear(&why);
+    const enum tv_err rc =
+        tv_json_edit(*data, *n, e->items, e->n, &why, &edited, &n_edited);
+    if (rc == TV_OK)
+        return replace(pl, edited, n_edited, data, n);
+    *ok = false;
+    if (plan_fatal(rc)) {
+        if (pl->err != NULL)
+            *pl->err = why;
+        return rc;
+    }
+    plan_report(pl, "config", 1, true, rc, "config.json", "%s", why.msg);
+    return TV_OK;
+}
+
+/* What the rest of the recipe says about an input's config.json: its class, the
+ * layers of slices, the vocabulary. */
+static enum tv_err apply_recipe(struct planner *pl, size_t from, char **data,
+                                size_t *n)
+{
+    const struct tvm_recipe_override *const override =
+        tvm_recipe_override_of(pl->r, pl->plan->inputs[from].ref);
+    char *edited = NULL;
+    size_t n_edited = 0;
     enum tv_err rc = TV_OK;
 
-    tv_error_clear(&e);
-    memset(edits, 0, sizeof(edits));
+    if (override != NULL) {
+        TV_TRY(set_class(pl, override->architecture, *data, *n, &edited,
+                         &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, data, n));
+    }
+    for (size_t i = 0; i < pl->n_slices; i++) {
+        if (!pl->slices[i].is_first || pl->slices[i].recipe->whole)
+            continue;
+        edited = NULL;
+        TV_TRY(plan_stack_config(pl, from, pl->slices[i].module, *data, *n,
+                                 &edited, &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, data, n));
+    }
+    if (has_vocab(pl)) {
+        edited = NULL;
+        TV_TRY(
+            plan_vocab_config(pl, from, false, *data, *n, &edited, &n_edited));
+        TV_TRY(replace(pl, edited, n_edited, data, n));
+    }
+out:
+    return rc;
+}
+
+/* The input whose config.json the output's is made of. */
+static size_t config_input(const struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    size_t from = pl->st->donor;
+
     for (size_t i = 0;
          i < plan->n_inputs && !plan->inputs[from].arch->has_config; i++) {
         if (plan->inputs[i].arch->has_config)
             from = i;
     }
-    a = plan->inputs[from].arch;
+    return from;
+}
+
+static enum tv_err add_config(struct planner *pl)
+{
+    const struct tvm_plan *const plan = pl->plan;
+    const size_t from = config_input(pl);
+    const struct tv_arch *const a = plan->inputs[from].arch;
+    struct config_edits edits = {.n = 0};
+    char *data = NULL;
+    size_t n = 0;
+    bool found = false;
+    bool ok = true;
+    enum tv_err rc = TV_OK;
+
     TV_TRY(read_side(pl, from, "config.json", &found, &data, &n));
     if (!found) {
         plan_report(pl, "config", 1, false, TV_OK, "",
@@ -332,85 +464,14 @@ static enum tv_err add_config(struct planner *pl)
         goto out;
     }
     check_rows(pl, from);
-    const enum tv_dtype dtype = output_dtype(plan);
-    if (dtype != TV_DTYPE_NONE && tv_dtype_from_torch(a->dtype) != dtype) {
-        const char *const names[] = {"dtype", "torch_dtype"};
-        for (size_t i = 0; i < N_OF(names); i++) {
-            edits[n_edits].key = names[i];
-            edits[n_edits].kind = TV_EDIT_STRING;
-            edits[n_edits].s = tv_dtype_torch_name(dtype);
-            edits[n_edits].only_if_present = true;
-            n_edits++;
-        }
-    }
-    if (pl->n_layers != a->n_layers && a->layers_key != NULL) {
-        edits[n_edits].key = a->layers_key;
-        edits[n_edits].kind = TV_EDIT_INT;
-        edits[n_edits].i = pl->n_layers;
-        n_edits++;
-    } else if (pl->n_layers != a->n_layers &&
-               a->modules[0].layers_key == NULL) {
-        plan_report(pl, "layer count", 1, true, TV_E_UNSUPPORTED, "config.json",
-                    "the output has %lld layers, but no key of config.json is "
-                    "known to hold their number (%lld), so it would not load",
-                    (long long)pl->n_layers, (long long)a->n_layers);
-    }
-    /* mergekit leaves the flag alone: a written head would then be ignored by
-     * whoever loads the model. */
-    if (pl->st->head_written ? a->tied : pl->tied && !a->tied) {
-        edits[n_edits].key = "tie_word_embeddings";
-        edits[n_edits].kind = TV_EDIT_BOOL;
-        edits[n_edits].i = pl->st->head_written ? 0 : 1;
-        n_edits++;
-        plan_note(pl, "tied", 1, "config.json",
-                  "tie_word_embeddings becomes %s, because the output has "
-                  "%s lm_head of its own",
-                  pl->st->head_written ? "false" : "true",
-                  pl->st->head_written ? "an" : "no");
-    }
-    if (a->quantized_before) {
-        const char *const keys[] = {"quantization_config",
-                                    "compression_config"};
-        for (size_t i = 0; i < N_OF(keys); i++) {
-            edits[n_edits].key = keys[i];
-            edits[n_edits++].kind = TV_EDIT_REMOVE;
-        }
-    }
-    if (n_edits > 0) {
-        rc = tv_json_edit(data, n, edits, n_edits, &e, &edited, &n_edited);
-        if (rc != TV_OK) {
-            if (!plan_fatal(rc)) {
-                plan_report(pl, "config", 1, true, rc, "config.json", "%s",
-                            e.msg);
-                rc = TV_OK;
-            } else if (pl->err != NULL) {
-                *pl->err = e;
-            }
-            goto out;
-        }
-        TV_TRY(replace(pl, edited, n_edited, &data, &n));
-    }
-    if (tvm_recipe_override_of(pl->r, plan->inputs[from].ref) != NULL) {
-        edited = NULL;
-        TV_TRY(set_class(
-            pl,
-            tvm_recipe_override_of(pl->r, plan->inputs[from].ref)->architecture,
-            data, n, &edited, &n_edited));
-        TV_TRY(replace(pl, edited, n_edited, &data, &n));
-    }
-    for (size_t i = 0; i < pl->n_slices; i++) {
-        if (!pl->slices[i].is_first || pl->slices[i].recipe->whole)
-            continue;
-        edited = NULL;
-        TV_TRY(plan_stack_config(pl, from, pl->slices[i].module, data, n,
-                                 &edited, &n_edited));
-        TV_TRY(replace(pl, edited, n_edited, &data, &n));
-    }
-    if (has_vocab(pl)) {
-        edited = NULL;
-        TV_TRY(plan_vocab_config(pl, from, false, data, n, &edited, &n_edited));
-        TV_TRY(replace(pl, edited, n_edited, &data, &n));
-    }
+    edit_dtype(plan, a, &edits);
+    edit_layers(pl, a, &edits);
+    edit_tied(pl, a, &edits);
+    edit_quantized(a, &edits);
+    TV_TRY(apply_edits(pl, &edits, &data, &n, &ok));
+    if (!ok)
+        goto out;
+    TV_TRY(apply_recipe(pl, from, &data, &n));
     TV_TRY(add_file(pl, "config.json", data, n, plan->inputs[from].ref));
 out:
     return rc;

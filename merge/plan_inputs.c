@@ -166,13 +166,12 @@ static char *place_key(const struct tv_ref_part *part, const char *override)
  * so that it is reported once; *first says that this call met it. */
 static enum tv_err open_find(struct planner *pl, const struct tv_ref_part *part,
                              bool adapter, const char *override,
-                             struct tv_error *err, bool *first, size_t *index)
+                             struct tv_error *err, size_t *index)
 {
     struct plan_storage *const st = pl->st;
     char *key = NULL;
     enum tv_err rc = TV_OK;
 
-    *first = false;
     key = place_key(part, override);
     if (key == NULL)
         return plan_oom(pl);
@@ -200,7 +199,6 @@ static enum tv_err open_find(struct planner *pl, const struct tv_ref_part *part,
     o->key = key;
     key = NULL;
     *index = st->n_opens++;
-    *first = true;
     rc = open_new(pl, part, adapter, override, o, err);
     o->failed = rc != TV_OK;
 out:
@@ -345,92 +343,113 @@ static const char *stage_text(struct planner *pl,
                          adapters == NULL ? "" : adapters);
 }
 
-static enum tv_err open_ref(struct planner *pl,
-                            const struct tvm_recipe_ref *where,
-                            struct plan_ref *ref, struct tvm_plan_input *in)
+/* Where a model of the hub cache came from, for its card and for who asks
+ * again. */
+static void note_hub(struct planner *pl, struct plan_ref *ref,
+                     const struct tv_ref_part *model)
 {
-    struct tv_error e;
-    struct tv_ref *parsed = NULL;
-    const struct tvm_recipe_override *const override =
-        tvm_recipe_override_of(pl->r, where->text);
-    const struct tvm_stage_ref *stage = NULL;
-    const char *text = NULL;
-    size_t *adapters = NULL;
-    size_t model = 0;
-    bool first = false;
-    enum tv_err rc = TV_OK;
-
-    tv_error_clear(&e);
-    stage = stage_of(pl, where->text);
-    text = stage == NULL ? where->text : stage_text(pl, stage, where->text);
-    if (text == NULL) {
-        rc = plan_oom(pl);
-        goto out;
-    }
-    rc = tv_ref_resolve(text, &e, &parsed);
-    if (rc != TV_OK)
-        goto problem;
-    if (is_hub_name(&parsed->model)) {
-        ref->hub = tvm_arena_strdup(plan_arena(pl), parsed->model.text);
+    if (is_hub_name(model)) {
+        ref->hub = tvm_arena_strdup(plan_arena(pl), model->text);
         pl->oom = pl->oom || ref->hub == NULL;
     }
-    if (parsed->model.revision != NULL) {
-        ref->revision =
-            tvm_arena_strdup(plan_arena(pl), parsed->model.revision);
+    if (model->revision != NULL) {
+        ref->revision = tvm_arena_strdup(plan_arena(pl), model->revision);
         pl->oom = pl->oom || ref->revision == NULL;
     }
     if (ref->hub != NULL)
-        keep_commit(pl, ref, parsed->model.path);
-    rc = open_find(pl, &parsed->model, false,
-                   override == NULL ? NULL : override->architecture, &e, &first,
-                   &model);
-    if (rc != TV_OK)
-        goto problem;
+        keep_commit(pl, ref, model->path);
+}
+
+/* The adapters of a reference; opened[i] is the index of the i-th. *failed: one
+ * could not be, which was reported when it was first met. */
+static enum tv_err open_adapters(struct planner *pl,
+                                 const struct tv_ref *parsed,
+                                 struct tvm_plan_input *in, size_t *opened,
+                                 bool *failed, struct tv_error *e)
+{
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < in->n_adapters && !*failed; i++) {
+        TV_TRY(open_find(pl, &parsed->adapters[i], true, NULL, e, &opened[i]));
+        *failed = pl->st->opens[opened[i]].failed;
+        in->adapters[i] = pl->st->opens[opened[i]].adapter;
+        in->adapter_weights[i] = parsed->adapters[i].weight;
+    }
+out:
+    return rc;
+}
+
+/* Opens the parts of a reference; `e` says why not. */
+static enum tv_err
+open_parts(struct planner *pl, const struct tvm_recipe_ref *where,
+           const struct tv_ref *parsed, const struct tvm_stage_ref *stage,
+           struct plan_ref *ref, struct tvm_plan_input *in, struct tv_error *e)
+{
+    const struct tvm_recipe_override *const override =
+        tvm_recipe_override_of(pl->r, where->text);
+    const size_t n = parsed->n_adapters;
+    size_t *adapters = NULL;
+    size_t model = 0;
+    bool failed = false;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(open_find(pl, &parsed->model, false,
+                     override == NULL ? NULL : override->architecture, e,
+                     &model));
     if (pl->st->opens[model].failed)
         goto out;
     if (stage != NULL)
         pl->st->opens[model].fingerprint = stage->plan_hash;
-    in->n_adapters = parsed->n_adapters;
-    in->adapters =
-        tvm_arena_get(plan_arena(pl), in->n_adapters, sizeof(*in->adapters));
-    in->adapter_weights = tvm_arena_get(plan_arena(pl), in->n_adapters,
-                                        sizeof(*in->adapter_weights));
-    adapters = tv_calloc(in->n_adapters + 1, sizeof(*adapters));
+    in->n_adapters = n;
+    in->adapters = tvm_arena_get(plan_arena(pl), n, sizeof(*in->adapters));
+    in->adapter_weights =
+        tvm_arena_get(plan_arena(pl), n, sizeof(*in->adapter_weights));
+    adapters = tv_calloc(n + 1, sizeof(*adapters));
     if (in->adapters == NULL || in->adapter_weights == NULL ||
         adapters == NULL) {
         rc = plan_oom(pl);
         goto out;
     }
-    for (size_t i = 0; i < in->n_adapters; i++) {
-        rc = open_find(pl, &parsed->adapters[i], true, NULL, &e, &first,
-                       &adapters[i]);
-        if (rc != TV_OK)
-            goto problem;
-        if (pl->st->opens[adapters[i]].failed)
-            goto out;
-        in->adapters[i] = pl->st->opens[adapters[i]].adapter;
-        in->adapter_weights[i] = parsed->adapters[i].weight;
-    }
+    TV_TRY(open_adapters(pl, parsed, in, adapters, &failed, e));
+    if (failed)
+        goto out;
     in->input = pl->st->opens[model].input;
     in->arch = pl->st->opens[model].arch;
     in->fingerprint = join_fingerprints(pl->st, model, adapters,
                                         in->adapter_weights, in->n_adapters);
-    rc = bind_adapters(pl, ref, in, &e);
-    if (rc != TV_OK)
-        goto problem;
+    TV_TRY(bind_adapters(pl, ref, in, e));
     ref->usable = true;
-    goto out;
-problem:
-    if (plan_fatal(rc)) {
-        /* plan_oom has said it at its own place. */
-        if (pl->err != NULL && e.code != TV_OK)
-            *pl->err = e;
-        goto out;
-    }
-    report_open(pl, where, &e);
-    rc = TV_OK;
 out:
     tv_free(adapters);
+    return rc;
+}
+
+static enum tv_err open_ref(struct planner *pl,
+                            const struct tvm_recipe_ref *where,
+                            struct plan_ref *ref, struct tvm_plan_input *in)
+{
+    const struct tvm_stage_ref *const stage = stage_of(pl, where->text);
+    const char *const text =
+        stage == NULL ? where->text : stage_text(pl, stage, where->text);
+    struct tv_ref *parsed = NULL;
+    struct tv_error e;
+    enum tv_err rc = TV_OK;
+
+    if (text == NULL)
+        return plan_oom(pl);
+    tv_error_clear(&e);
+    rc = tv_ref_resolve(text, &e, &parsed);
+    if (rc == TV_OK) {
+        note_hub(pl, ref, &parsed->model);
+        rc = open_parts(pl, where, parsed, stage, ref, in, &e);
+    }
+    if (rc != TV_OK && !plan_fatal(rc)) {
+        report_open(pl, where, &e);
+        rc = TV_OK;
+    } else if (rc != TV_OK && pl->err != NULL && e.code != TV_OK) {
+        /* plan_oom has said it at its own place. */
+        *pl->err = e;
+    }
     tv_ref_free(parsed);
     return rc;
 }
