@@ -59,7 +59,7 @@ static void note_bad(struct exec_slot *s, size_t source, uint64_t n,
 
 /* Values of one source in a block, at `at` [n] or where they are, and what is
  * known of its mask. NULL when nobody will look at them. */
-static const float *read_block(struct exec *ex, struct exec_worker *w,
+static const float *read_block(const struct exec *ex, struct exec_worker *w,
                                struct exec_slot *s, size_t source,
                                uint64_t start, size_t n, float *at,
                                uint64_t *bad)
@@ -92,53 +92,75 @@ static const float *read_block(struct exec *ex, struct exec_worker *w,
     return x;
 }
 
-/* Whole rows that a tile has elements of. */
-static void run_rows(struct exec *ex, struct exec_worker *w,
-                     struct exec_slot *s, struct tvm_tile *tile, bool combine,
-                     uint64_t *bad_in, uint64_t *bad_out)
+/* The row that begins at element `at`, of every source, into `rows`. */
+static void read_row(const struct exec *ex, struct exec_worker *w,
+                     struct exec_slot *s, uint64_t at, float *rows,
+                     uint64_t *bad)
 {
-    const struct tvm_tensor *t = s->t;
     const uint64_t len = s->layout.row_elems;
     const size_t stride = (size_t)exec_round_up(len, 16);
-    const size_t each = exec_out_bytes_each(t);
+
+    for (uint64_t done = 0; done < len; done += TVM_BLOCK) {
+        const size_t n =
+            len - done < TVM_BLOCK ? (size_t)(len - done) : TVM_BLOCK;
+        for (size_t i = 0; i < s->t->n_sources; i++) {
+            float *to = rows + i * stride + done;
+            const float *from = read_block(ex, w, s, i, at + done, n, to, bad);
+            if (from != to)
+                memcpy(to, from, n * sizeof *to);
+        }
+    }
+}
+
+/* Elements [from, to) of the result, which begin at `row`, into the tile. */
+static void write_row(const struct exec *ex, const struct exec_worker *w,
+                      const struct exec_slot *s, const struct tvm_tile *tile,
+                      uint64_t from, uint64_t to, const float *row,
+                      uint64_t *bad)
+{
+    const enum tv_dtype dtype = s->t->dtype;
+    const size_t each = exec_out_bytes_each(s->t);
+
+    for (uint64_t e = from; e < to; e += TVM_BLOCK) {
+        const size_t n = to - e < TVM_BLOCK ? (size_t)(to - e) : TVM_BLOCK;
+        unsigned char *at = w->buf + (size_t)(e - tile->first) * each;
+        *bad += tvk_from_f32(ex->k, dtype, at, row + (e - from), n);
+    }
+}
+
+/* Whole rows that a tile has elements of. */
+static void run_rows(const struct exec *ex, struct exec_worker *w,
+                     struct exec_slot *s, struct tvm_tile *tile,
+                     uint64_t *bad_in, uint64_t *bad_out)
+{
+    const struct tvm_method *m = s->t->method;
+    const uint64_t len = s->layout.row_elems;
+    const size_t n = (size_t)len;
+    const size_t stride = (size_t)exec_round_up(len, 16);
     const uint64_t end = tile->first + tile->n;
     float *const rows = (float *)(void *)(s->mem + s->layout.rows) +
-                        tile->worker * exec_row_floats(t, len);
-    float *const dst = rows + t->n_sources * stride;
+                        tile->worker * exec_row_floats(s->t, len);
+    float *const dst = rows + s->t->n_sources * stride;
     const float *x[TVK_DONORS_MAX + 1];
 
-    for (size_t i = 0; i < t->n_sources; i++)
+    for (size_t i = 0; i < s->t->n_sources; i++)
         x[i] = rows + i * stride;
     for (uint64_t row = tile->first / len; row * len < end; row++) {
         const uint64_t at = row * len;
-        const bool own = at >= tile->first;
+        const bool own = at >= tile->first; /* else the tile before counts it */
         uint64_t unused = 0;
-        if (!combine && !own)
+        if (s->pass != EXEC_COMBINE && !own)
             continue;
-        for (uint64_t done = 0; done < len; done += TVM_BLOCK) {
-            const size_t n =
-                len - done < TVM_BLOCK ? (size_t)(len - done) : TVM_BLOCK;
-            for (size_t i = 0; i < t->n_sources; i++) {
-                float *to = rows + i * stride + done;
-                const float *from = read_block(ex, w, s, i, at + done, n, to,
-                                               own ? bad_in : &unused);
-                if (from != to)
-                    memcpy(to, from, n * sizeof *to);
-            }
-        }
+        read_row(ex, w, s, at, rows, own ? bad_in : &unused);
         tile->start = at;
-        if (!combine) {
-            t->method->measure_row(&s->job, tile, row, x, (size_t)len);
+        if (s->pass != EXEC_COMBINE) {
+            m->measure_row(&s->job, tile, row, x, n);
             continue;
         }
-        t->method->combine_row(&s->job, tile, row, x, dst, (size_t)len);
+        m->combine_row(&s->job, tile, row, x, dst, n);
         const uint64_t from = own ? at : tile->first;
         const uint64_t to = at + len < end ? at + len : end;
-        for (uint64_t e = from; e < to; e += TVM_BLOCK) {
-            const size_t n = to - e < TVM_BLOCK ? (size_t)(to - e) : TVM_BLOCK;
-            unsigned char *out = w->buf + (size_t)(e - tile->first) * each;
-            *bad_out += tvk_from_f32(ex->k, t->dtype, out, dst + (e - at), n);
-        }
+        write_row(ex, w, s, tile, from, to, dst + (from - at), bad_out);
     }
 }
 
@@ -158,7 +180,7 @@ static bool takes_bf16(const struct exec *ex, const struct exec_slot *s)
     return t->method->takes_bf16(&s->job, combine);
 }
 
-static void run_bf16(struct exec *ex, struct exec_worker *w,
+static void run_bf16(const struct exec *ex, struct exec_worker *w,
                      struct exec_slot *s, struct tvm_tile *tile,
                      uint64_t *bad_in, uint64_t *bad_out)
 {
@@ -189,103 +211,143 @@ static void run_bf16(struct exec *ex, struct exec_worker *w,
     }
 }
 
+static struct tvm_tile tile_of(const struct exec_slot *s,
+                               const struct exec_worker *w, uint64_t number,
+                               unsigned local)
+{
+    const struct exec_slot_layout *l = &s->layout;
+    struct tvm_tile tile = {
+        .tile = number,
+        .first = number * s->job.tile_elems,
+        .worker = local,
+        .mask_words = w->mask,
+        .known = w->known,
+        .made = w->made,
+        .tile_state =
+            l->tile_state_bytes > 0
+                ? s->mem + l->tile_state + l->tile_state_bytes * (size_t)number
+                : NULL,
+    };
+
+    tile.n = s->t->n_elems - tile.first;
+    if (tile.n > s->job.tile_elems)
+        tile.n = s->job.tile_elems;
+    tile.start = tile.first;
+    return tile;
+}
+
+/* Before a tile's inputs are used for the first time. */
+static enum tv_err check_inputs(const struct exec *ex, struct exec_worker *w,
+                                struct exec_slot *s,
+                                const struct tvm_tile *tile,
+                                struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    for (size_t i = 0; i < s->t->n_sources; i++) {
+        const size_t each = s->readers[i].elem_bytes;
+        if (exec_is_replaced(s, i))
+            continue;
+        w->bytes_read += tile->n * each;
+        if (!ex->p->options.verify_reads)
+            continue;
+        if (s->readers[i].gather)
+            TV_TRY(
+                tvm_gather_verify(&s->readers[i], tile->tile, s->n_tiles, err));
+        else
+            TV_TRY(tvm_reader_verify(&s->readers[i], tile->first * each,
+                                     tile->n * each, err));
+        if (s->sums && s->sums[i])
+            hash_in(s, i, tile->first * each, tile->n * each);
+    }
+out:
+    return rc;
+}
+
+/* Blocks of fp32 values, whatever the inputs are. */
+static void run_blocks(const struct exec *ex, struct exec_worker *w,
+                       struct exec_slot *s, struct tvm_tile *tile,
+                       uint64_t *bad_in, uint64_t *bad_out)
+{
+    struct tvm_job *job = &s->job;
+    const struct tvm_tensor *t = s->t;
+    const struct tvk_table *k = ex->k;
+    const float *x[TVK_DONORS_MAX + 1];
+
+    for (uint64_t done = 0; done < tile->n; done += TVM_BLOCK) {
+        size_t n =
+            tile->n - done < TVM_BLOCK ? (size_t)(tile->n - done) : TVM_BLOCK;
+        if (job->sample > 0 && n > job->sample)
+            n = job->sample;
+        tile->start = tile->first + done;
+        for (size_t i = 0; i < t->n_sources; i++)
+            x[i] = read_block(ex, w, s, i, tile->start, n,
+                              w->src + i * TVM_BLOCK, bad_in);
+        if (s->pass != EXEC_COMBINE) {
+            t->method->measure(job, tile, x, n);
+            continue;
+        }
+        unsigned char *at = w->buf + (size_t)done * exec_out_bytes_each(t);
+        float *dst = t->dtype == TV_F32 ? (float *)(void *)at : w->dst;
+        t->method->combine(job, tile, x, dst, n);
+        for (size_t i = 0; i < s->cached.n; i++)
+            tvm_cached_keep_mask(&s->cached, i, tile->start, n, w->made[i]);
+        *bad_out += t->dtype != TV_F32 ? tvk_from_f32(k, t->dtype, at, dst, n)
+                                       : k->count_nonfinite(dst, n);
+    }
+}
+
+static void compute(const struct exec *ex, struct exec_worker *w,
+                    struct exec_slot *s, struct tvm_tile *tile)
+{
+    const struct tvm_method *m = s->t->method;
+    const bool rows =
+        s->layout.row_elems > 0 && (!m->row_pass || m->row_pass(&s->job));
+    uint64_t bad_in = 0;
+    uint64_t bad_out = 0;
+
+    if (m->tile_begin)
+        m->tile_begin(&s->job, tile);
+    if (rows)
+        run_rows(ex, w, s, tile, &bad_in, &bad_out);
+    else if (takes_bf16(ex, s))
+        run_bf16(ex, w, s, tile, &bad_in, &bad_out);
+    else
+        run_blocks(ex, w, s, tile, &bad_in, &bad_out);
+    if (bad_in > 0)
+        atomic_fetch_add(&s->n_nonfinite_in, bad_in);
+    if (bad_out > 0)
+        atomic_fetch_add(&s->n_nonfinite_out, bad_out);
+}
+
 enum tv_err exec_math_tile(struct exec *ex, struct exec_worker *w,
                            struct exec_slot *s, uint64_t number, unsigned local,
                            struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct tvm_job *job = &s->job;
-    const struct tvm_tensor *t = s->t;
-    const struct tvk_table *k = ex->k;
-    const float *x[TVK_DONORS_MAX + 1];
-    const size_t each = exec_out_bytes_each(t);
     const bool combine = s->pass == EXEC_COMBINE;
-    uint64_t bad_in = 0;
-    uint64_t bad_out = 0;
-    struct tvm_tile tile = {
-        .tile = number,
-        .first = number * job->tile_elems,
-        .worker = local,
-        .mask_words = w->mask,
-        .known = w->known,
-        .made = w->made,
-        .tile_state = s->layout.tile_state_bytes > 0
-                          ? s->mem + s->layout.tile_state +
-                                s->layout.tile_state_bytes * (size_t)number
-                          : NULL,
-    };
-    tile.n = t->n_elems - tile.first;
-    if (tile.n > job->tile_elems)
-        tile.n = job->tile_elems;
-    tile.start = tile.first;
+    const size_t each = exec_out_bytes_each(s->t);
+    struct tvm_tile tile = tile_of(s, w, number, local);
+    const size_t n = (size_t)tile.n * each;
 
-    double t0 = exec_now();
-    for (size_t i = 0; exec_is_first(s) && i < t->n_sources; i++) {
-        const size_t in_each = s->readers[i].elem_bytes;
-        if (exec_is_replaced(s, i))
-            continue;
-        w->bytes_read += tile.n * in_each;
-        if (!ex->p->options.verify_reads)
-            continue;
-        if (s->readers[i].gather)
-            TV_TRY(tvm_gather_verify(&s->readers[i], number, s->n_tiles, err));
-        else
-            TV_TRY(tvm_reader_verify(&s->readers[i], tile.first * in_each,
-                                     tile.n * in_each, err));
-        if (s->sums && s->sums[i])
-            hash_in(s, i, tile.first * in_each, tile.n * in_each);
-    }
-    double t1 = exec_now();
+    const double t0 = exec_now();
+    if (exec_is_first(s))
+        TV_TRY(check_inputs(ex, w, s, &tile, err));
+    const double t1 = exec_now();
     w->t_read += t1 - t0;
-    t0 = t1;
-    if (t->method->tile_begin)
-        t->method->tile_begin(job, &tile);
-    const bool rows = s->layout.row_elems > 0 &&
-                      (!t->method->row_pass || t->method->row_pass(job));
-    const bool bf16 = !rows && takes_bf16(ex, s);
-    if (rows)
-        run_rows(ex, w, s, &tile, combine, &bad_in, &bad_out);
-    if (bf16)
-        run_bf16(ex, w, s, &tile, &bad_in, &bad_out);
-    for (uint64_t done = rows || bf16 ? tile.n : 0; done < tile.n;
-         done += TVM_BLOCK) {
-        size_t n =
-            tile.n - done < TVM_BLOCK ? (size_t)(tile.n - done) : TVM_BLOCK;
-        if (job->sample > 0 && n > job->sample)
-            n = job->sample;
-        tile.start = tile.first + done;
-        for (size_t i = 0; i < t->n_sources; i++)
-            x[i] = read_block(ex, w, s, i, tile.start, n,
-                              w->src + i * TVM_BLOCK, &bad_in);
-        if (!combine) {
-            t->method->measure(job, &tile, x, n);
-            continue;
-        }
-        unsigned char *at = w->buf + (size_t)done * each;
-        float *dst = t->dtype == TV_F32 ? (float *)(void *)at : w->dst;
-        t->method->combine(job, &tile, x, dst, n);
-        for (size_t i = 0; i < s->cached.n; i++)
-            tvm_cached_keep_mask(&s->cached, i, tile.start, n, w->made[i]);
-        bad_out += t->dtype != TV_F32 ? tvk_from_f32(k, t->dtype, at, dst, n)
-                                      : k->count_nonfinite(dst, n);
-    }
+    compute(ex, w, s, &tile);
     /* What was computed is right, but a merge does not go on without the device
      * that it was told to use. */
-    if (k->trouble)
-        TV_TRY(k->trouble(err));
+    if (ex->k->trouble)
+        TV_TRY(ex->k->trouble(err));
     if (combine)
-        hash_out(s, tile.first * each, w->buf, (size_t)tile.n * each);
-    t1 = exec_now();
-    w->t_compute += t1 - t0;
-    if (bad_in > 0)
-        atomic_fetch_add(&s->n_nonfinite_in, bad_in);
-    if (bad_out > 0)
-        atomic_fetch_add(&s->n_nonfinite_out, bad_out);
+        hash_out(s, tile.first * each, w->buf, n);
+    const double t2 = exec_now();
+    w->t_compute += t2 - t1;
     if (combine) {
-        const size_t n = (size_t)tile.n * each;
         w->bytes_written += n;
         TV_TRY(deliver(ex, w, s, number, tile.first * each, n, err));
-        w->t_write += exec_now() - t1;
+        w->t_write += exec_now() - t2;
     }
 out:
     return rc;

@@ -163,7 +163,7 @@ static char *place_key(const struct tv_ref_part *part, const char *override)
 }
 
 /* The open entry of a place, made at its first use. A failure is remembered,
- * so that it is reported once; *first says that this call met it. */
+ * so that it is reported once. */
 static enum tv_err open_find(struct planner *pl, const struct tv_ref_part *part,
                              bool adapter, const char *override,
                              struct tv_error *err, size_t *index)
