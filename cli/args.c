@@ -154,9 +154,8 @@ error_t tvc_parse_ms(struct tvc *c, const char *option, const char *arg,
     return 0;
 }
 
-/* Index of arg in words; -1 with c->err set when it is none of them. */
-static int choose(struct tvc *c, const char *what, const char *arg,
-                  const char *const *words, size_t n)
+int tvc_choose(struct tvc *c, const char *what, const char *arg,
+               const char *const *words, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         if (strcmp(arg, words[i]) == 0)
@@ -170,13 +169,16 @@ static int choose(struct tvc *c, const char *what, const char *arg,
     (void)tvc_bad(c, "%s: '%s' is not one of %s", what, arg,
                   list.failed ? "the known values" : list.data);
     tv_buf_free(&list);
+    const char *near = tv_suggest(arg, words, n);
+    if (near)
+        tv_error_hint(&c->err, "did you mean '%s'?", near);
     return -1;
 }
 
 static error_t parse_progress(struct tvc *c, const char *what, const char *arg)
 {
     static const char *const words[] = {"auto", "bar", "plain", "json", "none"};
-    const int i = choose(c, what, arg, words, 5);
+    const int i = tvc_choose(c, what, arg, words, 5);
     if (i < 0)
         return EINVAL;
     c->out.progress = (enum tvc_progress_mode)i;
@@ -186,7 +188,7 @@ static error_t parse_progress(struct tvc *c, const char *what, const char *arg)
 static error_t parse_color(struct tvc *c, const char *arg)
 {
     static const char *const words[] = {"auto", "always", "never"};
-    const int i = choose(c, "--color", arg, words, 3);
+    const int i = tvc_choose(c, "--color", arg, words, 3);
     if (i < 0)
         return EINVAL;
     c->out.color_mode = (enum tvc_color_mode)i;
@@ -215,7 +217,7 @@ static error_t parse_device(struct tvc *c, const char *arg)
         c->device_index = (int)index;
         return 0;
     }
-    const int i = choose(c, "--device", arg, words, 3);
+    const int i = tvc_choose(c, "--device", arg, words, 3);
     if (i < 0)
         return EINVAL;
     c->device = i == 0 ? TVC_DEVICE_AUTO : TVC_DEVICE_CPU;

@@ -83,6 +83,9 @@ int tvc_main(const struct tvc_tool *tool, int argc, char **argv);
 
 /* Fills c->err with USAGE and returns the error_t to hand on. */
 error_t tvc_bad(struct tvc *c, const char *fmt, ...) TV_PRINTF(2, 3);
+/* Index of arg in words; -1 with c->err set when it is none of them. */
+int tvc_choose(struct tvc *c, const char *what, const char *arg,
+               const char *const *words, size_t n);
 /* The same for another code. */
 error_t tvc_refuse(struct tvc *c, enum tv_err code, const char *fmt, ...)
     TV_PRINTF(3, 4);

@@ -7,6 +7,7 @@
  * product of the trailing dimensions that are taken whole, times the range of
  * the one before them.
  */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,14 +34,14 @@ static error_t option(struct tvc *c, int key, const char *arg)
 {
     static const char *const words[] = {"text", "raw", "npy"};
     struct opts *o = c->opt;
+    int i = 0;
     switch (key) {
     case KEY_FORMAT:
-        for (int i = 0; i < 3; i++)
-            if (strcmp(arg, words[i]) == 0) {
-                o->format = (enum format)i;
-                return 0;
-            }
-        return tvc_bad(c, "--format: '%s' is not one of text, raw, npy", arg);
+        i = tvc_choose(c, "--format", arg, words, 3);
+        if (i < 0)
+            return EINVAL;
+        o->format = (enum format)i;
+        return 0;
     case KEY_SLICE:
         o->slice = arg;
         return 0;
@@ -361,10 +362,10 @@ static int run(struct tvc *c)
     TV_TRY(tv_object_find(read, name, true, &c->err, &object));
     TV_TRY(tv_tensor_get(read, object->id, tensor, &found, &t, &c->err));
     if (!found) {
-        rc = tv_error_set(&c->err, TV_E_NOTFOUND, "%s has no tensor '%s'", name,
-                          tensor);
-        tv_error_hint(&c->err, "'tvstore ls %s %s' lists its tensors",
-                      c->pos[0], name);
+        struct tv_tensor_list *list = NULL;
+        TV_TRY(tv_tensor_list(read, object->id, &c->err, &list));
+        rc = tvc_no_tensor(c, name, tensor, list);
+        tv_tensor_list_free(list);
         goto out;
     }
     rc = cat(c, read, &t, c->pos[1]);

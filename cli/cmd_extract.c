@@ -2,6 +2,7 @@
 /*
  * cmd_extract.c - tvmerge extract-lora: an adapter from a fine-tune.
  */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -98,12 +99,8 @@ static error_t option_value(struct tvc *c, struct opts *o, int key,
                            arg);
         return 0;
     default:
-        for (int i = 0; i < 3; i++)
-            if (strcmp(arg, ways[i]) == 0) {
-                o->x.svd = i;
-                return 0;
-            }
-        return tvc_bad(c, "--svd: '%s' is not auto, full or randomized", arg);
+        o->x.svd = tvc_choose(c, "--svd", arg, ways, 3);
+        return o->x.svd < 0 ? EINVAL : 0;
     }
 }
 

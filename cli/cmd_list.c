@@ -599,15 +599,33 @@ static void tensor_lines(struct info *in, const struct tv_tensor *t,
     tvc_out(&c->out, "non-finite    %" PRIu64 "\n", s->n_nonfinite);
 }
 
+enum tv_err tvc_no_tensor(struct tvc *c, const char *object, const char *tensor,
+                          const struct tv_tensor_list *list)
+{
+    const char **names = tv_calloc(list->n + 1, sizeof *names);
+    const char *near = NULL;
+
+    for (size_t i = 0; names && i < list->n; i++)
+        names[i] = list->items[i].name;
+    if (names)
+        near = tv_suggest(tensor, names, list->n);
+    (void)tv_error_set(&c->err, TV_E_NOTFOUND, "%s has no tensor '%s'", object,
+                       tensor);
+    if (near)
+        tv_error_hint(&c->err, "did you mean '%s'?", near);
+    else
+        tv_error_hint(&c->err, "'tvstore ls %s %s' lists its tensors",
+                      c->pos[0], object);
+    tv_free((void *)names);
+    return TV_E_NOTFOUND;
+}
+
 static const struct tv_tensor *tensor_of(struct info *in, const char *name)
 {
     for (size_t i = 0; i < in->list->n; i++)
         if (strcmp(in->list->items[i].name, name) == 0)
             return &in->list->items[i];
-    (void)tv_error_set(&in->c->err, TV_E_NOTFOUND, "%s has no tensor '%s'",
-                       in->object->name, name);
-    tv_error_hint(&in->c->err, "'tvstore ls %s %s' lists its tensors",
-                  in->c->pos[0], in->object->name);
+    (void)!tvc_no_tensor(in->c, in->object->name, name, in->list);
     return NULL;
 }
 

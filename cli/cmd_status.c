@@ -290,8 +290,10 @@ static enum tv_err of_dir(struct tvc *c, const char *dir)
             lines(c, dir, &s);
         TV_TRY(each_stage(c, print_stage, NULL, &n));
     }
-    if (s.state == TVM_ABSENT)
+    if (s.state == TVM_ABSENT) {
         rc = tv_error_set(&c->err, TV_E_NOTFOUND, "%s holds no merge", dir);
+        tv_error_hint_path(&c->err, dir);
+    }
 out:
     json_decref(damped);
     json_decref(stages);

@@ -99,12 +99,12 @@ static error_t option_keep(struct tvc *c, const char *arg)
     static const char *const names[] = {"all", "best", "none"};
     struct compare_opts *o = c->opt;
 
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(arg, names[i]) == 0) {
-            o->keep = (enum keep)i;
-            return 0;
-        }
-    return tvc_bad(c, "--keep: '%s' is not one of all, best, none", arg);
+    const int i = tvc_choose(c, "--keep", arg, names, 3);
+
+    if (i < 0)
+        return EINVAL;
+    o->keep = (enum keep)i;
+    return 0;
 }
 
 error_t tvc_compare_option(struct tvc *c, int key, const char *arg)

@@ -2,6 +2,8 @@
 /*
  * eval_options.c - see eval_options.h.
  */
+#include <errno.h>
+
 #include "eval_options.h"
 
 #include <string.h>
@@ -26,17 +28,25 @@ error_t tvc_parse_count(struct tvc *c, const char *option, const char *arg,
     return e;
 }
 
+static error_t protocol(struct tvc *c, const char *arg, enum tve_protocol *p)
+{
+    const char *names[TVE_PROTOCOL_COUNT];
+
+    for (int i = 0; i < TVE_PROTOCOL_COUNT; i++)
+        names[i] = tve_protocol_name((enum tve_protocol)i);
+    const int i = tvc_choose(c, "--protocol", arg, names, TVE_PROTOCOL_COUNT);
+    if (i < 0)
+        return EINVAL;
+    *p = (enum tve_protocol)i;
+    return 0;
+}
+
 error_t tvc_eval_option(struct tvc *c, int key, const char *arg,
                         struct tvc_eval_opts *o)
 {
     switch (key) {
     case TVC_KEY_PROTOCOL:
-        if (tve_protocol_from_name(arg, &o->ppl.protocol) != 0)
-            return tvc_bad(c,
-                           "--protocol: '%s' is not one of windows, gptq, "
-                           "llamacpp, stride",
-                           arg);
-        return 0;
+        return protocol(c, arg, &o->ppl.protocol);
     case TVC_KEY_CONTEXT:
         return tvc_parse_count(c, "--context", arg, &o->ppl.context);
     case TVC_KEY_STRIDE:

@@ -189,16 +189,16 @@ error_t tvc_option_text(struct tvc *c, const char *arg)
 
 static error_t option_compat(struct tvc *c, const char *arg)
 {
+    static const char *const tools[] = {"mergekit", "peft"};
     struct tvc_merge_opts *o = c->opt;
+    const int i = tvc_choose(c, "--compat", arg, tools, 2);
 
-    if (strcmp(arg, "peft") == 0) {
+    if (i < 0)
+        return EINVAL;
+    if (i == 1)
         o->peft = true;
-        return 0;
-    }
-    if (strcmp(arg, "mergekit") != 0)
-        return tvc_bad(c, "--compat: '%s' is not known; mergekit and peft are",
-                       arg);
-    o->options.compat_mergekit = true;
+    else
+        o->options.compat_mergekit = true;
     return 0;
 }
 

@@ -332,6 +332,27 @@ static const struct tvm_stage_ref *stage_of(const struct planner *pl,
     return NULL;
 }
 
+/* A document whose name is almost that of the model. */
+static void hint_stage(const struct planner *pl, const char *ref,
+                       struct tv_error *e)
+{
+    const struct tvm_options *const o = &pl->plan->options;
+    char name[80];
+    const size_t n = strcspn(ref, "+@");
+
+    if (n >= sizeof(name))
+        return;
+    memcpy(name, ref, n);
+    name[n] = '\0';
+    for (size_t i = 0; i < o->n_stages; i++) {
+        if (tv_suggest(name, &o->stages[i].name, 1) != NULL)
+            tv_error_hint(e,
+                          "did you mean '%s', the result of another "
+                          "document?",
+                          o->stages[i].name);
+    }
+}
+
 /* The reference with the place in the place of the name; a result has no
  * revisions. NULL: out of memory. */
 static const char *stage_text(struct planner *pl,
@@ -439,6 +460,8 @@ static enum tv_err open_ref(struct planner *pl,
         return plan_oom(pl);
     tv_error_clear(&e);
     rc = tv_ref_resolve(text, &e, &parsed);
+    if (rc == TV_E_INPUT && stage == NULL)
+        hint_stage(pl, text, &e);
     if (rc == TV_OK) {
         note_hub(pl, ref, &parsed->model);
         rc = open_parts(pl, where, parsed, stage, ref, in, &e);

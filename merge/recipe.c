@@ -62,18 +62,16 @@ static void read_method(struct recipe_reader *rd, const struct tvm_node *root)
         tv_buf_fmt(&list, "%s%s", i == 0 ? "" : ", ", info.name);
     }
     like = tvm_method_suggest(m->text);
-    /* The rest is checked as if the likely method had been meant. */
-    if (like != NULL)
-        rd->r->method = tvm_method_find(like);
-    if (rd->r->method != NULL)
-        tvm_method_info(rd->r->method, &rd->r->info);
     tvm_problem_add(
         rd->problems, true, TV_E_USAGE,
         tvm_where(where, sizeof(where), rd->r->path, m->line, m->col),
-        "unknown merge_method '%s'%s%s%s (known: %s)",
+        "unknown merge_method '%s'%s%s%s",
         tv_text_printable(m->text, name, sizeof(name)),
-        like == NULL ? "" : "; did you mean '", like == NULL ? "" : like,
-        like == NULL ? "" : "'?", list.failed ? "" : list.data);
+        like == NULL ? " (known: " : "; did you mean '",
+        like != NULL  ? like
+        : list.failed ? ""
+                      : list.data,
+        like == NULL ? ")" : "'?");
     tv_buf_free(&list);
 }
 

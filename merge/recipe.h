@@ -105,8 +105,7 @@ struct tvm_recipe {
     struct tvm_recipe **needs;  /* [n_needs] documents it refers to */
     size_t n_needs;
     bool seen;                       /* while these are followed */
-    const struct tvm_method *method; /* after a typing mistake the likely one;
-                                        NULL: unknown */
+    const struct tvm_method *method; /* NULL: unknown, which has been said */
     struct tvm_method_info info;
     unsigned method_line, method_col;
     struct tvm_recipe_ref base;

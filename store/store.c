@@ -497,10 +497,24 @@ void store_name_map(tv_store *s)
     s->map_slot = tv_map_register((const void *)from, to - from, s->data_path);
 }
 
+/* One that is there and has almost this name. */
+static void hint_store(const char *path, struct tv_error *err)
+{
+    char *near = tv_path_suggest(path);
+    char *data = near ? tv_path_join(near, DATA_FILE) : NULL;
+
+    if (data && tv_path_exists(data))
+        tv_error_hint(err, "did you mean '%s'?", near);
+    tv_free(data);
+    tv_free(near);
+}
+
 static enum tv_err not_a_store(const char *path, struct tv_error *err)
 {
     tv_error_set(err, TV_E_NOTFOUND, "no store at %s", path);
     tv_error_hint(err, "create one with: tvstore init %s", path);
+    if (!tv_path_exists(path))
+        hint_store(path, err);
     return TV_E_NOTFOUND;
 }
 

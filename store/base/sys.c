@@ -28,6 +28,7 @@
 
 #include "tv/alloc.h"
 #include "tv/checked.h"
+#include "tv/text.h"
 
 /* ---- the table ----------------------------------------------------------- */
 
@@ -116,7 +117,10 @@ enum tv_err tv_file_read(const char *path, uint64_t max_bytes,
     /* Without O_NONBLOCK, opening a FIFO would wait for a writer. */
     fd = tv_sys()->open(path, O_RDONLY | O_NONBLOCK, 0);
     if (fd < 0) {
-        rc = path_error(err, errno, "open", path);
+        const int why = errno;
+        rc = path_error(err, why, "open", path);
+        if (why == ENOENT)
+            tv_error_hint_path(err, path);
         goto out;
     }
     if (tv_sys()->fstat(fd, &st) != 0) {
@@ -534,6 +538,59 @@ char *tv_path_existing(const char *path)
             *slash = '\0';
     }
     return p;
+}
+
+/* dir (with its '/', or ""), a name in it that is near to `name`, rest. */
+static char *near_in(const char *dir, const char *name, const char *rest)
+{
+    char **names = NULL;
+    char *path = NULL;
+    size_t n = 0;
+
+    if (tv_dir_list(*dir ? dir : ".", NULL, &names, &n) == TV_OK) {
+        const char *near = tv_suggest(name, (const char *const *)names, n);
+        if (near)
+            path = tv_asprintf("%s%s%s", dir, near, rest);
+    }
+    tv_dir_list_free(names, n);
+    return path;
+}
+
+/* The first part that is not there is the mistyped one. */
+char *tv_path_suggest(const char *path)
+{
+    char *near = NULL;
+
+    for (size_t from = strspn(path, "/"), n = 0; path[from]; from += n) {
+        n = strcspn(path + from, "/");
+        char *head = tv_strndup(path, from + n);
+        const bool there = head && tv_path_exists(head);
+        n += strspn(path + from + n, "/");
+        if (there) {
+            tv_free(head);
+            continue;
+        }
+        char *dir = tv_strndup(path, from);
+        if (head && dir)
+            near = near_in(dir, head + from, path + strlen(head));
+        tv_free(dir);
+        tv_free(head);
+        break;
+    }
+    if (near && !tv_path_exists(near)) {
+        tv_free(near);
+        near = NULL;
+    }
+    return near;
+}
+
+void tv_error_hint_path(struct tv_error *err, const char *path)
+{
+    char *near = err ? tv_path_suggest(path) : NULL;
+
+    if (near)
+        tv_error_hint(err, "did you mean '%s'?", near);
+    tv_free(near);
 }
 
 enum tv_err tv_dir_check_writable(const char *path, struct tv_error *err)

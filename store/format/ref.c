@@ -694,15 +694,50 @@ static enum tv_err split(struct splitter *s, struct tv_error *err)
     }
 }
 
-/* text[@REV][*WEIGHT], which is nowhere. */
-static enum tv_err not_found(const char *text, bool adapter, const char *root,
-                             struct tv_error *err)
+/* Repositories of the cache that are written almost like this one. */
+static bool hint_cached(struct tv_error *err, const char *name,
+                        const char *root)
+{
+    static const char start[] = "models--";
+    char **names = NULL;
+    const char **repos = NULL;
+    size_t n = 0, n_repos = 0;
+    const char *near = NULL;
+
+    if (root == NULL || tv_dir_list(root, NULL, &names, &n) != TV_OK)
+        return false;
+    repos = (const char **)tv_calloc(n + 1, sizeof *repos);
+    for (size_t i = 0; repos != NULL && i < n; i++) {
+        char *repo = names[i] + sizeof start - 1;
+        char *dashes = NULL;
+        if (strncmp(names[i], start, sizeof start - 1) != 0)
+            continue;
+        dashes = strstr(repo, "--");
+        if (dashes != NULL) {
+            *dashes = '/';
+            memmove(dashes + 1, dashes + 2, strlen(dashes + 2) + 1);
+        }
+        repos[n_repos++] = repo;
+    }
+    if (repos != NULL)
+        near = tv_suggest(name, repos, n_repos);
+    if (near != NULL)
+        tv_error_hint(err, "did you mean '%s'?", near);
+    tv_free((void *)repos);
+    tv_dir_list_free(names, n);
+    return near != NULL;
+}
+
+/* text[@REV][*WEIGHT] of the reference `whole`, which is nowhere. */
+static enum tv_err not_found(const char *text, const char *whole, bool adapter,
+                             const char *root, struct tv_error *err)
 {
     enum tv_err rc = TV_E_INPUT;
-    struct tv_shown shown;
+    struct tv_shown shown, all;
     char *name = tv_strdup(text);
     char *star = name == NULL || !adapter ? NULL : strrchr(name, '*');
     char *at = NULL;
+    bool hub = false;
 
     if (name == NULL)
         return no_memory(err);
@@ -718,17 +753,20 @@ static enum tv_err not_found(const char *text, bool adapter, const char *root,
             goto out;
         }
     }
-    if (is_repo_name(name)) {
-        tv_error_set(err, rc,
-                     "model '%s' not found: no such path, and not in the "
-                     "Hugging Face cache %s",
-                     tv_show(text, &shown), root == NULL ? "?" : root);
-        if (strchr(name, '/') != NULL)
-            hint_download(err, name, at);
-    } else {
-        tv_error_set(err, rc, "model '%s' not found: no such path",
-                     tv_show(text, &shown));
-    }
+    hub = is_repo_name(name);
+    tv_error_set(err, rc, "%s '%s'%s%s%s not found: no such path%s%s",
+                 adapter ? "adapter" : "model", tv_show(text, &shown),
+                 strcmp(text, whole) == 0 ? "" : " of '",
+                 strcmp(text, whole) == 0 ? "" : tv_show(whole, &all),
+                 strcmp(text, whole) == 0 ? "" : "'",
+                 hub ? ", and not in the Hugging Face cache " : "",
+                 !hub           ? ""
+                 : root == NULL ? "?"
+                                : root);
+    tv_error_hint_path(err, name);
+    if (err->hint[0] == '\0' && hub && strchr(name, '/') != NULL &&
+        !hint_cached(err, name, root))
+        hint_download(err, name, at);
 out:
     tv_free(name);
     return rc;
@@ -736,7 +774,8 @@ out:
 
 /* Says which piece of the plain split is missing, and where it was looked
  * for. */
-static enum tv_err explain(struct splitter *s, struct tv_error *err)
+static enum tv_err explain(struct splitter *s, const char *whole,
+                           struct tv_error *err)
 {
     char *root = cache_root();
     enum tv_err rc = TV_E_INPUT;
@@ -761,7 +800,7 @@ static enum tv_err explain(struct splitter *s, struct tv_error *err)
             rc = err->code;
             goto out;
         }
-        rc = not_found(text, i > 0, root, err);
+        rc = not_found(text, whole, i > 0, root, err);
         goto out;
     }
 out:
@@ -797,7 +836,7 @@ enum tv_err tv_ref_resolve(const char *text, struct tv_error *err,
         rc = e->code;
         goto out;
     case ABSENT:
-        rc = explain(s, e);
+        rc = explain(s, text, e);
         goto out;
     }
     tv_error_clear(e);

@@ -214,7 +214,8 @@ static void test_malformed(void **state)
            "hf download gone/model");
     refuse("gone/model@v2", TV_E_INPUT, "not in the Hugging Face cache",
            "hf download gone/model --revision v2");
-    refuse("m+gone/lora*0.5", TV_E_INPUT, "'gone/lora*0.5' not found",
+    refuse("m+gone/lora*0.5", TV_E_INPUT,
+           "adapter 'gone/lora*0.5' of 'm+gone/lora*0.5' not found",
            "hf download gone/lora");
     {
         char many[400];

@@ -805,12 +805,11 @@ static void test_all_at_once(void **state)
     expect_problem(&p, true, TV_E_USAGE, "yml:2:8", "unknown dtype");
     expect_problem(&p, true, TV_E_USAGE, "yml:4:", "'abc' is not a number");
     expect_problem(&p, true, TV_E_INPUT, "yml:4:", "nope");
-    expect_problem(&p, true, TV_E_USAGE, "yml:5:10", "'weight' for");
     expect_problem(&p, true, TV_E_INPUT, "yml:6:10", "gone");
-    expect_problem(&p, true, TV_E_USAGE, "yml:6:10", "'weight' for");
     expect_problem(&p, true, TV_E_USAGE, "yml:7:", "'x' is not a number");
-    assert_int_equal(count_problems(&p, true, "missing required"), 2);
-    assert_int_equal(p.problems.n_errors, 8);
+    /* What a method needs depends on which is meant. */
+    assert_int_equal(count_problems(&p, true, "missing required"), 0);
+    assert_int_equal(p.problems.n_errors, 6);
     assert_null(p.plan->identity);
     planned_free(&p);
     /* Room is checked beside other errors. */

@@ -90,7 +90,7 @@ $ tvmerge r.yml out5 --cuda --allow-crimes --lazy-unpickle --copy-tokenizer --tr
 $ tvmerge r.yml out5c --cuda --no-allow-crimes --lazy-unpickle --copy-tokenizer --no-trust-remote-code --out-shard-size 1B --low-cpu-memory --write-model-card -q && tvstore diff s out5c out
 38 tensors, all equal
 $ tvmerge r.yml out5 --compat other
-2> tvmerge: error: --compat: 'other' is not known; mergekit and peft are
+2> tvmerge: error: --compat: 'other' is not one of mergekit, peft
 2> ...
 => 2
 $ tvmerge r.yml out5 --device cuda:77

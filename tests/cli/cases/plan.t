@@ -43,15 +43,14 @@ $ tvmerge plan missing.yml --json -q 2>err | head -n 5; grep -c '^{"error": {"co
 # Mistakes in the recipe hide nothing else, and run lists the same.
 $ printf 'merge_method: linaer\nmodels:\n- {model: ./nope, parameters: {weight: abc}}\n- model: %s/base\n' $DATA > many.yml
 $ tvmerge plan many.yml
-2> many.yml:1:15: error: unknown merge_method 'linaer'; did you mean 'linear'? <*>
+2> many.yml:1:15: error: unknown merge_method 'linaer'; did you mean 'linear'?
 2> many.yml:3:40: error: parameter 'weight': 'abc' is not a number
 2> many.yml:3:11: error: <*>nope<*>
-2> many.yml:4:10: error: missing required parameter 'weight' for <*>base<*>
-2> tvmerge: error: 4 problems; nothing was written
+2> tvmerge: error: 3 problems; nothing was written
 => 2
 $ tvmerge run many.yml out5
 2> ...
-2> tvmerge: error: 4 problems; nothing was written
+2> tvmerge: error: 3 problems; nothing was written
 => 2
 # A store object that a recipe names is an input like any other.
 $ tvstore init s -q; printf 'merge_method: linear\nmodels:\n- {model: store:nobody, parameters: {weight: 1}}\n' > object.yml
@@ -128,3 +127,7 @@ $ tvmerge plan union.yml -q > /dev/null
 2> <*>: warning: <*> has no tokenizer; it is taken to be that of <*>
 $ tvmerge plan union.yml --json | grep -c '"note": true\|"note":true'
 2
+# A mistyped method is one mistake: what it would need is not asked for.
+$ printf 'merge_method: tiess\nbase_model: %s/base\nmodels: [{model: %s/ft-code}, {model: %s/ft-prose}]\nparameters: {densty: 1}\n' $DATA $DATA $DATA > typo.yml && tvmerge plan typo.yml
+2> typo.yml:1:15: error: unknown merge_method 'tiess'; did you mean 'ties'?
+=> 2

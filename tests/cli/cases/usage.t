@@ -97,7 +97,7 @@ $ TV_CPU=sse9 tvmerge methods
 => 2
 $ tvstore ls s --device tpu
 2> tvstore: error: --device: 'tpu' is not one of auto, cpu, cuda
-2>   hint: 'tvstore ls --help' lists the options
+2>   hint: did you mean 'cpu'?
 => 2
 $ tvstore ls s --device cuda:77
 2> tvstore: error: --device cuda:77: <*>

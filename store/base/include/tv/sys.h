@@ -115,6 +115,11 @@ bool tv_path_is_dir(const char *path);
 /* The path, or the nearest one upwards that exists, owned; NULL when out of
  * memory. */
 char *tv_path_existing(const char *path);
+/* A path that is there and is written almost like this one, which is not; owned
+ * or NULL. */
+char *tv_path_suggest(const char *path);
+/* Gives an error a hint with that path, if there is one. */
+void tv_error_hint_path(struct tv_error *err, const char *path);
 /* dir/name, owned; NULL when out of memory. */
 char *tv_path_join(const char *dir, const char *name);
 /* Can files be made in this directory, as far as can be told without making
