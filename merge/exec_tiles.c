@@ -33,6 +33,29 @@ static void hash_in(struct exec_slot *s, size_t source, uint64_t off,
             tv_view_leaf(&s->readers[source].view, at / TV_LEAF_BYTES);
 }
 
+/* Every NaN becomes the quiet one without payload: which operand's payload and
+ * sign a sum of two NaN has is the instruction set's choice. */
+static void quiet_nans(enum tv_dtype dtype, unsigned char *data, uint64_t n)
+{
+    const uint32_t quiet = 0x7fc00000u, infinity = 0x7f800000u;
+    const uint16_t quiet16 = dtype == TV_F16 ? 0x7e00u : 0x7fc0u;
+    const uint16_t infinity16 = dtype == TV_F16 ? 0x7c00u : 0x7f80u;
+
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t u;
+        uint16_t h;
+        if (dtype == TV_F32) {
+            memcpy(&u, data + 4 * i, sizeof u);
+            if ((u & 0x7fffffffu) > infinity)
+                memcpy(data + 4 * i, &quiet, sizeof quiet);
+        } else {
+            memcpy(&h, data + 2 * i, sizeof h);
+            if ((h & 0x7fffu) > infinity16)
+                memcpy(data + 2 * i, &quiet16, sizeof quiet16);
+        }
+    }
+}
+
 /* Hands the tile in w->buf over. */
 static enum tv_err deliver(struct exec *ex, struct exec_worker *w,
                            struct exec_slot *s, uint64_t tile, uint64_t off,
@@ -316,8 +339,10 @@ static void compute(const struct exec *ex, struct exec_worker *w,
         run_blocks(ex, w, s, tile, &bad_in, &bad_out);
     if (bad_in > 0)
         atomic_fetch_add(&s->n_nonfinite_in, bad_in);
-    if (bad_out > 0)
+    if (bad_out > 0) {
         atomic_fetch_add(&s->n_nonfinite_out, bad_out);
+        quiet_nans(s->t->dtype, w->buf, tile->n);
+    }
 }
 
 enum tv_err exec_math_tile(struct exec *ex, struct exec_worker *w,

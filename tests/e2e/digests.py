@@ -6,21 +6,25 @@ The digest of `tvmerge run --json` does not depend on threads, instruction set,
 memory budget, where the inputs live (directory, copied or linked in a store),
 how the output is sharded, output into a directory or a store, nor on being
 killed with SIGKILL and resumed. A second identical command rewrites nothing.
+NaN of every kind in the inputs, at the same elements too, change none of that.
 
 The default suite takes one recipe for each way in which the engine feeds a
 method; --all (cmake --build BUILD --target digests-all) one or more for every
 method.
 """
+import array
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
-from common import check, finish, run, run_json, temp
+from common import (check, finish, read_safetensors, run, run_json, temp,
+                    write_safetensors)
 
 BIN, SYNTH, DATA = map(os.path.abspath, sys.argv[1:4])
 REST = sys.argv[4:]
@@ -196,8 +200,61 @@ def tree(path):
             for n in sorted(os.listdir(path))}
 
 
+NANS = {  # type: code of array, quiet NaN, magnitude bits, infinity, odd ones
+    "F32": ("I", 0x7fc00000, 0x7fffffff, 0x7f800000,
+            (0x7fc00000, 0xffc00000, 0x7f800001, 0xff800123, 0x7fffffff,
+             0xffabcdef, 0x7f800000, 0xff800000)),
+    "BF16": ("H", 0x7fc0, 0x7fff, 0x7f80,
+             (0x7fc0, 0xffc0, 0x7f81, 0xff92, 0x7fff, 0xffab, 0x7f80, 0xff80)),
+    "F16": ("H", 0x7e00, 0x7fff, 0x7c00,
+            (0x7e00, 0xfe00, 0x7c01, 0xfd23, 0x7fff, 0xfeab, 0x7c00, 0xfc00)),
+}
+
+
+def numbers(rng, dtype, n):
+    """Normal numbers, one of eight replaced by one of the odd ones."""
+    code, odd = NANS[dtype][0], NANS[dtype][-1]
+    kind, drop = {"F32": ("If", 0), "BF16": ("If", 16), "F16": ("He", 0)}[dtype]
+    return array.array(code, (
+        rng.choice(odd) if rng.random() < 1 / 8 else struct.unpack(
+            kind[0], struct.pack(kind[1], rng.gauss(0, 1)))[0] >> drop
+        for _ in range(n))).tobytes()
+
+
+def nans(work):
+    """All that looks at elements, with each instruction set: the same bytes,
+    and no NaN but the quiet one."""
+    rng = random.Random(5)
+    where = os.path.join(work, "nans")
+    os.mkdir(where)
+    for m in ("base", "ft1", "ft2"):
+        write_safetensors(os.path.join(where, m), {
+            f"layers.0.{d}.weight": (d, (61, 67), numbers(rng, d, 61 * 67))
+            for d in NANS})
+    for name, text in RECIPES.items():
+        if "slices" in text:
+            continue
+        recipe = write(os.path.join(where, "r.yml"), text.format(p="./"))
+        seen = {}
+        for cpu in ("ref", "avx2", "avx512"):
+            out = os.path.join(where, "out")
+            seen[cpu] = merge(recipe, out, "--random-seed", "3",
+                              env={"TV_CPU": cpu}, cwd=where).get("digest")
+            copied = name == "fisher"  # of one model: its bytes
+            for key, (dtype, _, data) in (
+                    {} if copied else read_safetensors(out)).items():
+                code, quiet, magnitude, infinity, _ = NANS[dtype]
+                bad = {hex(v) for v in array.array(code, data)
+                       if v & magnitude > infinity and v != quiet}
+                check(not bad, f"{name} {cpu} {key}: NaN {sorted(bad)[:4]}")
+            shutil.rmtree(out, True)
+        check(seen["ref"] and len(set(seen.values())) == 1,
+              f"{name} with NaN: {seen}")
+
+
 def main():
     work = temp()
+    nans(work)
     models = os.path.join(work, "m")
     subprocess.run([SYNTH, models, *SHAPE], check=True)
     store = os.path.join(work, "store")

@@ -20,7 +20,8 @@
  *    0x7f800001, right above infinity, whatever its payload.
  *  - Reductions are fp64 in a fixed shape (struct tvk_dots) that depends on the
  *    element index only.
- *  - Subnormals are kept (no FTZ/DAZ). NaN payloads are not specified.
+ *  - Subnormals are kept (no FTZ/DAZ). NaN payloads are not specified
+ *    (merge/ writes none).
  *
  * Masks are bit sets: element i is bit (i & 63) of word i >> 6, that is the
  * words of a roaring bitset container. Bits past n in the last word are written
