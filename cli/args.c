@@ -94,17 +94,6 @@ error_t tvc_bad(struct tvc *c, const char *fmt, ...)
     return EINVAL;
 }
 
-error_t tvc_refuse(struct tvc *c, enum tv_err code, const char *fmt, ...)
-{
-    char text[512];
-    va_list ap;
-    va_start(ap, fmt);
-    (void)vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    (void)tv_error_set(&c->err, code, "%s", text);
-    return EINVAL;
-}
-
 error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
                        bool mergekit_b, uint64_t *out)
 {

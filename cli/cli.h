@@ -86,9 +86,6 @@ error_t tvc_bad(struct tvc *c, const char *fmt, ...) TV_PRINTF(2, 3);
 /* Index of arg in words; -1 with c->err set when it is none of them. */
 int tvc_choose(struct tvc *c, const char *what, const char *arg,
                const char *const *words, size_t n);
-/* The same for another code. */
-error_t tvc_refuse(struct tvc *c, enum tv_err code, const char *fmt, ...)
-    TV_PRINTF(3, 4);
 /* Parsers of option values; messages name the option. */
 error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
                        bool mergekit_b, uint64_t *out);

@@ -36,13 +36,12 @@ static const char *kind_name(const struct entry *e)
     return "merge";
 }
 
-static json_t *row_json(const struct tvc_compare *p, const struct entry *e)
+static json_t *row_json(const struct entry *e)
 {
     json_t *row = json_pack("{s:o, s:s}", "name", tvc_json_string(e->name),
                             "kind", kind_name(e));
     const bool kept = e->dir && tv_path_is_dir(e->dir);
 
-    (void)p;
     if (e->ref)
         (void)json_object_set_new(row, "model", tvc_json_string(e->ref));
     if (e->method) {
@@ -67,7 +66,7 @@ static json_t *document(const struct tvc_compare *p, const struct entry *best)
     for (size_t i = 0; i < o->n_texts; i++)
         (void)json_array_append_new(texts, tvc_json_string(o->texts[i]));
     for (size_t i = 0; i < p->n_entries; i++)
-        (void)json_array_append_new(rows, row_json(p, &p->entries[i]));
+        (void)json_array_append_new(rows, row_json(&p->entries[i]));
     return json_pack(
         "{s:s, s:o, s:o, s:o, s:s, s:o, s:o, s:o}", "schema",
         "tvmerge.compare/1", "out", tvc_json_string(o->out), "base",

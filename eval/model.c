@@ -539,11 +539,6 @@ size_t tve_model_stage(const tve_model *m, const char *tensor)
     return SIZE_MAX;
 }
 
-size_t tve_model_blocks(const tve_model *m)
-{
-    return m->spec.n_layers;
-}
-
 size_t tve_model_vocab(const tve_model *m)
 {
     return m->spec.vocab;

@@ -689,18 +689,3 @@ enum tv_err tve_sequence_advance(tve_sequence *s, struct tv_error *err)
 out:
     return rc;
 }
-
-enum tv_err tve_token_counts(const tve_model *m, const struct tve_window *w,
-                             size_t n_windows, uint64_t *counts,
-                             struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-
-    TV_TRY(tve_check_windows(m, w, n_windows, err));
-    memset(counts, 0, m->spec.vocab * sizeof(*counts));
-    for (size_t i = 0; i < n_windows; i++)
-        for (size_t k = 0; k < w[i].n; k++)
-            counts[w[i].ids[k]]++;
-out:
-    return rc;
-}

@@ -345,11 +345,6 @@ out:
     return rc;
 }
 
-uint64_t tv_mask_elems(const tv_mask *m)
-{
-    return m->n_elems;
-}
-
 uint64_t tv_mask_set(const tv_mask *m)
 {
     return m->n_set;

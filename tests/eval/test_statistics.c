@@ -284,24 +284,6 @@ static void test_lengths(void **state)
     close_model(&o);
 }
 
-static void test_token_counts(void **state)
-{
-    (void)state;
-    struct tv_error err = {0};
-    struct opened o;
-    uint64_t counts[61];
-    int32_t ids[6] = {3, 60, 3, 0, 3, 60};
-    const struct tve_window w[2] = {{ids, 4, 1}, {ids + 4, 2, 1}};
-
-    open_model(&o, "families/llama", NULL);
-    assert_ok(tve_token_counts(o.m, w, 2, counts, &err), &err);
-    for (size_t i = 0; i < 61; i++)
-        assert_int_equal(counts[i], i == 3 ? 3 : i == 60 ? 2 : i == 0);
-    ids[5] = 61;
-    assert_code(tve_token_counts(o.m, w, 2, counts, &err), TV_E_INPUT, &err);
-    close_model(&o);
-}
-
 static void test_refused(void **state)
 {
     (void)state;
@@ -465,7 +447,6 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_names),
         cmocka_unit_test(test_same_bytes),
         cmocka_unit_test(test_lengths),
-        cmocka_unit_test(test_token_counts),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_against_less_memory),
         cmocka_unit_test(test_allocations),

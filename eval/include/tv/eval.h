@@ -123,7 +123,6 @@ uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
 /* When a forward pass needs a tensor of the input: 0, to embed; 1 + l, in block
  * l; SIZE_MAX: behind the last block, or never. */
 size_t tve_model_stage(const tve_model *m, const char *tensor);
-size_t tve_model_blocks(const tve_model *m);
 size_t tve_model_vocab(const tve_model *m);
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);
@@ -209,11 +208,6 @@ TV_NODISCARD enum tv_err
 tve_statistics(tve_model *m, const struct tve_window *w, size_t n_windows,
                enum tve_stat kind, const struct tve_progress *progress,
                tve_stat_fn fn, void *arg, struct tv_error *err);
-/* How often each id of the windows occurs, into counts [vocab]. */
-TV_NODISCARD enum tv_err tve_token_counts(const tve_model *m,
-                                          const struct tve_window *w,
-                                          size_t n_windows, uint64_t *counts,
-                                          struct tv_error *err);
 
 /* ---- perplexity -------------------------------------------------------------
  * windows   ids without special tokens, cut into pieces of N-1 ids, BOS in

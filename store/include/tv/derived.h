@@ -84,7 +84,6 @@ TV_NODISCARD enum tv_err tv_mask_open(tv_read *r, struct tv_hash score,
                                       const char *tensor, bool *found,
                                       struct tv_error *err, tv_mask **out);
 void tv_mask_close(tv_mask *m);
-uint64_t tv_mask_elems(const tv_mask *m);
 uint64_t tv_mask_set(const tv_mask *m);
 /* Words (tv/kernels.h) of elements [start, start + n): start is a multiple of
  * 64 and the range lies within one aligned run of 65,536. Points into the map
