@@ -323,6 +323,8 @@ TV_NODISCARD enum tv_err tve_there_put(tve_model *m, float *to,
 TV_NODISCARD enum tv_err tve_there_get(tve_model *m, float *to,
                                        const float *from, size_t floats,
                                        struct tv_error *err);
+/* Who looks at inputs of a walk needs so much of the device at least. */
+void tve_there_look(tve_model *m, uint64_t bytes);
 /* So many bytes for who looks at inputs; lost when more are asked for, after
  * the stream was waited for. */
 TV_NODISCARD enum tv_err tve_there_work(tve_model *m, size_t bytes,

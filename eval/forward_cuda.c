@@ -125,7 +125,7 @@ enum tv_err tve_there_fits(const tve_model *m, size_t floats, size_t rows,
         return TV_OK;
     needed = tve_device_buffer_bytes(m, !walk) + all_small_bytes(m) +
              shared_bytes(m, longest, rows) + 16 * ALIGN +
-             rows * row_bytes(floats);
+             rows * row_bytes(floats) + (walk ? m->device->look_bytes : 0);
     left = there_is(m->device);
     if (needed <= left)
         return TV_OK;
@@ -269,6 +269,12 @@ enum tv_err tve_there_get(tve_model *m, float *to, const float *from,
     TV_TRY(tve_there_sync(m, err));
 out:
     return rc;
+}
+
+void tve_there_look(tve_model *m, uint64_t bytes)
+{
+    if (m->device)
+        m->device->look_bytes = bytes;
 }
 
 enum tv_err tve_there_work(tve_model *m, size_t bytes, tvk_cuda_ptr *out,

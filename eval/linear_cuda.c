@@ -28,6 +28,12 @@
 
 /* ---- memory -------------------------------------------------------------- */
 
+static void piece_free(struct tve_device *d, struct tve_piece *p)
+{
+    tvk_cuda_free(d->cuda, p->at, p->bytes);
+    *p = (struct tve_piece){.bytes = 0};
+}
+
 static void pair_free(struct tve_device *d, struct tve_pair *p)
 {
     for (int i = 0; i < 2; i++) {
@@ -35,6 +41,28 @@ static void pair_free(struct tve_device *d, struct tve_pair *p)
         tvk_cuda_free(d->cuda, p->device[i], p->bytes);
     }
     *p = (struct tve_pair){.bytes = 0};
+}
+
+static void residents_free(struct tve_device *d)
+{
+    for (size_t i = 0; i < d->n_residents; i++)
+        piece_free(d, &d->residents[i].piece);
+    d->n_residents = 0;
+    d->keeps = false;
+}
+
+/* As tvk_cuda_alloc; weights that stay go if it cannot be had otherwise. */
+static enum tv_err need(struct tve_device *d, size_t bytes, const char *what,
+                        tvk_cuda_ptr *out, struct tv_error *err)
+{
+    const enum tv_err rc = tvk_cuda_alloc(d->cuda, bytes, what, err, out);
+
+    if (rc != TV_E_BUDGET || d->n_residents == 0)
+        return rc;
+    tv_error_clear(err);
+    tvk_cuda_math_settle(d->math);
+    residents_free(d);
+    return tvk_cuda_alloc(d->cuda, bytes, what, err, out);
 }
 
 static enum tv_err pair_need(struct tve_device *d, struct tve_pair *p,
@@ -49,18 +77,12 @@ static enum tv_err pair_need(struct tve_device *d, struct tve_pair *p,
     p->bytes = bytes;
     for (int i = 0; i < 2; i++) {
         TV_TRY(tvk_cuda_pin(d->cuda, bytes, err, &p->host[i]));
-        TV_TRY(tvk_cuda_alloc(d->cuda, bytes, what, err, &p->device[i]));
+        TV_TRY(need(d, bytes, what, &p->device[i], err));
     }
 out:
     if (rc != TV_OK)
         pair_free(d, p);
     return rc;
-}
-
-static void piece_free(struct tve_device *d, struct tve_piece *p)
-{
-    tvk_cuda_free(d->cuda, p->at, p->bytes);
-    *p = (struct tve_piece){.bytes = 0};
 }
 
 enum tv_err tve_piece_need(struct tve_device *d, struct tve_piece *p,
@@ -69,7 +91,7 @@ enum tv_err tve_piece_need(struct tve_device *d, struct tve_piece *p,
     if (bytes <= p->bytes)
         return TV_OK;
     piece_free(d, p);
-    const enum tv_err rc = tvk_cuda_alloc(d->cuda, bytes, what, err, &p->at);
+    const enum tv_err rc = need(d, bytes, what, &p->at, err);
     if (rc == TV_OK)
         p->bytes = bytes;
     return rc;
@@ -108,10 +130,7 @@ void tve_device_shrink(struct tve_device *d)
     for (size_t i = 0; i < d->n_kept; i++)
         piece_free(d, &d->kept[i].piece);
     d->n_kept = 0;
-    for (size_t i = 0; i < d->n_residents; i++)
-        piece_free(d, &d->residents[i].piece);
-    d->n_residents = 0;
-    d->keeps = false;
+    residents_free(d);
 }
 
 void tve_device_close(struct tve_device *d)
@@ -639,8 +658,10 @@ static enum tv_err resident_for(struct tve_device *d, const tve_model *m,
         r = &d->residents[d->n_residents++];
         *r = (struct tve_resident){
             .t = t, .raw = is_raw(j), .dtype = j->rows.view.dtype};
-        rc = tve_piece_need(d, &r->piece, j->in * j->out * (r->raw ? 2 : 4),
-                            "weights", err);
+        const size_t bytes = j->in * j->out * (r->raw ? 2 : 4);
+        rc = tvk_cuda_alloc(d->cuda, bytes, "weights", err, &r->piece.at);
+        if (rc == TV_OK)
+            r->piece.bytes = bytes;
         if (rc == TV_E_BUDGET) { /* the device has less than it may have */
             tv_error_clear(err);
             rc = TV_OK;

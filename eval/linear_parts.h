@@ -84,8 +84,9 @@ struct tve_device {
     struct tve_piece raw[2]; /* tiles of 16-bit weights */
     struct tve_piece logits; /* one tile of them */
     struct tve_piece batch;  /* activations, forward_cuda.c */
-    struct tve_piece work;   /* of who looks at them */
-    struct tve_kept *kept;   /* [n_kept, cap_kept] */
+    struct tve_piece work;   /* of who looks at them, who needs so much: */
+    uint64_t look_bytes;
+    struct tve_kept *kept; /* [n_kept, cap_kept] */
     size_t n_kept, cap_kept;
     size_t n_tiles;  /* so far: their parity names the buffers */
     size_t n_queued; /* of them, since the stream was waited for */

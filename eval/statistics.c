@@ -208,11 +208,34 @@ static enum tv_err add_there(struct sums *s, size_t i, struct tv_error *err)
         const tvk_cuda_ptr x = tve_there(s->x + s->groups[g].start * s->ldx);
 
         TV_TRY(s->kind == TVE_STAT_GRAM
-                   ? tvk_cuda_gram_add_there(m, s->sums, s->there[i], work, x,
-                                             s->ldx, s->groups[g].n, s->n, err)
+                   ? tvk_cuda_gram_add(m, s->sums, s->there[i], work, x, s->ldx,
+                                       s->groups[g].n, s->n, err)
                    : tvk_cuda_add_squares(m, s->there[i], x, s->ldx,
                                           s->groups[g].n, s->n, err));
     }
+out:
+    return rc;
+}
+
+/* What the sums need there is taken before a batch takes the rest. */
+static enum tv_err prepare_there(struct sums *s, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    tvk_cuda_ptr work = 0;
+    size_t most = 0;
+
+    if (!s->m->device || s->n_sites == 0)
+        return TV_OK;
+    for (size_t i = 0; i < s->n_sites; i++) {
+        const size_t n = s->sites[i]->n;
+
+        if (s->kind == TVE_STAT_GRAM)
+            most = n > most ? n : most;
+        else
+            TV_TRY(take_there(s, i, err));
+    }
+    if (most > 0)
+        TV_TRY(tve_there_work(s->m, tvk_cuda_gram_work(most), &work, err));
 out:
     return rc;
 }
@@ -390,6 +413,7 @@ static enum tv_err one_layer(struct statistics *t, struct tve_walk *walk,
         (void)add_sums(&bytes, s->kind, t->sites[i].n);
     }
     memset(t->memory, 0, bytes);
+    TV_TRY(prepare_there(s, err));
     TV_TRY(
         look ? tve_walk_look(walk, &tap, err)
              : tve_walk_layer(walk, s->n_sites ? &tap : NULL, &progress, err));
@@ -510,9 +534,16 @@ enum tv_err tve_calibration_scratch(tve_model *m, enum tve_stat kind, size_t n,
 {
     enum tv_err rc = TV_OK;
     struct statistics t = {.sums = {.m = m, .kind = kind}};
+    uint64_t look = 0;
 
     *out = (struct tve_scratch){0};
     TV_TRY(tve_sites(m, &t.sites, &t.n_sites, err));
+    for (size_t i = 0; i < t.n_sites && kind == TVE_STAT_GRAM; i++) {
+        const uint64_t bytes = tvk_cuda_gram_least(t.sites[i].n);
+
+        look = bytes > look ? bytes : look;
+    }
+    tve_there_look(m, look);
     if (context > 0)
         TV_TRY(tve_walk_fits(m, n, context, err));
     /* All sites together may be too large where those wanted are not. */

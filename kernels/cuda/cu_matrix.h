@@ -31,9 +31,11 @@ TVK_HD uint64_t tvk_cu_packed(uint64_t n, uint64_t i)
 }
 
 struct tvk_cu_gram_sum {
-    double *sums;         /* packed rows of a strip, from its first */
-    const float *product; /* [height, width]: from the diagonal rightwards */
-    uint64_t height, width;
+    double *sums; /* packed rows, from `row` on */
+    const float
+        *product; /* [height, width], of rows from `row` on and columns */
+    uint64_t height, width; /* from `col` on, of a matrix [n, n] */
+    uint64_t row, col, n;
 };
 
 TVK_HD void tvk_cu_gram_sum_body(const struct tvk_cu_place *at,
@@ -43,9 +45,11 @@ TVK_HD void tvk_cu_gram_sum_body(const struct tvk_cu_place *at,
 
     for (uint64_t e = tvk_cu_first(at); e < n; e += tvk_cu_step(at)) {
         const uint64_t i = e / a->width;
-        const uint64_t j = e % a->width;
-        if (j >= i) {
-            double *const to = a->sums + tvk_cu_packed(a->width, i) + (j - i);
+        const uint64_t r = a->row + i;
+        const uint64_t c = a->col + e % a->width;
+        if (c >= r) {
+            double *const to =
+                a->sums + tvk_cu_packed(a->n - a->row, i) + (c - r);
             *to = *to + (double)a->product[e];
         }
     }

@@ -307,10 +307,30 @@ uint64_t tvk_cuda_launches(tvk_cuda *d)
 
 /* ---- memory -------------------------------------------------------------- */
 
+/* Takes bytes of the budget; what was left of it in *left. */
+static bool take_bytes(tvk_cuda *d, size_t bytes, uint64_t *left)
+{
+    (void)pthread_mutex_lock(&d->mutex);
+    *left = d->info.budget_bytes - d->used_bytes;
+    if (bytes <= *left)
+        d->used_bytes += bytes;
+    (void)pthread_mutex_unlock(&d->mutex);
+    return bytes <= *left;
+}
+
+static void give_bytes(tvk_cuda *d, size_t bytes)
+{
+    (void)pthread_mutex_lock(&d->mutex);
+    d->used_bytes -= bytes;
+    (void)pthread_mutex_unlock(&d->mutex);
+}
+
 enum tv_err tvk_cuda_alloc(tvk_cuda *d, size_t bytes, const char *what,
                            struct tv_error *err, tvk_cuda_ptr *out)
 {
     enum tv_err rc = TV_OK;
+    tvk_cu_result code = TVK_CU_NO_MEMORY;
+    uint64_t left = 0;
 
     *out = 0;
     if (bytes == 0)
@@ -318,23 +338,26 @@ enum tv_err tvk_cuda_alloc(tvk_cuda *d, size_t bytes, const char *what,
     rc = tvk_cuda_enter(d, err);
     if (rc != TV_OK)
         return rc;
-    (void)pthread_mutex_lock(&d->mutex);
-    const uint64_t left = d->info.budget_bytes - d->used_bytes;
-    if (bytes <= left)
-        d->used_bytes += bytes;
-    (void)pthread_mutex_unlock(&d->mutex);
-    if (bytes > left)
+    bool mine = take_bytes(d, bytes, &left);
+    if (mine)
+        code = d->api->mem_alloc(out, bytes);
+    if (code == TVK_CU_NO_MEMORY) {
+        /* Once more, without what is kept for later calls only. */
+        tvk_cuda_row_reclaim(d->row);
+        if (!mine)
+            mine = take_bytes(d, bytes, &left);
+        if (mine)
+            code = d->api->mem_alloc(out, bytes);
+    }
+    if (mine && code == TVK_CU_OK)
+        return TV_OK;
+    *out = 0;
+    if (!mine)
         return tv_error_set(err, TV_E_BUDGET,
                             "%s needs %zu bytes of device memory, %" PRIu64
                             " of %" PRIu64 " are left (--device-memory)",
                             what, bytes, left, d->info.budget_bytes);
-    const tvk_cu_result code = d->api->mem_alloc(out, bytes);
-    if (code == TVK_CU_OK)
-        return TV_OK;
-    *out = 0;
-    (void)pthread_mutex_lock(&d->mutex);
-    d->used_bytes -= bytes;
-    (void)pthread_mutex_unlock(&d->mutex);
+    give_bytes(d, bytes);
     if (code != TVK_CU_NO_MEMORY)
         return tvk_cuda_refused(d, code, "cuMemAlloc", err);
     return tv_error_set(err, TV_E_BUDGET,
@@ -350,9 +373,7 @@ void tvk_cuda_free(tvk_cuda *d, tvk_cuda_ptr at, size_t bytes)
     /* A refusal shows in the next call that can tell. */
     (void)d->api->context_use(d->context);
     (void)d->api->mem_free(at);
-    (void)pthread_mutex_lock(&d->mutex);
-    d->used_bytes -= bytes;
-    (void)pthread_mutex_unlock(&d->mutex);
+    give_bytes(d, bytes);
 }
 
 /* Memory is pinned by the page, and two pinned ranges must not share one: so

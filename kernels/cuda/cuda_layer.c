@@ -31,193 +31,156 @@
 
 /* ---- the Gram matrix ----------------------------------------------------- */
 
+/* Products are [STRIP, COLS] at most, whatever the memory: no bit depends on
+ * it.
+ *
+ *         j0      COLS
+ *     +--------+--------+---+   sums of a strip's rows, packed, are on the
+ *  i0 |\\ strip            |   device as a whole or, where they come from the
+ *     | \\      |        |   |   host and have no room, fewer at a time: then
+ *     +--\\-----+--------+---+   each product is made once for every part
+ */
 struct gram {
     tvk_cuda_math *m;
-    const float *x;
-    tvk_cuda_ptr there; /* or x on the device */
+    tvk_cuda_ptr x, work;
     size_t ldx, rows, n;
-    tvk_cuda_ptr chunk[2]; /* x as it lies, [CHUNK, ldx] */
-    unsigned n_chunks;     /* buffers: one when there is no memory for two */
-    size_t chunk_bytes;
-    tvk_cuda_ptr product; /* [STRIP, n] */
-    size_t product_bytes;
 };
 
-static size_t strip_entries(size_t n, size_t i0)
-{
-    const size_t ni = tvk_cuda_least(TVK_CUDA_GRAM_STRIP, n - i0);
+/* Rows of sums that go to the device at a time, at least. */
+#define GRAM_LEAST 64u
 
-    return ni * (n - i0) - ni * (ni - 1) / 2;
+static size_t strip_rows(const struct gram *g, size_t i0)
+{
+    return tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n - i0);
 }
 
-static enum tv_err gram_open(struct gram *g, struct tv_error *err)
+/* Entries of `rows` packed rows, of which the first has n. */
+static size_t packed_entries(size_t rows, size_t n)
 {
-    enum tv_err rc = TV_OK;
-    tvk_cuda *const d = g->m->device;
-    const size_t rows = tvk_cuda_least(g->rows, TVK_CUDA_GRAM_CHUNK);
-
-    g->chunk_bytes = ((rows - 1) * g->ldx + g->n) * sizeof(float);
-    g->product_bytes = tvk_cuda_gram_work(g->n);
-    TV_TRY(tvk_cuda_alloc(d, g->product_bytes, "a product of inputs", err,
-                          &g->product));
-    TV_TRY(tvk_cuda_alloc(d, g->chunk_bytes, "inputs of a layer", err,
-                          &g->chunk[0]));
-    g->n_chunks = 1;
-    if (g->rows <= TVK_CUDA_GRAM_CHUNK)
-        goto out;
-    rc = tvk_cuda_alloc(d, g->chunk_bytes, "inputs of a layer", err,
-                        &g->chunk[1]);
-    if (rc == TV_OK)
-        g->n_chunks = 2;
-    if (rc == TV_E_BUDGET) {
-        tv_error_clear(err);
-        rc = TV_OK;
-    }
-out:
-    return rc;
+    return rows * n - rows * (rows - (rows > 0)) / 2;
 }
 
-static void gram_close(struct gram *g)
+size_t tvk_cuda_gram_work(size_t n)
 {
-    tvk_cuda *const d = g->m->device;
-
-    /* Nobody may still read what is given back. */
-    tvk_cuda_settle(g->m->copies);
-    tvk_cuda_settle(g->m->stream);
-    tvk_cuda_free(d, g->chunk[0], g->chunk_bytes);
-    tvk_cuda_free(d, g->chunk[1], g->chunk_bytes);
-    tvk_cuda_free(d, g->product, g->product_bytes);
+    return tvk_cuda_least(TVK_CUDA_GRAM_STRIP, n) *
+           tvk_cuda_least(TVK_CUDA_GRAM_COLS, n) * sizeof(float);
 }
 
-/* Rows of x to a buffer; the other one is free for the next chunk then. */
-static enum tv_err bring_chunk(struct gram *g, tvk_cuda_ptr to, size_t row,
-                               size_t rows, struct tv_error *err)
+uint64_t tvk_cuda_gram_least(size_t n)
+{
+    return tvk_cuda_gram_work(n) +
+           packed_entries(tvk_cuda_least(GRAM_LEAST, n), n) * sizeof(double);
+}
+
+/* Adds to rows [first, first + height) of the strip at i0, whose packed sums
+ * begin at `sums`. */
+static enum tv_err gram_rows(const struct gram *g, size_t i0, size_t first,
+                             size_t height, tvk_cuda_ptr sums,
+                             struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
-    if (g->n_chunks == 1)
-        TV_TRY(tvk_cuda_sync(g->m->stream, err));
-    TV_TRY(tvk_cuda_upload(g->m->copies, to, g->x + row * g->ldx,
-                           ((rows - 1) * g->ldx + g->n) * sizeof(float), err));
-    TV_TRY(tvk_cuda_sync(g->m->copies, err));
-    TV_TRY(tvk_cuda_sync(g->m->stream, err));
-out:
-    return rc;
-}
+    for (size_t row = 0; row < g->rows; row += TVK_CUDA_GRAM_CHUNK) {
+        const tvk_cuda_ptr x = tvk_cuda_float(g->x, row * g->ldx);
 
-/* Strips [from, to) of the matrix, whose sums begin at `sums`. Uploads run
- * beside the products of the chunk before. */
-static enum tv_err gram_strips(struct gram *g, size_t from, size_t to,
-                               tvk_cuda_ptr sums, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    tvk_cuda_stream *const s = g->m->stream;
+        for (size_t j0 = i0; j0 < g->n; j0 += TVK_CUDA_GRAM_COLS) {
+            const size_t nj = tvk_cuda_least(TVK_CUDA_GRAM_COLS, g->n - j0);
+            const struct tvk_cuda_gemm p = {
+                .trans_a = true,
+                .m = strip_rows(g, i0),
+                .n = nj,
+                .k = tvk_cuda_least(TVK_CUDA_GRAM_CHUNK, g->rows - row),
+                .alpha = 1.0f,
+                .a = tvk_cuda_float(x, i0),
+                .lda = g->ldx,
+                .b = tvk_cuda_float(x, j0),
+                .ldb = g->ldx,
+                .c = g->work,
+                .ldc = nj};
+            struct tvk_cu_gram_sum sum = {
+                .sums = tvk_cuda_address(sums),
+                .product =
+                    tvk_cuda_address(tvk_cuda_float(g->work, first * nj)),
+                .height = height,
+                .width = nj,
+                .row = i0 + first,
+                .col = j0,
+                .n = g->n};
 
-    for (size_t row = 0, k = 0; row < g->rows;
-         row += TVK_CUDA_GRAM_CHUNK, k++) {
-        const size_t rows = tvk_cuda_least(TVK_CUDA_GRAM_CHUNK, g->rows - row);
-        const tvk_cuda_ptr x = g->there ? tvk_cuda_float(g->there, row * g->ldx)
-                                        : g->chunk[k % g->n_chunks];
-        tvk_cuda_ptr to_sums = sums;
-
-        if (!g->there)
-            TV_TRY(bring_chunk(g, x, row, rows, err));
-        for (size_t i0 = from; i0 < to; i0 += TVK_CUDA_GRAM_STRIP) {
-            const size_t ni = tvk_cuda_least(TVK_CUDA_GRAM_STRIP, g->n - i0);
-            const struct tvk_cuda_gemm p = {.trans_a = true,
-                                            .m = ni,
-                                            .n = g->n - i0,
-                                            .k = rows,
-                                            .alpha = 1.0f,
-                                            .a = tvk_cuda_float(x, i0),
-                                            .lda = g->ldx,
-                                            .b = tvk_cuda_float(x, i0),
-                                            .ldb = g->ldx,
-                                            .c = g->product,
-                                            .ldc = g->n - i0};
-            struct tvk_cu_gram_sum sum = {.sums = tvk_cuda_address(to_sums),
-                                          .product =
-                                              tvk_cuda_address(g->product),
-                                          .height = ni,
-                                          .width = g->n - i0};
-
+            if (j0 + nj <= sum.row) /* left of the diagonal */
+                continue;
             TV_TRY(tvk_cuda_gemm(g->m, &p, err));
-            TV_TRY(tvk_cuda_over(s, "tv_gram_sum", ni * (g->n - i0),
+            TV_TRY(tvk_cuda_over(g->m->stream, "tv_gram_sum", height * nj,
                                  TVK_CUDA_THREADS, &sum, err));
-            to_sums += strip_entries(g->n, i0) * sizeof(double);
         }
     }
 out:
     return rc;
 }
 
-/* Sums on the host come and go strip by strip. */
-static enum tv_err gram_on_host(struct gram *g, double *sums,
+/* Room for packed rows of a strip, fewer of them where there is little. */
+static enum tv_err gram_room(const struct gram *g, size_t *rows, size_t *bytes,
+                             tvk_cuda_ptr *out, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    *rows = strip_rows(g, 0);
+    for (;; *rows = *rows / 2 < GRAM_LEAST ? GRAM_LEAST : *rows / 2) {
+        *bytes = packed_entries(*rows, g->n) * sizeof(double);
+        rc = tvk_cuda_alloc(g->m->device, *bytes, "sums of inputs", err, out);
+        if (rc != TV_E_BUDGET || *rows <= GRAM_LEAST)
+            return rc;
+        tv_error_clear(err);
+    }
+}
+
+/* Sums on the host come and go. */
+static enum tv_err gram_on_host(const struct gram *g, double *sums,
                                 struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    tvk_cuda *const d = g->m->device;
-    const size_t bytes = strip_entries(g->n, 0) * sizeof(double);
-    tvk_cuda_ptr strip = 0;
+    tvk_cuda_stream *const s = g->m->stream;
+    size_t each = 0, bytes = 0;
+    tvk_cuda_ptr there = 0;
 
-    TV_TRY(tvk_cuda_alloc(d, bytes, "sums of inputs", err, &strip));
-    for (size_t i0 = 0; i0 < g->n; i0 += TVK_CUDA_GRAM_STRIP) {
-        const size_t n = strip_entries(g->n, i0);
+    TV_TRY(gram_room(g, &each, &bytes, &there, err));
+    for (size_t i0 = 0; i0 < g->n; i0 += TVK_CUDA_GRAM_STRIP)
+        for (size_t f = 0; f < strip_rows(g, i0); f += each) {
+            const size_t h = tvk_cuda_least(each, strip_rows(g, i0) - f);
+            const size_t n = packed_entries(h, g->n - i0 - f);
 
-        TV_TRY(
-            tvk_cuda_upload(g->m->stream, strip, sums, n * sizeof *sums, err));
-        TV_TRY(gram_strips(
-            g, i0, tvk_cuda_least(i0 + TVK_CUDA_GRAM_STRIP, g->n), strip, err));
-        TV_TRY(tvk_cuda_download(g->m->stream, sums, strip, n * sizeof *sums,
-                                 err));
-        TV_TRY(tvk_cuda_sync(g->m->stream, err));
-        sums += n;
-    }
+            TV_TRY(tvk_cuda_upload(s, there, sums, n * sizeof *sums, err));
+            TV_TRY(gram_rows(g, i0, f, h, there, err));
+            TV_TRY(tvk_cuda_download(s, sums, there, n * sizeof *sums, err));
+            TV_TRY(tvk_cuda_sync(s, err));
+            sums += n;
+        }
 out:
     if (rc != TV_OK)
-        tvk_cuda_settle(g->m->stream);
-    tvk_cuda_free(d, strip, bytes);
+        tvk_cuda_settle(s);
+    tvk_cuda_free(g->m->device, there, bytes);
     return rc;
 }
 
 enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums, tvk_cuda_ptr at,
-                              const float *x, size_t ldx, size_t rows, size_t n,
-                              struct tv_error *err)
+                              tvk_cuda_ptr work, tvk_cuda_ptr x, size_t ldx,
+                              size_t rows, size_t n, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    struct gram g = {.m = m, .x = x, .ldx = ldx, .rows = rows, .n = n};
+    const struct gram g = {m, x, work, ldx, rows, n};
 
     if (rows == 0 || n == 0)
         return TV_OK;
-    TV_TRY(gram_open(&g, err));
-    if (at != 0) {
-        TV_TRY(gram_strips(&g, 0, n, at, err));
-        TV_TRY(tvk_cuda_sync(m->stream, err));
-    } else {
-        TV_TRY(gram_on_host(&g, sums, err));
+    if (at == 0)
+        return gram_on_host(&g, sums, err);
+    for (size_t i0 = 0; i0 < n; i0 += TVK_CUDA_GRAM_STRIP) {
+        const size_t ni = strip_rows(&g, i0);
+
+        TV_TRY(gram_rows(&g, i0, 0, ni, at, err));
+        at += packed_entries(ni, n - i0) * sizeof(double);
     }
 out:
-    gram_close(&g);
     return rc;
-}
-
-size_t tvk_cuda_gram_work(size_t n)
-{
-    return tvk_cuda_least(TVK_CUDA_GRAM_STRIP, n) * n * sizeof(float);
-}
-
-enum tv_err tvk_cuda_gram_add_there(tvk_cuda_math *m, double *sums,
-                                    tvk_cuda_ptr at, tvk_cuda_ptr work,
-                                    tvk_cuda_ptr x, size_t ldx, size_t rows,
-                                    size_t n, struct tv_error *err)
-{
-    struct gram g = {
-        .m = m, .there = x, .ldx = ldx, .rows = rows, .n = n, .product = work};
-
-    if (rows == 0 || n == 0)
-        return TV_OK;
-    return at != 0 ? gram_strips(&g, 0, n, at, err)
-                   : gram_on_host(&g, sums, err);
 }
 
 /* ---- one layer ----------------------------------------------------------- */

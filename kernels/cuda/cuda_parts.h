@@ -62,6 +62,8 @@ enum tv_err tvk_cuda_broken(tvk_cuda *d, const char *call, int code,
  * next call that can tell. */
 void tvk_cuda_settle(tvk_cuda_stream *s);
 void tvk_cuda_row_free(struct tvk_cuda_row *r);
+/* Gives back the device memory that nobody uses at the moment. */
+void tvk_cuda_row_reclaim(struct tvk_cuda_row *r);
 void tvk_cuda_math_close(struct tvk_cuda_math *m);
 
 #endif

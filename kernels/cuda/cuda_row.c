@@ -940,6 +940,12 @@ enum tv_err tvk_cuda_table(tvk_cuda *d, const struct tvk_table *from,
     return TV_OK;
 }
 
+void tvk_cuda_row_reclaim(struct tvk_cuda_row *r)
+{
+    if (r != NULL)
+        tvk_tiles_reclaim(r->tiles);
+}
+
 void tvk_cuda_row_free(struct tvk_cuda_row *r)
 {
     if (r == NULL)

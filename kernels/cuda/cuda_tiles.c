@@ -163,6 +163,15 @@ void tvk_tiles_close(struct tvk_tiles *t)
     tv_free(t);
 }
 
+void tvk_tiles_reclaim(struct tvk_tiles *t)
+{
+    (void)pthread_mutex_lock(&t->mutex);
+    for (unsigned i = 0; i < t->n_lanes; i++)
+        for (unsigned k = 0; k < N_SLOTS && !t->lanes[i].taken; k++)
+            slot_shrink(t, &t->lanes[i].slots[k]);
+    (void)pthread_mutex_unlock(&t->mutex);
+}
+
 static struct lane *lane_take(struct tvk_tiles *t)
 {
     struct lane *got = NULL;

@@ -62,6 +62,8 @@ struct tvk_tiles *tvk_tiles_open(tvk_cuda *d); /* NULL: out of memory */
 /* Host memory that all lanes pin at most. */
 size_t tvk_tiles_staging(const struct tvk_tiles *t);
 void tvk_tiles_close(struct tvk_tiles *t); /* NULL allowed */
+/* Slots of lanes that are free give their memory back. */
+void tvk_tiles_reclaim(struct tvk_tiles *t);
 /* Can a tile of the operation be staged at all? */
 bool tvk_tiles_fit(const struct tvk_tiles *t, const struct tvk_tile_op *op);
 /* BUDGET: not even the smallest tile fits the device. Others break it. */

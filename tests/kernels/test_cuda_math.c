@@ -141,69 +141,73 @@ static void test_gemm(void **state)
 
 /* ---- Gram matrices ------------------------------------------------------- */
 
-static void gram_case(size_t rows, size_t n, size_t ldx)
+/* X^T X of x, twice. Device memory that is left for sums of the host; 0: all.
+ * Owned. */
+static double *gram_of(const float *x, size_t rows, size_t n, size_t ldx,
+                       bool sums_there, size_t room)
 {
     struct tv_error err = {.code = TV_OK};
     tvk_cuda *const d = device_open(64u << 20, 0);
     tvk_cuda_math *const m = math_of(d);
-    float *const x = normal(rows * ldx, rows);
-    const size_t entries = n * (n + 1) / 2;
-    double *const host = zeroed(entries, sizeof *host);
-    double *const there = zeroed(entries, sizeof *there);
-    const tvk_cuda_ptr at = to_device(d, there, entries * sizeof *there);
+    tvk_cuda_stream *const s = tvk_cuda_math_stream(m);
+    const size_t bytes = n * (n + 1) / 2 * sizeof(double);
+    const size_t work_bytes = tvk_cuda_gram_work(n);
+    double *const sums = zeroed(n * (n + 1) / 2, sizeof *sums);
+    const tvk_cuda_ptr dx = to_device(d, x, rows * ldx * sizeof *x);
+    const tvk_cuda_ptr at = sums_there ? to_device(d, sums, bytes) : 0;
+    tvk_cuda_ptr work = 0, rest = 0;
+    size_t taken = 0;
 
-    for (int twice = 0; twice < 2; twice++) {
-        assert_ok(tvk_cuda_gram_add(m, host, 0, x, ldx, rows, n, &err), &err);
-        assert_ok(tvk_cuda_gram_add(m, NULL, at, x, ldx, rows, n, &err), &err);
+    assert_ok(tvk_cuda_alloc(d, work_bytes, "work", &err, &work), &err);
+    if (room > 0) {
+        taken = (size_t)tvk_cuda_left(d) - room;
+        assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
     }
-    assert_ok(tvk_cuda_download(tvk_cuda_math_stream(m), there, at,
-                                entries * sizeof *there, &err),
-              &err);
-    assert_ok(tvk_cuda_sync(tvk_cuda_math_stream(m), &err), &err);
-    assert_same_bytes("sums on the device", there, host,
-                      entries * sizeof *there);
+    for (int twice = 0; twice < 2; twice++)
+        assert_ok(tvk_cuda_gram_add(m, sums_there ? NULL : sums, at, work, dx,
+                                    ldx, rows, n, &err),
+                  &err);
+    if (sums_there)
+        assert_ok(tvk_cuda_download(s, sums, at, bytes, &err), &err);
+    assert_ok(tvk_cuda_sync(s, &err), &err);
+    if (room > 0) { /* and not even one part */
+        tvk_cuda_free(d, rest, taken);
+        taken += room - 256;
+        assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
+        assert_int_equal(
+            tvk_cuda_gram_add(m, sums, 0, work, dx, ldx, rows, n, &err),
+            TV_E_BUDGET);
+        assert_non_null(strstr(err.msg, "--device-memory"));
+        assert_int_equal(tvk_cuda_trouble(d, &err), TV_OK);
+    }
+    tvk_cuda_free(d, rest, taken);
+    tvk_cuda_free(d, work, work_bytes);
+    tvk_cuda_free(d, dx, rows * ldx * sizeof *x);
+    tvk_cuda_free(d, at, bytes);
+    device_close(d);
+    return sums;
+}
+
+static void gram_case(size_t rows, size_t n, size_t ldx)
+{
+    float *const x = normal(rows * ldx, rows);
+    const size_t bytes = n * (n + 1) / 2 * sizeof(double);
+    double *const here = gram_of(x, rows, n, ldx, false, 0);
+    double *const there = gram_of(x, rows, n, ldx, true, 0);
+
+    assert_same_bytes("sums on the device", there, here, bytes);
     for (size_t i = 0, e = 0; i < n; i++)
         for (size_t j = i; j < n; j++, e++) {
             double want = 0;
 
             for (size_t r = 0; r < rows; r++)
                 want += 2.0 * (double)x[r * ldx + i] * (double)x[r * ldx + j];
-            if (fabs(host[e] - want) > 1e-5 * (double)rows)
-                fail_msg("[%zu,%zu] is %g, not %g", i, j, host[e], want);
+            if (fabs(here[e] - want) > 1e-5 * (double)rows)
+                fail_msg("[%zu,%zu] is %g, not %g", i, j, here[e], want);
         }
-    /* x on the device as well, sums there or here */
-    const size_t work_bytes = tvk_cuda_gram_work(n);
-    const tvk_cuda_ptr dx = to_device(d, x, rows * ldx * sizeof *x);
-    double *const again = zeroed(entries, sizeof *again);
-    tvk_cuda_ptr work = 0;
-
-    assert_ok(tvk_cuda_alloc(d, work_bytes, "work", &err, &work), &err);
-    assert_ok(tvk_cuda_upload(tvk_cuda_math_stream(m), at, again,
-                              entries * sizeof *again, &err),
-              &err);
-    for (int twice = 0; twice < 2; twice++) {
-        assert_ok(
-            tvk_cuda_gram_add_there(m, NULL, at, work, dx, ldx, rows, n, &err),
-            &err);
-        assert_ok(
-            tvk_cuda_gram_add_there(m, again, 0, work, dx, ldx, rows, n, &err),
-            &err);
-    }
-    assert_same_bytes("sums here, inputs there", again, host,
-                      entries * sizeof *again);
-    assert_ok(tvk_cuda_download(tvk_cuda_math_stream(m), again, at,
-                                entries * sizeof *again, &err),
-              &err);
-    assert_ok(tvk_cuda_sync(tvk_cuda_math_stream(m), &err), &err);
-    assert_same_bytes("both there", again, host, entries * sizeof *again);
-    tvk_cuda_free(d, work, work_bytes);
-    tvk_cuda_free(d, dx, rows * ldx * sizeof *x);
-    tvk_cuda_free(d, at, entries * sizeof *there);
-    device_close(d);
     free(x);
-    free(host);
+    free(here);
     free(there);
-    free(again);
 }
 
 static void test_gram(void **state)
@@ -212,42 +216,26 @@ static void test_gram(void **state)
     gram_case(1, 1, 1);
     gram_case(37, 19, 23);
     gram_case(2 * TVK_CUDA_GRAM_CHUNK + 5, 11, 11); /* several chunks */
-    gram_case(2, TVK_CUDA_GRAM_STRIP + 6, TVK_CUDA_GRAM_STRIP + 9); /* strips */
+    gram_case(2, TVK_CUDA_GRAM_COLS + 6, TVK_CUDA_GRAM_COLS + 9); /* pieces */
 }
 
-/* One buffer instead of two, then none. */
+/* Rows of sums a few at a time: the same bytes. */
 static void test_gram_memory(void **state)
 {
-    struct tv_error err = {.code = TV_OK};
-    enum { N = 64, ROWS = 1500 };
-    const size_t chunk = (size_t)TVK_CUDA_GRAM_CHUNK * N * sizeof(float);
+    enum { N = 700, ROWS = 3 };
+    const size_t bytes = (size_t)N * (N + 1) / 2 * sizeof(double);
+    const size_t least = (size_t)tvk_cuda_gram_least(N) - tvk_cuda_gram_work(N);
     float *const x = normal((size_t)ROWS * N, 5);
-    double *const roomy = zeroed((size_t)N * N, sizeof *roomy);
-    double *const tight = zeroed((size_t)N * N, sizeof *tight);
-    tvk_cuda *d = device_open(64u << 20, 0);
+    double *const roomy = gram_of(x, ROWS, N, N, false, 0);
+    double *const some = gram_of(x, ROWS, N, N, false, 3 * least);
+    double *const tight = gram_of(x, ROWS, N, N, false, least);
 
     (void)state;
-    assert_ok(tvk_cuda_gram_add(math_of(d), roomy, 0, x, N, ROWS, N, &err),
-              &err);
-    const uint64_t left = tvk_cuda_left(d);
-    tvk_cuda_ptr rest = 0;
-    const size_t taken = (size_t)left - (2 * chunk - 256);
-    assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
-    assert_ok(tvk_cuda_gram_add(math_of(d), tight, 0, x, N, ROWS, N, &err),
-              &err);
-    assert_same_bytes("sums", tight, roomy, (size_t)N * N * sizeof *roomy);
-    tvk_cuda_ptr more = 0;
-    assert_ok(tvk_cuda_alloc(d, chunk, "others", &err, &more), &err);
-    assert_int_equal(
-        tvk_cuda_gram_add(math_of(d), tight, 0, x, N, ROWS, N, &err),
-        TV_E_BUDGET);
-    assert_non_null(strstr(err.msg, "--device-memory"));
-    assert_int_equal(tvk_cuda_trouble(d, &err), TV_OK);
-    tvk_cuda_free(d, more, chunk);
-    tvk_cuda_free(d, rest, taken);
-    device_close(d);
+    assert_same_bytes("three parts", some, roomy, bytes);
+    assert_same_bytes("the least", tight, roomy, bytes);
     free(x);
     free(roomy);
+    free(some);
     free(tight);
 }
 
@@ -687,11 +675,21 @@ static enum tv_err work_through(tvk_cuda *d, const struct layer_case *c,
     tvk_cuda_math *m = NULL;
     double sums[3] = {0};
     double *const gram = zeroed(c->cols * c->cols, sizeof *gram);
+    const size_t t_bytes = c->rows * c->cols * sizeof *t;
+    const size_t work_bytes = tvk_cuda_gram_work(c->cols);
+    tvk_cuda_ptr x = 0, work = 0;
     bool definite = false;
 
-    memcpy(t, c->t, c->rows * c->cols * sizeof *t);
+    memcpy(t, c->t, t_bytes);
     TV_TRY(tvk_cuda_math_of(d, err, &m));
-    TV_TRY(tvk_cuda_gram_add(m, gram, 0, c->t, c->cols, c->rows, c->cols, err));
+    TV_TRY(tvk_cuda_alloc(d, t_bytes, "inputs", err, &x));
+    TV_TRY(tvk_cuda_alloc(d, work_bytes, "work", err, &work));
+    TV_TRY(tvk_cuda_upload(tvk_cuda_math_stream(m), x, c->t, t_bytes, err));
+    TV_TRY(
+        tvk_cuda_gram_add(m, gram, 0, work, x, c->cols, c->rows, c->cols, err));
+    tvk_cuda_free(d, x, t_bytes);
+    tvk_cuda_free(d, work, work_bytes);
+    x = work = 0;
     TV_TRY(tvk_cuda_layer_open(d, c->rows, c->cols, err, &l));
     if (tvk_cuda_layer_on_host(l)) {
         TV_TRY(tvk_cuda_layer_square(l, c->u, err));
@@ -709,6 +707,8 @@ static enum tv_err work_through(tvk_cuda *d, const struct layer_case *c,
                                   &sums[2], err));
 out:
     tvk_cuda_layer_close(l);
+    tvk_cuda_free(d, x, t_bytes);
+    tvk_cuda_free(d, work, work_bytes);
     free(gram);
     return rc;
 }

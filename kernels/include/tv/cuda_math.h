@@ -62,27 +62,26 @@ TV_NODISCARD enum tv_err tvk_cuda_widen(tvk_cuda_math *m, bool bf16,
 
 /* ---- the Gram matrix ----------------------------------------------------- */
 
-/* Rows of x that are summed in fp32 before they join the fp64 sums, and rows
- * of the matrix that one product makes. */
+/* Rows of x that are summed in fp32 before they join the fp64 sums; rows and
+ * columns of the matrix that one product makes. */
 #define TVK_CUDA_GRAM_CHUNK 1024u
 #define TVK_CUDA_GRAM_STRIP 1024u
+#define TVK_CUDA_GRAM_COLS  2048u
 
-/* Adds x^T x of x [rows, n] (host, row stride ldx) to sums: the packed upper
- * triangle [n (n + 1) / 2], fp64, as in tv/eval.h. `at` != 0: sums are there on
- * the device, and `sums` is not looked at. 0: they are on the host and come
- * and go strip by strip; same bits. Chunks begin at x. */
-TV_NODISCARD enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums,
-                                           tvk_cuda_ptr at, const float *x,
-                                           size_t ldx, size_t rows, size_t n,
-                                           struct tv_error *err);
-
-/* The same for x on the device, which gives the same bits; work: so many bytes
- * there. at != 0: returns at once (tv/cuda.h). */
+/* Bytes of `work`, at most 8 MiB. */
 size_t tvk_cuda_gram_work(size_t n);
-TV_NODISCARD enum tv_err
-tvk_cuda_gram_add_there(tvk_cuda_math *m, double *sums, tvk_cuda_ptr at,
-                        tvk_cuda_ptr work, tvk_cuda_ptr x, size_t ldx,
-                        size_t rows, size_t n, struct tv_error *err);
+/* That, and the least that sums on the host need there. */
+uint64_t tvk_cuda_gram_least(size_t n);
+/* Adds x^T x of x [rows, n] (on the device, row stride ldx) to sums: the packed
+ * upper triangle [n (n + 1) / 2], fp64, as in tv/eval.h. `at` != 0: sums are
+ * there, `sums` is not looked at, and the call returns at once (tv/cuda.h). 0:
+ * they are on the host and come and go, as many rows as there is room for; same
+ * bits. Chunks begin at x. */
+TV_NODISCARD enum tv_err tvk_cuda_gram_add(tvk_cuda_math *m, double *sums,
+                                           tvk_cuda_ptr at, tvk_cuda_ptr work,
+                                           tvk_cuda_ptr x, size_t ldx,
+                                           size_t rows, size_t n,
+                                           struct tv_error *err);
 
 /* ---- one layer: tv/layer.h on the device --------------------------------- */
 
