@@ -103,6 +103,20 @@ error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
     return EINVAL;
 }
 
+error_t tvc_parse_quota(struct tvc *c, const char *option, const char *arg,
+                        uint64_t *out)
+{
+    if (strcmp(arg, "none") == 0) {
+        *out = 0;
+        return 0;
+    }
+    const error_t e = tvc_parse_size(c, option, arg, false, out);
+    if (e != 0)
+        tv_error_hint(&c->err, "sizes look like 18GB, 1.5GiB or 4096; none "
+                               "(or 0) is no limit");
+    return e;
+}
+
 error_t tvc_parse_shard(struct tvc *c, const char *arg, uint64_t *out)
 {
     const error_t e = tvc_parse_size(c, "--out-shard-size", arg, true, out);

@@ -90,6 +90,9 @@ int tvc_choose(struct tvc *c, const char *what, const char *arg,
 error_t tvc_parse_size(struct tvc *c, const char *option, const char *arg,
                        bool mergekit_b, uint64_t *out);
 /* Of --out-shard-size; 0 is no limit, as for mergekit. */
+/* A size; "none" and 0 are no quota. */
+error_t tvc_parse_quota(struct tvc *c, const char *option, const char *arg,
+                        uint64_t *out);
 error_t tvc_parse_shard(struct tvc *c, const char *arg, uint64_t *out);
 error_t tvc_parse_u64(struct tvc *c, const char *option, const char *arg,
                       uint64_t max, uint64_t *out);

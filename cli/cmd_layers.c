@@ -12,6 +12,7 @@
 #include "tvmerge.h"
 
 #define DENSITIES_MAX 32u
+#define UNLIMITED     (UINT64_C(1) << 50)
 
 enum {
     KEY_DENSITIES = 0x3000,
@@ -159,12 +160,15 @@ static int run(struct tvc *c)
 
     TV_TRY(tvc_merge_prepare(c, true));
     o->merge.options.many_methods = true; /* its own */
+    /* Nothing is merged: what that would need is no limit. */
+    o->merge.options.memory_bytes = UNLIMITED;
     TV_TRY(tvc_merge_plan(c, &m));
     tvc_problems_print(c, &m.problems, false);
     if (m.problems.n_errors > 0) {
         status = tvc_problems_fail(c, &m.problems);
         goto out;
     }
+    m.plan->options.memory_bytes = c->memory_bytes;
     if (c->out.json)
         s.list = json_array();
     else

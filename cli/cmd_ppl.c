@@ -14,8 +14,7 @@
 #include "tv/sys.h"
 #include "tveval.h"
 
-#define TEXT_BYTES_MAX (UINT64_C(1) << 34)
-#define TEXTS_MAX      256u
+#define TEXTS_MAX 256u
 
 enum { KEY_TEXT = 0x500, KEY_IDS, KEY_STORE };
 
@@ -27,6 +26,7 @@ struct source {
 struct opts {
     struct source sources[TEXTS_MAX];
     size_t n_sources, n_texts;
+    bool stdin_taken;
     struct tvc_eval_opts eval;
     const char *store;
 };
@@ -46,6 +46,11 @@ static error_t option(struct tvc *c, int key, const char *arg)
     case KEY_IDS:
         if (o->n_sources == TEXTS_MAX)
             return tvc_bad(c, "more than %u texts", TEXTS_MAX);
+        if (key == KEY_TEXT && strcmp(arg, "-") == 0) {
+            if (o->stdin_taken)
+                return tvc_bad(c, "--text -: stdin is read once");
+            o->stdin_taken = true;
+        }
         o->sources[o->n_sources++] = (struct source){arg, key == KEY_IDS};
         o->n_texts += key == KEY_TEXT;
         return 0;
@@ -63,10 +68,16 @@ struct job {
     struct tvc_subject subject;
     tve_model *model;
     tve_tokenizer *tokenizer; /* NULL: only ids */
+    struct tve_ids ids[TEXTS_MAX];
     struct tve_ppl results[TEXTS_MAX];
     uint64_t n_scored;
     double seconds;
 };
+
+static const char *name_of(const struct source *s)
+{
+    return !s->ids && strcmp(s->path, "-") == 0 ? "stdin" : s->path;
+}
 
 static enum tv_err read_source(struct job *j, const struct source *s,
                                struct tve_ids *ids, struct tv_error *err)
@@ -82,12 +93,12 @@ static enum tv_err read_source(struct job *j, const struct source *s,
         ids->ids = from.ids;
         ids->n = ids->cap = from.batch * from.seq;
     } else {
-        TV_TRY(tv_file_read(s->path, TEXT_BYTES_MAX, err, &text, &n));
+        TV_TRY(tvc_text_read(s->path, &text, &n, err));
         rc = tve_tokenizer_encode(j->tokenizer, text, n,
                                   tve_protocol_special(j->o->eval.ppl.protocol),
                                   ids, err);
         if (rc != TV_OK)
-            tv_error_context(err, "%s", s->path);
+            tv_error_context(err, "%s", name_of(s));
     }
 out:
     tv_free(text);
@@ -98,24 +109,21 @@ static enum tv_err score(struct job *j, size_t i, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct source *s = &j->o->sources[i];
-    struct tve_ids ids = {NULL, 0, 0};
     struct tvc_progress *bar = NULL;
 
-    TV_TRY(read_source(j, s, &ids, err));
     bar = tvc_progress_begin(&j->c->out, "score", "tokens");
     const struct tve_progress progress = {tvc_eval_step, bar,
                                           tvc_cancel_flag()};
-    rc = tve_perplexity(j->model, ids.ids, ids.n, &j->o->eval.ppl, &progress,
-                        &j->results[i], err);
+    rc = tve_perplexity(j->model, j->ids[i].ids, j->ids[i].n, &j->o->eval.ppl,
+                        &progress, &j->results[i], err);
     tvc_progress_end(bar);
     if (rc != TV_OK) {
-        tv_error_context(err, "%s", s->path);
-        goto out;
+        tv_error_context(err, "%s", name_of(s));
+        return rc;
     }
     j->n_scored += j->results[i].n_scored;
     j->seconds += j->results[i].seconds;
-out:
-    tve_ids_free(&ids);
+    tve_ids_free(&j->ids[i]);
     return rc;
 }
 
@@ -217,6 +225,7 @@ static int run(struct tvc *c)
         goto out;
     }
     TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &j->subject));
+    TV_TRY(tvc_subject_runs(c, &j->subject));
     if (o->n_texts > 0) {
         TV_TRY(tve_tokenizer_of(j->subject.input, o->eval.tokenizer, &bos,
                                 &c->err, &j->tokenizer));
@@ -229,6 +238,9 @@ static int run(struct tvc *c)
     TV_TRY(tvc_subject_model(c, &j->subject, &j->model));
     TV_TRY(tvc_subject_fit(c, &j->subject, TVE_PASS_SCORES, window_of(j),
                            &j->model));
+    /* What cannot be read is said before hours of scoring. */
+    for (size_t i = 0; i < o->n_sources; i++)
+        TV_TRY(read_source(j, &o->sources[i], &j->ids[i], &c->err));
     for (size_t i = 0; i < o->n_sources; i++)
         TV_TRY(score(j, i, &c->err));
     tvc_subject_told(c, j->model);
@@ -240,6 +252,8 @@ out:
     tve_tokenizer_close(j->tokenizer);
     tve_model_close(j->model);
     tvc_subject_close(&j->subject);
+    for (size_t i = 0; i < o->n_sources; i++)
+        tve_ids_free(&j->ids[i]);
     tv_free(j);
     if (rc != TV_OK)
         return tvc_fail(c, &c->err);
@@ -247,7 +261,8 @@ out:
 }
 
 static const struct argp_option options[] = {
-    {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8; may be repeated", 0},
+    {"text", KEY_TEXT, "FILE", 0, "A text in UTF-8 (-: stdin); may be repeated",
+     0},
     {"ids", KEY_IDS, "FILE.npy", 0,
      "Token ids instead of a text (int64 or int32)", 0},
     TVC_OPTIONS_PROTOCOL(0),

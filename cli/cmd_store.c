@@ -35,7 +35,7 @@ static error_t opts_option(struct tvc *c, int key, const char *arg)
     struct opts *o = c->opt;
     switch (key) {
     case KEY_QUOTA:
-        return tvc_parse_size(c, "--quota", arg, false, &o->quota_bytes);
+        return tvc_parse_quota(c, "--quota", arg, &o->quota_bytes);
     case KEY_DERIVED:
         o->derived = true;
         return 0;
@@ -78,7 +78,8 @@ static int run_init(struct tvc *c)
 
 static const struct argp_option init_options[] = {
     {"quota", KEY_QUOTA, "SIZE", 0,
-     "Most bytes the store may take on disk (default: no limit)", 0},
+     "Most bytes the store may take on disk (default, 0 and none: no limit)",
+     0},
     {0}};
 
 const struct tvc_command tvc_cmd_init = {
@@ -200,12 +201,8 @@ static int run_quota(struct tvc *c)
     char used[32];
     const bool set = c->n_pos > 1;
 
-    if (set && strcmp(c->pos[1], "none") != 0 &&
-        tvc_parse_size(c, "SIZE", c->pos[1], false, &bytes) != 0) {
-        tv_error_hint(&c->err, "sizes look like 18GB, 1.5GiB or 4096; none "
-                               "(or 0) is no limit");
+    if (set && tvc_parse_quota(c, "SIZE", c->pos[1], &bytes) != 0)
         return tvc_fail(c, &c->err);
-    }
     TV_TRY(tvc_store_open(c, c->pos[0], !set, &c->err, &store));
     if (set) {
         TV_TRY(tv_store_lock(store, "quota", o->lock_timeout_ms, &c->err));

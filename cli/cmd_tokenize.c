@@ -2,17 +2,13 @@
 /*
  * cmd_tokenize.c - tveval tokenize: the token ids of a text.
  */
-#include <errno.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "eval_options.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
 #include "tveval.h"
-
-#define TEXT_BYTES_MAX (UINT64_C(1) << 34)
 
 enum { KEY_TEXT = 0x540, KEY_SPECIAL, KEY_STORE };
 
@@ -44,21 +40,6 @@ static error_t option(struct tvc *c, int key, const char *arg)
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
-    }
-}
-
-static enum tv_err read_stdin(struct tv_buf *b, struct tv_error *err)
-{
-    char part[65536];
-    for (;;) {
-        const ssize_t n = read(STDIN_FILENO, part, sizeof part);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return tv_error_sys(err, errno, "cannot read stdin");
-        if (n == 0)
-            return tv_buf_ok(b, err);
-        tv_buf_add(b, part, (size_t)n);
     }
 }
 
@@ -110,19 +91,10 @@ static int run(struct tvc *c)
     tve_tokenizer *t = NULL;
     char *text = NULL;
     size_t n = 0;
-    struct tv_buf in;
 
-    tv_buf_init(&in, TEXT_BYTES_MAX);
     TV_TRY(open_tokenizer(c, &t));
-    if (o->text)
-        TV_TRY(tv_file_read(o->text, TEXT_BYTES_MAX, &c->err, &text, &n));
-    else
-        TV_TRY(read_stdin(&in, &c->err));
-    rc = tve_tokenizer_encode(t,
-                              text      ? text
-                              : in.data ? in.data
-                                        : "",
-                              text ? n : in.n_bytes, o->special, &ids, &c->err);
+    TV_TRY(tvc_text_read(o->text ? o->text : "-", &text, &n, &c->err));
+    rc = tve_tokenizer_encode(t, text, n, o->special, &ids, &c->err);
     if (rc != TV_OK) {
         tv_error_context(&c->err, "%s", o->text ? o->text : "stdin");
         goto out;
@@ -137,7 +109,6 @@ out:
     tve_ids_free(&ids);
     tve_tokenizer_close(t);
     tv_free(text);
-    tv_buf_free(&in);
     if (rc != TV_OK)
         return tvc_fail(c, &c->err);
     return tvc_done(c, 0);

@@ -47,7 +47,8 @@ const struct argp_option tvc_compare_options[] = {
      "one in OUT/" TVC_COMPARE_STATE ", unless --quota is given)",
      0},
     {"random-seed", KEY_SEED, "N", 0, "Seed of random masks (default: 0)", 0},
-    {"quota", KEY_QUOTA, "SIZE", 0, "Most bytes that OUT may take on disk", 0},
+    {"quota", KEY_QUOTA, "SIZE", 0,
+     "Most bytes that OUT may take on disk (default, 0 and none: no limit)", 0},
     {"force", KEY_FORCE, NULL, 0, "Replace what OUT holds of other inputs", 0},
     {"no-sync", KEY_NO_SYNC, NULL, 0,
      "Do not wait for the disk: faster, but a power cut may cost the run", 0},
@@ -129,8 +130,7 @@ error_t tvc_compare_option(struct tvc *c, int key, const char *arg)
         return tvc_parse_u64(c, "--random-seed", arg, INT64_MAX,
                              &o->options.seed);
     case KEY_QUOTA:
-        return tvc_parse_size(c, "--quota", arg, false,
-                              &o->options.quota_bytes);
+        return tvc_parse_quota(c, "--quota", arg, &o->options.quota_bytes);
     case KEY_NO_SYNC:
         o->options.sync = false;
         return 0;

@@ -56,7 +56,9 @@ const struct argp_option tvc_merge_options[] = {
     {"out-shard-size", KEY_SHARD, "SIZE", 0,
      "Most bytes per safetensors file (default: 5GB; 0: no limit)", 0},
     {"quota", KEY_QUOTA, "SIZE", 0,
-     "Most bytes that OUT may take on disk meanwhile", 0},
+     "Most bytes that OUT may take on disk meanwhile (default, 0 and none: no "
+     "limit)",
+     0},
     {"compat", KEY_COMPAT, "TOOL", 0,
      "Reproduce another tool's arithmetic: mergekit, for models (roundings, "
      "random stream); peft, for adapters",
@@ -305,7 +307,7 @@ error_t tvc_merge_option(struct tvc *c, int key, const char *arg)
     case KEY_SHARD:
         return tvc_parse_shard(c, arg, &m->shard_bytes);
     case KEY_QUOTA:
-        return tvc_parse_size(c, "--quota", arg, false, &m->quota_bytes);
+        return tvc_parse_quota(c, "--quota", arg, &m->quota_bytes);
     case KEY_LOCK_TIMEOUT:
         return tvc_parse_ms(c, "--lock-timeout", arg, &m->lock_timeout_ms);
     case KEY_TEXT:

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "progress.h"
 #include "store_open.h"
@@ -14,7 +15,8 @@
 #include "tv/text.h"
 #include "tveval.h"
 
-#define IDS_BYTES_MAX (UINT64_C(1) << 34)
+#define IDS_BYTES_MAX  (UINT64_C(1) << 34)
+#define TEXT_BYTES_MAX (UINT64_C(1) << 34)
 
 static bool needs_store(const struct tv_ref *ref)
 {
@@ -146,10 +148,13 @@ static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
         .scratch_dir = tmp && *tmp ? tmp : NULL,
         .quota_of = s->kept_in,
     };
+    enum tv_err rc = tvc_subject_runs(c, s);
+    if (rc != TV_OK)
+        return rc;
     /* Only for who asks: this path has not run on a GPU yet, and 'auto' must
      * not try it out on numbers that somebody relies on. */
-    const enum tv_err rc =
-        c->device == TVC_DEVICE_CUDA ? tvc_device_open(c, &opt.cuda) : TV_OK;
+    if (c->device == TVC_DEVICE_CUDA)
+        rc = tvc_device_open(c, &opt.cuda);
     if (rc != TV_OK)
         return rc;
     return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,
@@ -194,11 +199,86 @@ enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
     }
     const uint64_t least = tve_model_least(*model, pass, n, 1);
     return tv_error_set(&c->err, TV_E_BUDGET,
-                        "windows of %zu tokens need %s of memory (%llu bytes), "
-                        "--memory allows %s",
-                        n, tv_format_bytes_up(least, a, sizeof a),
+                        "windows of %zu tokens need at least --memory %s (%llu "
+                        "bytes), it is %s",
+                        n, tv_format_bytes_arg(least, a, sizeof a),
                         (unsigned long long)least,
                         tv_format_bytes(c->memory_bytes, b, sizeof b));
+}
+
+/* ---- adapters alone, texts ----------------------------------------------- */
+
+/* What an adapter says of its base, owned; "" when nothing. */
+static char *base_named(tv_input *in)
+{
+    bool found = false;
+    char *text = NULL;
+    char *name = NULL;
+    size_t n = 0;
+    json_t *root = NULL;
+
+    if (tv_input_side_read(in, "adapter_config.json", &found, &text, &n,
+                           NULL) == TV_OK &&
+        found)
+        root = json_loadb(text, n, 0, NULL);
+    const char *base =
+        json_string_value(json_object_get(root, "base_model_name_or_path"));
+    name = tv_strdup(base ? base : "");
+    json_decref(root);
+    tv_free(text);
+    return name;
+}
+
+enum tv_err tvc_subject_runs(struct tvc *c, const struct tvc_subject *s)
+{
+    if (tv_input_kind(s->input) != TV_KIND_ADAPTER)
+        return TV_OK;
+    char *base = base_named(s->input);
+    (void)tv_error_set(&c->err, TV_E_INPUT, "%s is an adapter, not a model",
+                       s->ref->text);
+    tv_error_hint(
+        &c->err, "write BASE+%s, BASE the model it was trained on%s%s%s",
+        s->ref->text, base && *base ? " ('" : "", base && *base ? base : "",
+        base && *base ? "' in its adapter_config.json)" : "");
+    tv_free(base);
+    return TV_E_INPUT;
+}
+
+static enum tv_err read_stdin(char **text, size_t *n, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct tv_buf b;
+    char part[65536];
+
+    tv_buf_init(&b, TEXT_BYTES_MAX);
+    for (;;) {
+        const ssize_t got = read(STDIN_FILENO, part, sizeof part);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0) {
+            rc = tv_error_sys(err, errno, "cannot read stdin");
+            goto out;
+        }
+        if (got == 0)
+            break;
+        tv_buf_add(&b, part, (size_t)got);
+    }
+    tv_buf_add(&b, "", 1);
+    TV_TRY(tv_buf_ok(&b, err));
+    *text = b.data;
+    *n = b.n_bytes - 1;
+    b.data = NULL;
+out:
+    tv_buf_free(&b);
+    return rc;
+}
+
+enum tv_err tvc_text_read(const char *path, char **text, size_t *n,
+                          struct tv_error *err)
+{
+    return strcmp(path, "-") == 0
+               ? read_stdin(text, n, err)
+               : tv_file_read(path, TEXT_BYTES_MAX, err, text, n);
 }
 
 error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos)

@@ -46,6 +46,14 @@ TV_NODISCARD enum tv_err tvc_subject_fit(struct tvc *c, struct tvc_subject *s,
                                          enum tve_pass pass, size_t n,
                                          tve_model **model);
 
+/* INPUT when it is an adapter alone, which nothing can run. */
+TV_NODISCARD enum tv_err tvc_subject_runs(struct tvc *c,
+                                          const struct tvc_subject *s);
+
+/* A file of text, owned; "-": stdin. */
+TV_NODISCARD enum tv_err tvc_text_read(const char *path, char **text, size_t *n,
+                                       struct tv_error *err);
+
 /* --bos ID|none into *bos: -1 none, -2 when it was not given. */
 error_t tvc_parse_bos(struct tvc *c, const char *arg, int32_t *bos);
 

@@ -169,8 +169,8 @@ static void measure(struct tvm_adapters *a)
     if (a->scratch > a->options.memory_bytes) {
         char b[32], c[32];
         tvm_problem_add(a->problems, true, TV_E_BUDGET, "",
-                        "this merge needs at am_least --memory %s, it is %s",
-                        tv_format_bytes_up(a->scratch, b, sizeof b),
+                        "this merge needs at least --memory %s, it is %s",
+                        tv_format_bytes_arg(a->scratch, b, sizeof b),
                         tv_format_bytes(a->options.memory_bytes, c, sizeof c));
     }
 }

@@ -355,9 +355,8 @@ static enum tv_err decompose(struct extract *e, struct diff *f, struct svd *s,
         (e->x->svd == 0 && (k > FULL_MAX || full_bytes(f) > budget) && l < k);
     const uint64_t need = *randomized ? random_bytes(f, l) : full_bytes(f);
     if (need > budget)
-        return tv_error_set(err, TV_E_BUDGET,
-                            "%s needs %s of memory, --memory allows %s", name,
-                            tv_format_bytes_up(need, a, sizeof a),
+        return tv_error_set(err, TV_E_BUDGET, "%s needs --memory %s, it is %s",
+                            name, tv_format_bytes_arg(need, a, sizeof a),
                             tv_format_bytes(budget, b, sizeof b));
     if (!*randomized)
         return svd_full(f, s, err);

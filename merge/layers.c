@@ -82,6 +82,7 @@ struct scan {
     int fd;
     uint64_t used;
     const unsigned char *map;
+    uint64_t need; /* memory, of all donors */
 };
 
 static double setting(const struct tvm_tensor *t, const char *name,
@@ -366,6 +367,33 @@ static void on_step(void *arg, uint64_t done, uint64_t total)
         s->hooks->calibrating(s->hooks->arg, s->ref, done, total);
 }
 
+/* The inputs that a donor is measured with, owned. */
+static enum tv_err mark_wanted(const struct scan *s, const tve_calibration *c,
+                               struct tv_error *err, bool **out)
+{
+    const size_t n = tve_calibration_count(c);
+    bool *want = tv_calloc(n + 1, sizeof *want);
+    size_t i = 0;
+    size_t k = 0;
+
+    if (!want)
+        return tv_error_set(err, TV_E_NOMEM, "out of memory");
+    for (; next(s, &i, &k); k++) {
+        const char *name = weight_of(s, &s->p->tensors[i], k);
+        const size_t at = tve_calibration_find(c, name);
+        if (at == n) {
+            tv_free(want);
+            return tv_error_set(err, TV_E_UNSUPPORTED,
+                                "%s: running '%s' does not show the inputs of "
+                                "this tensor",
+                                name, s->p->inputs[s->model].ref);
+        }
+        want[at] = true;
+    }
+    *out = want;
+    return TV_OK;
+}
+
 static enum tv_err pass(struct scan *s, const struct tvm_calibration *cal,
                         uint64_t memory, struct tv_error *err)
 {
@@ -379,34 +407,20 @@ static enum tv_err pass(struct scan *s, const struct tvm_calibration *cal,
     tve_calibration *c = NULL;
     tve_model *m = NULL;
     bool *want = NULL;
-    size_t i = 0;
-    size_t k = 0;
 
     TV_TRY(tvm_layer_model(s->p, s->model, memory, err, &m));
     TV_TRY(tvm_layer_samples(s->p, s->model, m, cal, &samples, err));
     TV_TRY(tve_calibration_open(m, &samples, &opt, err, &c));
+    TV_TRY(mark_wanted(s, c, err, &want));
     const size_t n = tve_calibration_count(c);
-    want = tv_calloc(n + 1, sizeof *want);
-    if (want && !s->at) {
+    if (!s->at) {
         s->at = tv_alloc((n + 1) * sizeof *s->at);
         for (size_t j = 0; s->at && j < n; j++)
             s->at[j] = UINT64_MAX;
     }
-    if (!want || !s->at) {
+    if (!s->at) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
-    }
-    for (; next(s, &i, &k); k++) {
-        const char *name = weight_of(s, &s->p->tensors[i], k);
-        const size_t at = tve_calibration_find(c, name);
-        if (at == n) {
-            rc = tv_error_set(err, TV_E_UNSUPPORTED,
-                              "%s: running '%s' does not show the inputs of "
-                              "this tensor",
-                              name, s->ref);
-            goto out;
-        }
-        want[at] = true;
     }
     s->c = c;
     TV_TRY(tve_calibration_run(c, want, &progress, on_input, s, NULL, err));
@@ -494,6 +508,68 @@ out:
     return rc;
 }
 
+/* What a donor's largest layer takes beside the model that runs. */
+static uint64_t layer_most(const struct scan *s)
+{
+    uint64_t most = 0;
+    size_t i = 0;
+    size_t k = 0;
+
+    for (; next(s, &i, &k); k++) {
+        const uint64_t b = layer_bytes(&s->p->tensors[i], s->p->options.cuda);
+        most = b > most ? b : most;
+    }
+    return most;
+}
+
+/* The most that the sums of one block's inputs take. */
+static uint64_t sums_most(const tve_calibration *c, const bool *want)
+{
+    uint64_t most = 0, block = 0;
+    size_t layer = SIZE_MAX;
+
+    for (size_t j = 0; j < tve_calibration_count(c); j++) {
+        const struct tve_stat_input *in = tve_calibration_input(c, j);
+        if (in->kind != TVE_STAT_GRAM || !want[j])
+            continue;
+        if (in->layer != layer)
+            block = 0;
+        layer = in->layer;
+        block += tve_stat_size(TVE_STAT_GRAM, in->n) * sizeof(double);
+        most = block > most ? block : most;
+    }
+    return most;
+}
+
+/* Memory for a donor, so that it is told at once and for all of them. */
+static enum tv_err add_need(struct scan *s, const struct tvm_calibration *cal,
+                            struct tv_error *err)
+{
+    const struct tve_calibration_options opt = {.kind = TVE_STAT_GRAM};
+    struct tve_samples samples = {.n = 0};
+    tve_calibration *c = NULL;
+    tve_model *m = NULL;
+    bool *want = NULL;
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(tvm_layer_model(s->p, s->model, MODEL_LEAST, err, &m));
+    TV_TRY(tvm_layer_samples(s->p, s->model, m, cal, &samples, err));
+    TV_TRY(tve_calibration_open(m, &samples, &opt, err, &c));
+    TV_TRY(mark_wanted(s, c, err, &want));
+    uint64_t model =
+        tve_model_least(m, TVE_PASS_STATISTICS, samples.context, 1) +
+        sums_most(c, want);
+    model = model > MODEL_LEAST ? model : MODEL_LEAST;
+    if (layer_most(s) + model > s->need)
+        s->need = layer_most(s) + model;
+out:
+    tv_free(want);
+    tve_calibration_close(c);
+    tve_samples_free(&samples);
+    tve_model_close(m);
+    return rc;
+}
+
 /* Can a donor be measured? Before any model runs. */
 static enum tv_err check_donor(struct scan *s, struct tv_error *err)
 {
@@ -510,6 +586,7 @@ static enum tv_err check_donor(struct scan *s, struct tv_error *err)
         const struct tvm_calibration other = other_text(s->o, in->calibration);
         TV_TRY(check_text(s, &other, err));
     }
+    rc = add_need(s, in->calibration, err);
 out:
     return rc;
 }
@@ -519,23 +596,9 @@ static enum tv_err scan_donor(struct scan *s, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     const struct tvm_plan_input *in = &s->p->inputs[s->donor];
-    uint64_t most = 0;
-    size_t i = 0;
-    size_t k = 0;
+    const uint64_t most = layer_most(s);
 
     s->ref = s->p->inputs[s->model].ref;
-    for (; next(s, &i, &k); k++) {
-        const uint64_t b = layer_bytes(&s->p->tensors[i], s->p->options.cuda);
-        most = b > most ? b : most;
-    }
-    if (most + MODEL_LEAST > s->p->options.memory_bytes) {
-        rc = tv_error_set(err, TV_E_BUDGET,
-                          "measuring these layers needs %llu bytes of memory, "
-                          "--memory allows %llu",
-                          (unsigned long long)(most + MODEL_LEAST),
-                          (unsigned long long)s->p->options.memory_bytes);
-        goto out;
-    }
     if (s->o->other) {
         const struct tvm_calibration other = other_text(s->o, in->calibration);
         TV_TRY(open_scratch(s, err));
@@ -597,6 +660,17 @@ enum tv_err tvm_layers(const struct tvm_plan *p,
         goto out;
     }
     TV_TRY(each_donor(&s, check_donor, &any, err));
+    if (s.need > p->options.memory_bytes) {
+        char a[32], b[32];
+        rc =
+            tv_error_set(err, TV_E_BUDGET,
+                         "measuring these layers needs at least --memory %s "
+                         "(%llu bytes), it is %s",
+                         tv_format_bytes_arg(s.need, a, sizeof a),
+                         (unsigned long long)s.need,
+                         tv_format_bytes(p->options.memory_bytes, b, sizeof b));
+        goto out;
+    }
     TV_TRY(each_donor(&s, scan_donor, &any, err));
     if (!any)
         rc = tv_error_set(

@@ -871,7 +871,7 @@ static enum tv_err check_room(struct planner *pl)
         plan_report(pl, "memory", 1, true, TV_E_BUDGET, "",
                     "this merge needs at least --memory %s (%llu bytes), it "
                     "is %s",
-                    tv_format_bytes_up(needed, a, sizeof(a)),
+                    tv_format_bytes_arg(needed, a, sizeof(a)),
                     (unsigned long long)needed,
                     tv_format_bytes(plan->options.memory_bytes, b, sizeof(b)));
     return plan->options.into != NULL ? check_store(pl) : check_out_dir(pl);

@@ -113,6 +113,7 @@ static enum tv_err open_new(struct planner *pl, const struct tv_ref_part *part,
                             bool adapter, const char *override,
                             struct plan_open *o, struct tv_error *err)
 {
+    const char *const base = pl->r->base.text;
     enum tv_err rc = TV_OK;
     TV_TRY(tv_input_open(part, pl->plan->options.store, err, &o->input));
     if (adapter) {
@@ -130,8 +131,9 @@ static enum tv_err open_new(struct planner *pl, const struct tv_ref_part *part,
     } else {
         if (tv_input_kind(o->input) == TV_KIND_ADAPTER) {
             rc = tv_error_set(err, TV_E_INPUT,
-                              "'%s' is an adapter; write MODEL+%s", part->text,
-                              part->text);
+                              "'%s' is an adapter; write %s+%s%s", part->text,
+                              base ? base : "BASE", part->text,
+                              base ? "" : ", BASE the model it was trained on");
             goto out;
         }
         if (tv_input_count(o->input) == 0) {

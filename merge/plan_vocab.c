@@ -146,7 +146,7 @@ static void report_memory(struct planner *pl, size_t input, size_t n_text)
         "aligning a tokenizer.json of %s needs --memory %s (%llu "
         "bytes)",
         tv_format_bytes(n_text, a, sizeof(a)),
-        tv_format_bytes_up(need, b, sizeof(b)), (unsigned long long)need);
+        tv_format_bytes_arg(need, b, sizeof(b)), (unsigned long long)need);
 }
 
 /* Reads the tokenizer of an input, once per contents; *out NULL when it has

@@ -497,6 +497,47 @@ void store_name_map(tv_store *s)
     s->map_slot = tv_map_register((const void *)from, to - from, s->data_path);
 }
 
+/* True when a directory has nothing but what a cut-off creation leaves. */
+static enum tv_err dir_is_ours(const char *path, bool *ours, bool *has_data,
+                               struct tv_error *err)
+{
+    char **names = NULL;
+    size_t n = 0;
+    const enum tv_err rc = tv_dir_list(path, err, &names, &n);
+    if (rc != TV_OK)
+        return rc;
+    *ours = true;
+    *has_data = false;
+    for (size_t i = 0; i < n; i++) {
+        if (strcmp(names[i], DATA_FILE) == 0)
+            *has_data = true;
+        else if (strcmp(names[i], LOCK_FILE) != 0 &&
+                 strcmp(names[i], WRITER_FILE) != 0 &&
+                 strcmp(names[i], OPEN_FILE) != 0)
+            *ours = false;
+    }
+    tv_dir_list_free(names, n);
+    return TV_OK;
+}
+
+static bool holds(const char *dir, const char *name)
+{
+    char *path = tv_path_join(dir, name);
+    const bool yes = path && tv_path_exists(path);
+
+    tv_free(path);
+    return yes;
+}
+
+/* Could a store be made there? */
+static bool is_free(const char *path)
+{
+    bool ours = false, has_data = false;
+
+    return !tv_path_exists(path) ||
+           (dir_is_ours(path, &ours, &has_data, NULL) == TV_OK && ours);
+}
+
 /* One that is there and has almost this name. */
 static void hint_store(const char *path, struct tv_error *err)
 {
@@ -512,7 +553,20 @@ static void hint_store(const char *path, struct tv_error *err)
 static enum tv_err not_a_store(const char *path, struct tv_error *err)
 {
     tv_error_set(err, TV_E_NOTFOUND, "no store at %s", path);
-    tv_error_hint(err, "create one with: tvstore init %s", path);
+    if (holds(path, "config.json") || holds(path, "adapter_config.json"))
+        tv_error_hint(err,
+                      "%s is a model: 'tvstore import STORE NAME %s' puts it "
+                      "into a store",
+                      path, path);
+    else if (tv_path_exists(path) && !tv_path_is_dir(path))
+        tv_error_hint(err, "a store is a directory, %s is none", path);
+    else if (!is_free(path))
+        tv_error_hint(err,
+                      "%s holds other files; 'tvstore init' makes a store in a "
+                      "new directory",
+                      path);
+    else
+        tv_error_hint(err, "create one with: tvstore init %s", path);
     if (!tv_path_exists(path))
         hint_store(path, err);
     return TV_E_NOTFOUND;
@@ -655,29 +709,6 @@ static enum tv_err put_first(tv_store *s, uint64_t quota, struct tv_error *err)
 out:
     tv_batch_abort(b);
     return rc;
-}
-
-/* True when a directory has nothing but what a cut-off creation leaves. */
-static enum tv_err dir_is_ours(const char *path, bool *ours, bool *has_data,
-                               struct tv_error *err)
-{
-    char **names = NULL;
-    size_t n = 0;
-    const enum tv_err rc = tv_dir_list(path, err, &names, &n);
-    if (rc != TV_OK)
-        return rc;
-    *ours = true;
-    *has_data = false;
-    for (size_t i = 0; i < n; i++) {
-        if (strcmp(names[i], DATA_FILE) == 0)
-            *has_data = true;
-        else if (strcmp(names[i], LOCK_FILE) != 0 &&
-                 strcmp(names[i], WRITER_FILE) != 0 &&
-                 strcmp(names[i], OPEN_FILE) != 0)
-            *ours = false;
-    }
-    tv_dir_list_free(names, n);
-    return TV_OK;
 }
 
 static enum tv_err sync_parent(const char *path, struct tv_error *err)

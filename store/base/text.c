@@ -333,6 +333,19 @@ char *tv_format_bytes_up(uint64_t bytes, char *dst, size_t cap)
     return format_bytes(bytes, true, dst, cap);
 }
 
+char *tv_format_bytes_arg(uint64_t bytes, char *dst, size_t cap)
+{
+    char *space = NULL;
+
+    format_bytes(bytes, true, dst, cap);
+    space = cap > 0 ? strchr(dst, ' ') : NULL;
+    if (space && strcmp(space, " B") == 0)
+        *space = '\0'; /* a B alone may be mergekit's 10^9 */
+    else if (space)
+        memmove(space, space + 1, strlen(space + 1) + 1);
+    return dst;
+}
+
 /* ---- suggestions --------------------------------------------------------- */
 
 #define WORD_MAX 63u

@@ -308,6 +308,9 @@ static void test_format_sizes(void **state)
     assert_string_equal(tv_format_bytes_up(1048575, dst, sizeof dst),
                         "1.0 MiB");
     assert_string_equal(tv_format_bytes_up(17, dst, sizeof dst), "17 B");
+    assert_string_equal(tv_format_bytes_arg(1025, dst, sizeof dst), "1.1KiB");
+    assert_string_equal(tv_format_bytes_arg(17, dst, sizeof dst), "17");
+    tv_format_bytes_arg(5, dst, 0);
     /* What we print, we read: within the rounding of the last digit. */
     struct rng r;
     rng_open(&r, 3);

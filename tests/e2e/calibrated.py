@@ -10,6 +10,7 @@ by name; embeddings by token counts; errors.
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -488,6 +489,15 @@ def layers(where):
             check(e["error"] > other["error"], f"{name} {density} random")
     e = run(TVMERGE, "layers", r, "--densities", "2", code=2)
     check("--densities" in e.stderr, e.stderr)
+    # What it needs is told at once, and what is told will do.
+    e = run(TVMERGE, "layers", r, "--memory", "1MiB", code=5)
+    need = re.search(r"at least --memory (\S+) \((\d+) bytes\)", e.stderr)
+    if check(need, f"layers in 1 MiB: {e.stderr}"):
+        run(TVMERGE, "layers", r, "--densities", "0.5", "--memory", need[1],
+            code=0)
+        run(TVMERGE, "layers", r, "--densities", "0.5", "--memory", need[2],
+            code=0)
+        run(TVMERGE, "layers", r, "--memory", int(need[2]) - 1, code=5)
     r = recipe(f"{where}/ln.yml", "task_arithmetic", 0.2, calibrated=False)
     e = run(TVMERGE, "layers", r, code=2)
     check("no calibration text" in e.stderr, e.stderr)

@@ -119,3 +119,37 @@ $ tveval tokenize $DATA/base --text - --text def.txt
 2> tveval: error: --text is given twice: one text is tokenized
 2> ...
 => 2
+# An adapter alone is no model.
+$ ln -s $DATA/lora-jargon lora && tveval ppl lora --text $DATA/text/code.val.txt
+2> tveval: error: lora is an adapter, not a model
+2>   hint: write BASE+lora, BASE the model it was trained on ('base' in its adapter_config.json)
+=> 4
+$ tveval ppl lora --tokenizer $DATA/base --text $DATA/text/code.val.txt
+2> tveval: error: lora is an adapter, not a model
+2> ...
+=> 4
+$ tvstore init st -q && tvstore import st lora lora -q && tveval calibrate store:lora --store st --text $DATA/text/code.val.txt
+2> tveval: error: store:lora is an adapter, not a model
+2>   hint: write BASE+store:lora, BASE the model it was trained on ('base' in its adapter_config.json)
+=> 4
+$ printf 'merge_method: linear\nmodels: [{model: lora, parameters: {weight: 1}}, {model: %s/base, parameters: {weight: 1}}]\n' $DATA > ad.yml && tvmerge plan ad.yml
+2> ad.yml:2:18: error: 'lora' is an adapter; write BASE+lora, BASE the model it was trained on
+=> 4
+# A text from stdin; all texts are read before the first is scored.
+$ tveval ppl $DATA/base --text - -q < $DATA/text/code.val.txt
+TEXT <*>
+- <*> 171.5515 <*>
+protocol <*>
+$ tveval ppl $DATA/base --text - --json < $DATA/text/code.val.txt | grep -c '"file": "-"'
+1
+$ tveval ppl $DATA/base --text - --text - < $DATA/text/code.val.txt
+2> tveval: error: --text -: stdin is read once
+2> ...
+=> 2
+$ tveval ppl $DATA/base --text - < /dev/null
+2> tveval: error: stdin: <*>
+2> ...
+=> 4
+$ tveval ppl $DATA/base --text $DATA/text/code.val.txt --text gone.txt
+2> tveval: error: cannot open gone.txt: no such file or directory
+=> 4

@@ -92,3 +92,36 @@ $ mkdir outdir && sed 's/ft-cod/ft-code/' recipe.yml > good.yml && tvmerge run g
 2> tvmerge: error: mergde holds no merge
 2>   hint: did you mean 'merged'?
 => 10
+# What is no store, and what it is.
+$ tvstore ls base
+2> tvstore: error: no store at base
+2>   hint: base is a model: 'tvstore import STORE NAME base' puts it into a store
+=> 10
+$ tvstore ls lora
+2> tvstore: error: no store at lora
+2>   hint: lora is a model: <*>
+=> 10
+$ tvstore ls text
+2> tvstore: error: no store at text
+2>   hint: text holds other files; 'tvstore init' makes a store in a new directory
+=> 10
+$ tvstore ls recipe.yml
+2> tvstore: error: no store at recipe.yml
+2>   hint: a store is a directory, recipe.yml is none
+=> 10
+$ mkdir empty && tvstore ls empty
+2> tvstore: error: no store at empty
+2>   hint: create one with: tvstore init empty
+=> 10
+# No quota has two names, everywhere.
+$ tvstore init q --quota none && tvstore quota q && tvmerge plan good.yml --quota 0 -q > /dev/null && tvmerge plan good.yml --quota none -q > /dev/null
+quota none, used <*>
+2> created store q (quota: none)
+$ tvstore init q2 --quota nune
+2> tvstore: error: --quota: 'nune' is not a size
+2>   hint: sizes look like 18GB, 1.5GiB or 4096; none (or 0) is no limit
+=> 2
+$ for c in 'tvmerge run' 'tvmerge compare' 'tvstore init'; do $c --help | tr -s ' \n' ' ' | grep -c 'default, 0 and none: no limit'; done
+1
+1
+1

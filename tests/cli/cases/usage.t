@@ -63,7 +63,7 @@ $ tvstore ls s --layer x
 => 2
 $ tvstore init s --quota lots
 2> tvstore: error: --quota: 'lots' is not a size
-2>   hint: sizes look like 500M, 500MB, 1.5GiB or 4096
+2>   hint: sizes look like 18GB, 1.5GiB or 4096; none (or 0) is no limit
 => 2
 $ tvstore ls s --threads 0
 2> tvstore: error: --threads: at least 1 is needed

@@ -48,6 +48,8 @@ TV_NODISCARD enum tv_err tv_parse_bytes(const char *s, bool mergekit_b,
 char *tv_format_bytes(uint64_t bytes, char *dst, size_t cap);
 /* The same rounded up, for what somebody has to give at least. */
 char *tv_format_bytes_up(uint64_t bytes, char *dst, size_t cap);
+/* The same as one word for a command line: "1.2GiB". */
+char *tv_format_bytes_arg(uint64_t bytes, char *dst, size_t cap);
 
 /* The entry of `words` nearest to `word` by Damerau distance, when near enough
  * to be a typing mistake; else NULL. Borrowed from `words`. */
