@@ -35,7 +35,7 @@ static enum tv_err keep(struct calibrated_work *w, struct calibrated_entry *e,
     if (!w->sink->busy &&
         tvm_cache_add(w->cache, e->tensor, e->source, words, values, before,
                       e->damped.tensor ? &e->damped : NULL,
-                      tvm_room_spare(tvm_room_left(w->p, w->sink->done))))
+                      tvm_room_left(w->p, w->sink->done)))
         goto out;
     TV_TRY(calibrated_open(w->c, w->p, err));
     TV_TRY(tv_hasher_open(err, &h));

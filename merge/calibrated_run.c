@@ -109,7 +109,7 @@ enum tv_err calibrated_run_group(struct calibrated_work *w,
     if (p->options.keep_statistics && !w->sink->busy &&
         tvm_cache_hold(w->cache, true)) {
         opt.keep = TVE_KEEP_IF_ROOM;
-        opt.keep_free = tvm_room_spare(tvm_room_left(p, w->sink->done));
+        opt.keep_free = tvm_room_left(p, w->sink->done);
     }
     TV_TRY(
         tvm_layer_model(p, w->model, p->options.memory_bytes - most, err, &m));

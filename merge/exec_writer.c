@@ -238,11 +238,10 @@ void exec_write_loop(struct exec *ex)
         if (!ex->part && !ex->sink->busy && !ex->changed &&
             tvm_cache_pending(ex->cache, over)) {
             /* What the output still needs of the same store comes first. */
-            const uint64_t left =
-                exec_is_into(ex->p) &&
-                        ex->p->bytes_written > ex->bytes_committed
-                    ? tvm_room_spare(ex->p->bytes_written - ex->bytes_committed)
-                    : 0;
+            const uint64_t left = tvm_room_rest(
+                ex->p, ex->p->bytes_written > ex->bytes_committed
+                           ? ex->p->bytes_written - ex->bytes_committed
+                           : 0);
             exec_unlock(ex);
             if (inputs_hold(ex))
                 tvm_cache_flush(ex->cache, left);

@@ -492,35 +492,6 @@ static uint64_t add_capped(uint64_t a, uint64_t b)
     return sum;
 }
 
-/* An LMDB store of the run's state and one small record per tensor; records of
- * a copy-on-write tree take about two pages each while they are written. */
-static uint64_t journal_bytes(const struct tvm_plan *plan)
-{
-    const uint64_t state = plan->identity == NULL ? 0 : strlen(plan->identity);
-    return add_capped((uint64_t)256 << 10,
-                      add_capped(2 * state, 1024 * (uint64_t)plan->n_tensors));
-}
-
-static uint64_t disk_bytes(const struct tvm_plan *plan)
-{
-    uint64_t n = journal_bytes(plan);
-    for (size_t i = 0; i < plan->n_files; i++)
-        n = add_capped(n,
-                       ((uint64_t)plan->files[i].n + 4095) & ~(uint64_t)4095);
-    if (plan->shards == NULL) {
-        /* Chunks in LMDB end on whole pages, with a header each. */
-        n = add_capped(n, plan->bytes_written);
-        n = add_capped(n, (plan->bytes_written / TV_CHUNK_BYTES +
-                           2 * (uint64_t)plan->n_tensors) *
-                              4096);
-        return n;
-    }
-    for (size_t i = 0; i < plan->shards->n; i++)
-        n = add_capped(n,
-                       (plan->shards->file_bytes[i] + 4095) & ~(uint64_t)4095);
-    return add_capped(n, plan->shards->index_bytes);
-}
-
 static void report_space(struct planner *pl, const char *what, uint64_t need,
                          uint64_t have)
 {
@@ -716,71 +687,16 @@ out:
     return rc;
 }
 
-/* Bytes of the output that the store has already, of an interrupted run or of a
- * finished one: they are in use, and need not be written again. */
-static uint64_t bytes_there(const struct tvm_plan *plan)
+/* user is UINT64_MAX when nobody can tell. */
+static struct tv_derived_room room_in_quota(tv_store *store)
 {
     tv_read *r = NULL;
-    struct tv_object **list = NULL;
-    size_t n = 0;
-    uint64_t bytes = 0;
-    if (tv_read_begin(plan->options.store, NULL, &r) == TV_OK &&
-        tv_object_list(r, true, NULL, &list, &n) == TV_OK) {
-        for (size_t i = 0; i < n; i++) {
-            const bool same = strcmp(list[i]->name, plan->options.into) == 0;
-            if (same && list[i]->complete && !plan->options.force)
-                bytes = UINT64_MAX; /* nothing will be written */
-            else if (same && !list[i]->complete)
-                bytes = add_capped(bytes, list[i]->bytes);
-            for (size_t f = 0; same && f < list[i]->n_files; f++)
-                bytes = add_capped(
-                    bytes, list[i]->complete ? 0 : list[i]->files[f].bytes);
-            tv_object_free(list[i]);
-        }
-        tv_free(list);
-    }
-    tv_read_end(r);
-    return bytes;
-}
-
-/* UINT64_MAX when nobody can tell. */
-static uint64_t room_in_quota(tv_store *store)
-{
-    tv_read *r = NULL;
-    struct tv_derived_room room = {.user = UINT64_MAX};
+    struct tv_derived_room room = {.evictable = 0};
     if (tv_read_begin(store, NULL, &r) != TV_OK ||
         tv_derived_room(r, &room, NULL) != TV_OK)
-        room.user = UINT64_MAX;
+        room = (struct tv_derived_room){.user = UINT64_MAX};
     tv_read_end(r);
-    return room.user;
-}
-
-/* Side files want pages in a row. */
-static enum tv_err check_files_fit(struct planner *pl)
-{
-    const struct tvm_plan *const plan = pl->plan;
-    enum tv_err rc = TV_OK;
-    tv_read *r = NULL;
-    uint64_t *files = NULL;
-    uint64_t most = 0;
-    size_t n = 0;
-    bool fits = true;
-    char a[32];
-    TV_TRY(tvm_room_files(plan, pl->err, &files, &n));
-    TV_TRY(tv_read_begin(plan->options.store, pl->err, &r));
-    TV_TRY(tv_derived_fits(r, files, n, &fits, pl->err));
-    for (size_t i = 0; i < n; i++)
-        most = files[i] > most ? files[i] : most;
-    if (!fits)
-        plan_report(pl, "quota of the store", 1, true, TV_E_NOSPACE, "",
-                    "quota of the store: its free pages lie apart, there is no "
-                    "room in one piece for side files of up to %s; 'tvstore "
-                    "compact' joins them",
-                    tv_format_bytes(most, a, sizeof(a)));
-out:
-    tv_read_end(r);
-    tv_free(files);
-    return rc;
+    return room;
 }
 
 static enum tv_err check_store(struct planner *pl)
@@ -803,29 +719,24 @@ static enum tv_err check_store(struct planner *pl)
         plan_report(pl, "store", 1, true, rc, "", "%s", e.msg);
         return TV_OK;
     }
-    const uint64_t there = bytes_there(plan);
+    const uint64_t there = tvm_room_there(plan);
     need = need > there ? need - there : 0;
     if (st.quota_bytes != 0) {
         /* Derived data make room for a merge. What lies in the store must leave
          * its reserve alone; scratch files beside it need not. */
-        const uint64_t output = disk_bytes(plan);
-        const uint64_t inside = output > there ? output - there : 0;
+        const uint64_t inside = tvm_room_inside(plan);
+        const struct tv_derived_room room = room_in_quota(plan->options.store);
         const uint64_t spare =
-            add_capped(st.free_bytes, add_capped(st.masks, st.task_vectors));
+            add_capped(add_capped(st.free_bytes, room.trash),
+                       add_capped(st.masks, st.task_vectors));
         const uint64_t live =
             add_capped(st.used_bytes > spare ? st.used_bytes - spare : 0,
                        st.charged_bytes);
         const uint64_t all = st.quota_bytes > live ? st.quota_bytes - live : 0;
-        const uint64_t room = room_in_quota(plan->options.store);
-        if (inside > room)
-            report_space(pl, "quota of the store", inside, room);
+        if (inside > room.user)
+            report_space(pl, "quota of the store", inside, room.user);
         else if (need > all)
             report_space(pl, "quota of the store", need, all);
-        else if (there != UINT64_MAX) {
-            rc = check_files_fit(pl);
-            if (rc != TV_OK)
-                return rc;
-        }
     }
     if (tv_disk_free(tv_store_path(plan->options.store), &disk, &e) == TV_OK &&
         need > add_capped(disk, st.free_bytes))
@@ -844,7 +755,7 @@ static enum tv_err check_room(struct planner *pl)
     char a[32];
     char b[32];
 
-    plan->peak_disk_bytes = disk_bytes(plan);
+    plan->peak_disk_bytes = tvm_room_output(plan);
     if (pl->r->method != NULL)
         plan->peak_scratch_bytes = tvm_run_scratch(plan, &fits, &needed);
     /* Tokenizers are gone before the run begins. */

@@ -13,10 +13,16 @@
 #include <string.h>
 
 #include "tv/alloc.h"
+#include "tv/checked.h"
 #include "tv/derived.h"
 #include "tv/sys.h"
 
-#define SPARE_BYTES (1u << 20)
+#define SPARE_BYTES   (1u << 20)
+#define RECORD_BYTES  (16u << 10) /* of a record, beside its identity */
+#define JOURNAL_BYTES 1024u
+#define BEGUN_BYTES   (128u << 10)
+/* Of each tensor in a store: its last page, its header and entries, journal. */
+#define TENSOR_BYTES  (2 * 4096u + JOURNAL_BYTES)
 
 static bool has(const char *dir, const char *name)
 {
@@ -94,70 +100,131 @@ void tvm_room_give(const struct tvm_plan *p, char *charged, bool done)
     tv_free(charged);
 }
 
+static uint64_t add_capped(uint64_t a, uint64_t b)
+{
+    uint64_t sum = UINT64_MAX;
+    (void)tv_add_u64(a, b, &sum);
+    return sum;
+}
+
+/* An LMDB store of the run's state and one small record per tensor; records of
+ * a copy-on-write tree take about two pages each while they are written. */
+static uint64_t journal_bytes(const struct tvm_plan *p)
+{
+    const uint64_t state = p->identity ? strlen(p->identity) : 0;
+    return add_capped(
+        (uint64_t)256 << 10,
+        add_capped(2 * state, JOURNAL_BYTES * (uint64_t)p->n_tensors));
+}
+
+/* tvmerge.json says what the identity says, with more white space. */
+static uint64_t record_bytes(const struct tvm_plan *p)
+{
+    const uint64_t identity = p->identity ? strlen(p->identity) : 0;
+    return tv_derived_long(2 * identity + RECORD_BYTES);
+}
+
+static uint64_t files_bytes(const struct tvm_plan *p)
+{
+    uint64_t n = 0;
+    for (size_t i = 0; i < p->n_files; i++)
+        n = add_capped(n, p->options.into ? tv_derived_long(p->files[i].n)
+                                          : ((uint64_t)p->files[i].n + 4095) &
+                                                ~(uint64_t)4095);
+    return n;
+}
+
+uint64_t tvm_room_output(const struct tvm_plan *p)
+{
+    uint64_t n = add_capped(journal_bytes(p), files_bytes(p));
+
+    if (!p->shards) {
+        /* Chunks in LMDB end on whole pages, with a header each. */
+        n = add_capped(n, record_bytes(p));
+        n = add_capped(n, p->bytes_written);
+        n = add_capped(n, p->bytes_written / TV_CHUNK_BYTES * 4096 +
+                              (TENSOR_BYTES - JOURNAL_BYTES) * p->n_tensors);
+        return n;
+    }
+    for (size_t i = 0; i < p->shards->n; i++)
+        n = add_capped(n, (p->shards->file_bytes[i] + 4095) & ~(uint64_t)4095);
+    return add_capped(n, p->shards->index_bytes);
+}
+
+/* What tvm_room_output has counted of a partial object: at least what its pages
+ * are, so that a run that was killed is admitted again. */
+static uint64_t partial_bytes(const struct tvm_plan *p,
+                              const struct tv_object *o)
+{
+    /* The state, and first pages of tables. */
+    uint64_t n = (p->identity ? strlen(p->identity) : 0) + BEGUN_BYTES;
+    for (size_t f = 0; f < o->n_files; f++)
+        n = add_capped(n, tv_derived_long(o->files[f].bytes));
+    n = add_capped(n, o->bytes);
+    return add_capped(n, TENSOR_BYTES * o->n_tensors +
+                             o->bytes / TV_CHUNK_BYTES * 4096);
+}
+
+uint64_t tvm_room_there(const struct tvm_plan *p)
+{
+    tv_read *r = NULL;
+    struct tv_object **list = NULL;
+    size_t n = 0;
+    uint64_t bytes = 0;
+    if (tv_read_begin(p->options.store, NULL, &r) == TV_OK &&
+        tv_object_list(r, true, NULL, &list, &n) == TV_OK) {
+        for (size_t i = 0; i < n; i++) {
+            const bool same = strcmp(list[i]->name, p->options.into) == 0;
+            if (same && list[i]->complete && !p->options.force)
+                bytes = UINT64_MAX; /* nothing will be written */
+            else if (same && !list[i]->complete)
+                bytes = add_capped(bytes, partial_bytes(p, list[i]));
+            tv_object_free(list[i]);
+        }
+        tv_free(list);
+    }
+    tv_read_end(r);
+    return bytes;
+}
+
+uint64_t tvm_room_inside(const struct tvm_plan *p)
+{
+    const uint64_t output = tvm_room_output(p);
+    const uint64_t there = tvm_room_there(p);
+    return output > there ? output - there : 0;
+}
+
 uint64_t tvm_room_left(const struct tvm_plan *p,
                        const struct tvm_tensor_done *done)
 {
     uint64_t bytes = 0;
 
-    for (size_t i = 0; p->options.into && i < p->n_tensors; i++)
+    if (!p->options.into)
+        return 0;
+    for (size_t i = 0; i < p->n_tensors; i++)
         if (!done[i].done)
             bytes += p->tensors[i].bytes + 4096;
-    return bytes;
+    return tvm_room_rest(p, bytes);
 }
 
-uint64_t tvm_room_spare(uint64_t bytes)
+uint64_t tvm_room_rest(const struct tvm_plan *p, uint64_t bytes)
 {
-    return bytes > 0 ? bytes + bytes / 16 + SPARE_BYTES : 0;
+    if (!p->options.into)
+        return 0;
+    bytes += record_bytes(p);
+    return bytes + bytes / 16 + SPARE_BYTES;
 }
 
-enum tv_err tvm_room_files(const struct tvm_plan *p, struct tv_error *err,
-                           uint64_t **bytes, size_t *n)
+enum tv_err tvm_room_into(const struct tvm_plan *p, struct tv_error *err)
 {
-    enum tv_err rc = TV_OK;
-    tv_read *r = NULL;
-    struct tv_error why;
-
-    *n = 0;
-    *bytes = tv_calloc(p->n_files + 1, sizeof **bytes);
-    if (!*bytes)
-        return tv_error_set(err, TV_E_NOMEM, "out of memory");
-    TV_TRY(tv_read_begin(p->options.store, err, &r));
-    for (size_t i = 0; i < p->n_files; i++) {
-        const struct tvm_side_file *f = &p->files[i];
-        const void *data = NULL;
-        size_t there = 0;
-        tv_error_clear(&why);
-        if (tv_blob_get(r, tv_hash128(f->data, f->n), &data, &there, &why) !=
-            TV_OK)
-            (*bytes)[(*n)++] = f->n;
-    }
-out:
-    tv_read_end(r);
-    if (rc != TV_OK) {
-        tv_free(*bytes);
-        *bytes = NULL;
-    }
-    return rc;
-}
-
-enum tv_err tvm_room_into(const struct tvm_plan *p,
-                          const struct tvm_tensor_done *done,
-                          struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    const uint64_t bytes = tvm_room_left(p, done);
-    uint64_t *files = NULL;
-    size_t n = 0;
+    const uint64_t bytes = p->options.into ? tvm_room_inside(p) : 0;
 
     if (bytes == 0)
         return TV_OK;
-    TV_TRY(tvm_room_files(p, err, &files, &n));
     /* With room to spare, since values want pages in a row; without, when that
      * is all there is. */
-    if (tv_derived_reserve(p->options.store, tvm_room_spare(bytes), files, n,
-                           NULL) != TV_OK)
-        rc = tv_derived_reserve(p->options.store, bytes, files, n, err);
-out:
-    tv_free(files);
-    return rc;
+    if (tv_derived_reserve(p->options.store, bytes + bytes / 16 + SPARE_BYTES,
+                           NULL) == TV_OK)
+        return TV_OK;
+    return tv_derived_reserve(p->options.store, bytes, err);
 }

@@ -19,20 +19,22 @@ TV_NODISCARD enum tv_err tvm_room_take(const struct tvm_plan *p,
                                        struct tv_error *err, char **charged);
 /* done: the output is finished, hence the user's. */
 void tvm_room_give(const struct tvm_plan *p, char *charged, bool done);
-/* Bytes of the side files that the store of a merge into it does not have;
- * *bytes owned. */
-TV_NODISCARD enum tv_err tvm_room_files(const struct tvm_plan *p,
-                                        struct tv_error *err, uint64_t **bytes,
-                                        size_t *n);
-/* Bytes of tensors that a merge into the store still needs of it; 0 for others.
- */
+/* Bytes on disk of the output and its journal, as planned. */
+uint64_t tvm_room_output(const struct tvm_plan *p);
+/* Bytes of the output of a merge into a store that the store has already, of an
+ * interrupted run or of a finished one (then all: UINT64_MAX). */
+uint64_t tvm_room_there(const struct tvm_plan *p);
+/* What is still to come into the store: planning admits it and a run takes it,
+ * so that what is planned can be run. */
+uint64_t tvm_room_inside(const struct tvm_plan *p);
+/* Of a merge into the store what derived data must leave room for: tensors that
+ * are not done, or `bytes` of them, the record that comes last, and what pages
+ * and headers may add. 0 for others. */
 uint64_t tvm_room_left(const struct tvm_plan *p,
                        const struct tvm_tensor_done *done);
-/* The same with what pages, tails and headers may add. */
-uint64_t tvm_room_spare(uint64_t bytes);
-/* Makes room in the store for what is not done yet of a merge into it, by
- * dropping derived data. */
+uint64_t tvm_room_rest(const struct tvm_plan *p, uint64_t bytes);
+/* Makes room in the store for what is still to come into it, by dropping
+ * derived data. */
 TV_NODISCARD enum tv_err tvm_room_into(const struct tvm_plan *p,
-                                       const struct tvm_tensor_done *done,
                                        struct tv_error *err);
 #endif

@@ -78,7 +78,7 @@ static enum tv_err run_all(struct tvm_plan *p, struct tvm_sink *sink,
     for (size_t i = 0; i < p->n_tensors; i++)
         result->n_resumed += sink->done[i].done;
     result->n_remade = sink->n_remade;
-    TV_TRY(tvm_room_into(p, sink->done, err));
+    TV_TRY(tvm_room_into(p, err));
     if (sink->ops->files)
         TV_TRY(sink->ops->files(sink, err));
     /* Merged blocks in front of others are merged again, done or not. */

@@ -23,6 +23,7 @@
 #include "source.h"
 #include "state.h"
 #include "tv/alloc.h"
+#include "tv/derived.h"
 
 #define CHUNK_BYTES_MAX (16u << 20)
 #define RECORD_FILE     TVM_RECORD_FILE
@@ -233,8 +234,7 @@ out:
     return rc;
 }
 
-/* Before the tensors: each lies in one piece, which small free runs that are
- * left over do not hold. */
+/* Before the tensors, so that what cannot be put is known early. */
 static enum tv_err into_files(struct tvm_sink *sink, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
@@ -490,6 +490,13 @@ static enum tv_err start(struct into_sink *s, bool resume, bool stale,
     bool resumed = false;
 
     if (!text) {
+        rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
+        goto out;
+    }
+    /* Derived data make room for the state; where that does not do, putting it
+     * says so. What follows has its own admission (room.h). */
+    if (tv_derived_reserve(s->store, tv_derived_long(strlen(text)), NULL) ==
+        TV_E_NOMEM) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;
     }

@@ -22,6 +22,7 @@
 #include "tv/checked.h"
 
 #define EVICT_CHUNKS  256u
+#define CHUNK_SHARE   64u
 #define DISK_LEAST    ((uint64_t)64 << 20)
 #define IN_LEAF_BYTES 1900u /* larger values get pages of their own */
 
@@ -678,8 +679,15 @@ static enum tv_err add_room(void *arg, enum tv_derived_kind kind,
     return TV_OK;
 }
 
-/* The counterpart of shortage(): the limit, less what stays. */
-static enum tv_err user_room(const struct txn *t, uint64_t gone,
+/* Of user data, with a share for chunks that are cut. */
+static uint64_t reserve_pages(const tv_store *s, uint64_t bytes)
+{
+    return bytes / s->page_bytes + bytes / (CHUNK_SHARE * s->page_bytes) + 1;
+}
+
+/* The counterpart of shortage(): the limit, less what stays. What fits here has
+ * its reserve_pages(). */
+static enum tv_err user_room(const struct txn *t, uint64_t gone, uint64_t dead,
                              uint64_t *bytes, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
@@ -693,11 +701,14 @@ static enum tv_err user_room(const struct txn *t, uint64_t gone,
     TV_TRY(space_read(t->s, t->mdb, &end, &unused, err));
     const uint64_t limit = quota_limit(quota, bound, page_bytes);
     const uint64_t full = (end - (unused < end ? unused : end)) / page_bytes;
+    const uint64_t go = gone + dead;
     TV_TRY(space_runs(t->s, t->mdb, true, &sp, err));
-    /* What goes may lie in pieces, too. */
-    const uint64_t stays = (full > gone ? full - gone : 0) + TREE_PAGES +
-                           space_loss(&sp) + gone / 40;
-    *bytes = limit > stays ? (limit - stays) * page_bytes : 0;
+    /* What is evicted may lie in pieces, too; trash is cut already. */
+    const uint64_t stays =
+        (full > go ? full - go : 0) + TREE_PAGES + space_loss(&sp) + gone / 40;
+    const uint64_t room = limit > stays ? limit - stays : 0;
+    const uint64_t extra = room / (CHUNK_SHARE + 1) + 2; /* reserve_pages */
+    *bytes = room > extra ? (room - extra) * page_bytes : 0;
 out:
     space_free(&sp);
     return rc;
@@ -709,17 +720,19 @@ enum tv_err tv_derived_room(tv_read *r, struct tv_derived_room *out,
     enum tv_err rc = TV_OK;
     struct derived_pins pins = {.ids = NULL};
     struct adding a = {.pins = &pins, .out = out, .s = r->t.s};
+    uint64_t dead = 0;
     memset(out, 0, sizeof *out);
     TV_TRY(derived_pins_read(&r->t, &pins, err));
     TV_TRY(derived_each_kind(&r->t, add_room, &a, err));
-    rc = user_room(&r->t, a.pages, &out->user, err);
+    TV_TRY(trash_pages(&r->t, &dead, err));
+    out->trash = dead * r->t.s->page_bytes;
+    rc = user_room(&r->t, a.pages, dead, &out->user, err);
 out:
     derived_pins_free(&pins);
     return rc;
 }
 
-static enum tv_err no_room(tv_store *s, uint64_t missing, bool in_a_row,
-                           struct tv_error *err)
+static enum tv_err no_room(tv_store *s, uint64_t missing, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_read *r = NULL;
@@ -739,74 +752,33 @@ static enum tv_err no_room(tv_store *s, uint64_t missing, bool in_a_row,
     else
         tv_error_hint(err,
                       "derived data are gone already: remove an object "
-                      "('tvstore rm')%s or raise the quota ('tvstore quota')",
-                      in_a_row ? ", join free pages ('tvstore compact')" : "");
+                      "('tvstore rm') or raise the quota ('tvstore quota')");
 out:
     tv_read_end(r);
     return rc;
 }
 
-/* Owned, at least one element. */
-static uint64_t *pages_of(const tv_store *s, const uint64_t *values, size_t n,
-                          struct tv_error *err)
+uint64_t tv_derived_long(uint64_t bytes)
 {
-    uint64_t *pages = (uint64_t *)tv_calloc(n + 1, sizeof *pages);
-    if (pages == NULL)
-        (void)tv_error_set(err, TV_E_NOMEM, "no memory for a list");
-    for (size_t i = 0; pages != NULL && i < n; i++)
-        pages[i] = value_pages(values[i], s->page_bytes);
-    return pages;
-}
-
-enum tv_err tv_derived_fits(tv_read *r, const uint64_t *values, size_t n,
-                            bool *fits, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    tv_store *s = r->t.s;
-    struct tv_derived_room room;
-    struct space sp = {.runs = NULL};
-    uint64_t quota = 0, bound = 0;
-    uint64_t *pages = pages_of(s, values, n, err);
-    *fits = true;
-    if (pages == NULL)
-        return TV_E_NOMEM;
-    TV_TRY(quota_bound(&r->t, &quota, &bound, err));
-    if (quota == 0 || n == 0)
-        goto out;
-    TV_TRY(tv_derived_room(r, &room, err));
-    TV_TRY(space_runs(s, r->t.mdb, true, &sp, err));
-    const uint64_t growth = space_growth(&sp, pages, n, 0);
-    *fits = growth == 0 || room.evictable > 0 ||
-            sp.end + growth <= quota_limit(quota, bound, s->page_bytes);
-out:
-    space_free(&sp);
-    tv_free(pages);
-    return rc;
+    return long_bytes(bytes);
 }
 
 enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
-                               const uint64_t *values, size_t n,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     tv_batch *b = NULL;
     struct space sp = {.runs = NULL};
     uint64_t missing = 0;
-    struct want w = {.n = n};
+    /* Chunks find room in what runs there are (quota_chunks), other values in
+     * pieces: what counts is the number of pages. */
+    const struct want w = {.keep = reserve_pages(s, bytes)};
     if (s->read_only)
         return TV_OK;
-    uint64_t *pages = pages_of(s, values, n, err);
-    if (pages == NULL)
-        return TV_E_NOMEM;
-    w.pages = pages;
-    /* Chunks find room in what runs there are (quota_chunks): what counts is
-     * the number of pages. */
-    w.keep = bytes / s->page_bytes + bytes / (64 * s->page_bytes) + 1;
     TV_TRY(make_room(s, &w, false, &b, &sp, &missing, err));
     if (b == NULL)
-        rc = no_room(s, missing * s->page_bytes, n > 0, err);
+        rc = no_room(s, missing * s->page_bytes, err);
 out:
-    tv_free(pages);
     space_free(&sp);
     tv_batch_abort(b);
     return rc;

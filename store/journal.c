@@ -34,7 +34,6 @@ enum tv_err tv_run_put(tv_batch *b, const char *run, const void *state,
 {
     enum tv_err rc = TV_OK;
     struct rec_key k;
-    struct tv_buf buf;
     const uint64_t before = b->n_writes;
     TV_TRY(batch_check(b, err));
     TV_TRY(run_check(run, err));
@@ -44,9 +43,7 @@ enum tv_err tv_run_put(tv_batch *b, const char *run, const void *state,
         goto out;
     }
     key_str(&k, run);
-    rec_begin(&buf);
-    tv_buf_add(&buf, state, n);
-    TV_TRY(db_put_rec(b, DB_RUN, REC_RUN, &k, &buf, err));
+    TV_TRY(long_put(b, DB_RUN, REC_RUN, &k, state, n, err));
     b->dirty += n;
 out:
     return batch_end(b, before, rc);
@@ -58,6 +55,7 @@ enum tv_err tv_run_get(tv_read *r, const char *run, bool *found, char **state,
     enum tv_err rc = TV_OK;
     struct rec_key k;
     struct rec_body body;
+    struct arena a = {NULL};
     char what[RUN_NAME_MAX + 32];
     *found = false;
     *state = NULL;
@@ -65,7 +63,7 @@ enum tv_err tv_run_get(tv_read *r, const char *run, bool *found, char **state,
     TV_TRY(run_check(run, err));
     key_str(&k, run);
     (void)snprintf(what, sizeof what, "the state of run '%s'", run);
-    TV_TRY(db_get_rec(&r->t, DB_RUN, REC_RUN, &k, found, &body, what, err));
+    TV_TRY(long_get(&r->t, DB_RUN, REC_RUN, &k, &a, found, &body, what, err));
     if (!*found)
         goto out;
     *state = (char *)tv_alloc(body.n + 1);
@@ -78,6 +76,7 @@ enum tv_err tv_run_get(tv_read *r, const char *run, bool *found, char **state,
     (*state)[body.n] = '\0'; /* not counted; spares text readers a copy */
     *n = body.n;
 out:
+    arena_clear(&a);
     return rc;
 }
 
@@ -114,7 +113,7 @@ enum tv_err tv_run_drop(tv_batch *b, const char *run, struct tv_error *err)
     TV_TRY(batch_check(b, err));
     TV_TRY(run_check(run, err));
     key_str(&k, run);
-    TV_TRY(db_del(b, DB_RUN, &k, NULL, err));
+    TV_TRY(long_del(b, DB_RUN, &k, err));
     TV_TRY(drop_all(b, DB_DONE, run, err));
     TV_TRY(drop_all(b, DB_PIN, run, err));
 out:
@@ -145,6 +144,8 @@ enum tv_err tv_run_list(tv_read *r, struct tv_error *err, char ***names,
         TV_TRY(walk_next(&w, &more, err));
         if (!more)
             break;
+        if (piece_key(DB_RUN, w.key.mv_data, w.key.mv_size))
+            continue;
         list[n] = tv_strndup((const char *)w.key.mv_data, w.key.mv_size);
         if (list[n] == NULL) {
             rc = tv_error_set(err, TV_E_NOMEM, "no memory for a list");

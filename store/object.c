@@ -350,8 +350,8 @@ enum tv_err tv_blob_get(tv_read *r, struct tv_hash digest, const void **data,
     char hex[33], what[64];
     key_digest(&k, digest);
     (void)snprintf(what, sizeof what, "side file %s", tv_hash_hex(digest, hex));
-    const enum tv_err rc =
-        db_get_rec(&r->t, DB_BLOB, REC_BLOB, &k, &found, &body, what, err);
+    const enum tv_err rc = long_get(&r->t, DB_BLOB, REC_BLOB, &k, &r->arena,
+                                    &found, &body, what, err);
     if (rc != TV_OK)
         return rc;
     if (!found)
@@ -462,7 +462,7 @@ static enum tv_err files_release(tv_batch *b, uint64_t id, const void *files,
         if (!used) {
             struct rec_key k;
             key_digest(&k, f.digest);
-            TV_TRY(db_del(b, DB_BLOB, &k, NULL, err));
+            TV_TRY(long_del(b, DB_BLOB, &k, err));
         }
     }
 out:
@@ -719,42 +719,47 @@ static bool file_name_ok(const char *name, size_t n)
            strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
 }
 
+/* Is the side file there already, and sound? */
+static enum tv_err blob_find(tv_batch *b, const struct rec_key *k,
+                             struct tv_hash digest, const void *data, size_t n,
+                             bool *found, struct tv_error *err)
+{
+    struct rec_body body;
+    struct arena a = {NULL};
+    enum tv_err rc = long_get(&b->t, DB_BLOB, REC_BLOB, k, &a, found, &body,
+                              "a side file", err);
+    if (rc == TV_E_CORRUPT) { /* a damaged one is replaced */
+        tv_error_clear(err);
+        *found = false;
+        rc = TV_OK;
+    }
+    if (rc != TV_OK || !*found)
+        goto out;
+    *found = body.n == n && (n == 0 || memcmp(body.p, data, n) == 0);
+    if (!*found && tv_hash_equal(tv_hash128(body.p, body.n), digest))
+        rc = tv_error_set(err, TV_E_UNSUPPORTED,
+                          "store %s: two different side files have the same "
+                          "checksum",
+                          b->t.s->path);
+out:
+    arena_clear(&a);
+    return rc;
+}
+
 static enum tv_err blob_put(tv_batch *b, struct tv_hash digest,
                             const void *data, size_t n, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct rec_key k;
-    struct rec_body body;
-    struct tv_buf buf;
     bool found = false;
-    const char *why = NULL;
-    MDB_val val = {0, NULL};
     key_digest(&k, digest);
-    rc = db_get(&b->t, DB_BLOB, &k, &found, &val, err);
-    if (rc != TV_OK)
-        return rc;
-    if (found &&
-        rec_open(REC_BLOB, k.b, k.n, val.mv_data, val.mv_size, &body, &why)) {
-        if (body.n == n && (n == 0 || memcmp(body.p, data, n) == 0))
-            return TV_OK;
-        if (tv_hash_equal(tv_hash128(body.p, body.n), digest))
-            return tv_error_set(err, TV_E_UNSUPPORTED,
-                                "store %s: two different side files have the "
-                                "same checksum",
-                                b->t.s->path);
-    }
-    rc = quota_check(b, n + TV_REC_HEAD, err);
-    if (rc == TV_OK)
-        rc = quota_row(b, n, err);
-    if (rc != TV_OK)
-        return rc;
-    rec_begin(&buf);
-    tv_buf_add(&buf, data, n);
-    rc = db_put_rec(b, DB_BLOB, REC_BLOB, &k, &buf, err);
-    if (rc == TV_OK) {
-        b->dirty += n;
-        quota_put(b, n);
-    }
+    TV_TRY(blob_find(b, &k, digest, data, n, &found, err));
+    if (found)
+        goto out;
+    TV_TRY(quota_check(b, n + TV_REC_HEAD, err));
+    TV_TRY(long_put(b, DB_BLOB, REC_BLOB, &k, data, n, err));
+    b->dirty += n;
+out:
     return rc;
 }
 
@@ -827,7 +832,7 @@ enum tv_err tv_object_file_put(tv_batch *b, uint64_t object_id,
         TV_TRY(blob_used(&b->t, old_digest, 0, &used, err));
         key_digest(&k, old_digest);
         if (!used)
-            TV_TRY(db_del(b, DB_BLOB, &k, NULL, err));
+            TV_TRY(long_del(b, DB_BLOB, &k, err));
     }
 out:
     tv_buf_free(&files);

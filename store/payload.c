@@ -154,7 +154,7 @@ enum tv_err payload_leaves(const struct txn *t, uint64_t id,
     (void)snprintf(what, sizeof what, "the checksums of payload %" PRIu64, id);
     key_id(&k, id);
     const enum tv_err rc =
-        db_get_rec(t, DB_LEAF, REC_LEAVES, &k, &found, &body, what, err);
+        long_get(t, DB_LEAF, REC_LEAVES, &k, a, &found, &body, what, err);
     if (rc != TV_OK)
         return rc;
     const uint64_t n = tv_leaf_count(r->bytes);
@@ -468,9 +468,13 @@ enum tv_err tv_payload_finish(tv_batch *b, const struct tv_payload *p,
         goto out;
     }
     key_id(&k, p->id);
-    rec_begin(&buf);
+    tv_buf_init(&buf, TV_REC_BODY_MAX);
     rec_leaves_put(&buf, leaves, n_leaves);
-    TV_TRY(db_put_rec(b, DB_LEAF, REC_LEAVES, &k, &buf, err));
+    rc = tv_buf_ok(&buf, err);
+    if (rc == TV_OK)
+        rc = long_put(b, DB_LEAF, REC_LEAVES, &k, buf.data, buf.n_bytes, err);
+    tv_buf_free(&buf);
+    TV_TRY(rc);
     r.state = REC_COMPLETE;
     TV_TRY(payload_put(b, p->id, &r, err));
     key_content(&k, r.checksum, p->id);

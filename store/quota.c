@@ -26,7 +26,6 @@
 #define SHRINK_LEAST ((uint64_t)64 << 20)
 #define QUOTA_LEAST  ((uint64_t)256 << 10)
 #define SHORT_RUN    64u /* pages: of SCARCE_CHUNK in payload.c */
-#define SMALL_ROW    16u /* pages that are always found */
 #define CHUNKS_SPARE 2u  /* the tree takes pages of runs, too */
 
 uint64_t quota_file_max(uint64_t quota, size_t page_bytes)
@@ -497,30 +496,11 @@ void quota_put(tv_batch *b, uint64_t bytes)
         tv_buf_le64(&b->puts, pages);
 }
 
-enum tv_err quota_row(tv_batch *b, uint64_t bytes, struct tv_error *err)
+bool quota_full(const tv_batch *b, uint64_t bytes)
 {
-    enum tv_err rc = TV_OK;
-    const size_t page_bytes = b->t.s->page_bytes;
-    const uint64_t pages = value_pages(bytes, page_bytes);
-    char a[32];
-    if (b->quota == 0 || pages < SMALL_ROW ||
-        b->end_pages + b->put_pages + pages + TREE_PAGES <= quota_pages(b))
-        return TV_OK;
-    TV_TRY(batch_space(b, err));
-    for (size_t i = 0; i < b->space.n_runs; i++)
-        if (b->space.runs[i].n >= pages)
-            return TV_OK;
-    if (b->space.end + pages <=
-        quota_file_max(b->bound, page_bytes) / page_bytes)
-        return TV_OK;
-    rc = tv_error_set(err, TV_E_NOSPACE,
-                      "store %s: its quota lets it grow no more, and its free "
-                      "pages lie apart: there is no room in one piece for %s",
-                      b->t.s->path, tv_format_bytes(bytes, a, sizeof a));
-    tv_error_hint(err, "'tvstore compact' joins free pages; or raise the quota "
-                       "('tvstore quota')");
-out:
-    return rc;
+    const uint64_t pages = value_pages(bytes, b->t.s->page_bytes);
+    return b->quota != 0 && pages > 1 &&
+           b->end_pages + b->put_pages + pages + TREE_PAGES > quota_pages(b);
 }
 
 enum tv_err quota_chunks(tv_batch *b, struct rec_payload *r,

@@ -139,6 +139,14 @@ struct wire_charge { /* then the path */
 };
 _Static_assert(sizeof(struct wire_charge) == 12, "charge record");
 
+struct wire_pieces {
+    w8 type, zero;
+    w16 zero2;
+    w32 piece_bytes;
+    w64 bytes;
+};
+_Static_assert(sizeof(struct wire_pieces) == 16, "record of pieces");
+
 _Static_assert(TV_DTYPE_COUNT <= 256 && TV_RANK_MAX <= 255, "one byte each");
 
 /* ---- keys -----------------------------------------------------------------
@@ -838,6 +846,30 @@ bool rec_charge_get(struct rec_body body, struct rec_charge *r,
     r->bytes = tv_get_le64(w.bytes);
     if (!take_text(&body, tv_get_le32(w.path_bytes), &r->path) || body.n != 0)
         return bad(why, "bad path");
+    return true;
+}
+
+void rec_pieces_put(struct tv_buf *b, const struct rec_pieces *r)
+{
+    struct wire_pieces w;
+    memset(&w, 0, sizeof w);
+    w.type[0] = r->type;
+    tv_put_le32(w.piece_bytes, r->piece_bytes);
+    tv_put_le64(w.bytes, r->bytes);
+    tv_buf_add(b, &w, sizeof w);
+}
+
+bool rec_pieces_get(struct rec_body body, struct rec_pieces *r,
+                    const char **why)
+{
+    struct wire_pieces w;
+    if (!take(&body, &w, sizeof w) || body.n != 0)
+        return bad(why, "wrong size");
+    r->type = w.type[0];
+    r->piece_bytes = tv_get_le32(w.piece_bytes);
+    r->bytes = tv_get_le64(w.bytes);
+    if (r->bytes > TV_REC_BODY_MAX || r->piece_bytes == 0)
+        return bad(why, "bad sizes");
     return true;
 }
 

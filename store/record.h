@@ -29,6 +29,8 @@
  *               the same and chunk number u32: its chunks      delta  the same
  *     group     group id u64              use      last use u64
  *     charge    XXH3-128 of a path [16]
+ *
+ * A value of blob, run or leaf may lie in pieces: pieces.c.
  */
 #ifndef TV_RECORD_H
 #define TV_RECORD_H
@@ -71,7 +73,9 @@ enum rec_type {
     REC_DERIVED = 15,
     REC_GROUP = 16,
     REC_USE = 17,
-    REC_CHARGE = 18
+    REC_CHARGE = 18,
+    REC_PIECES = 19,
+    REC_PIECE = 20
 };
 
 struct rec_key {
@@ -231,6 +235,15 @@ struct rec_charge { /* bytes outside that count against the quota */
 };
 void rec_charge_put(struct tv_buf *b, const struct rec_charge *r);
 bool rec_charge_get(struct rec_body body, struct rec_charge *r,
+                    const char **why);
+
+struct rec_pieces { /* a value that is cut, of a type of its own */
+    uint8_t type;
+    uint32_t piece_bytes;
+    uint64_t bytes;
+};
+void rec_pieces_put(struct tv_buf *b, const struct rec_pieces *r);
+bool rec_pieces_get(struct rec_body body, struct rec_pieces *r,
                     const char **why);
 
 /* ---- chunks ---------------------------------------------------------------

@@ -39,6 +39,7 @@
 #include "tv/alloc.h"
 #include "tv/checked.h"
 
+#define FORMAT_FIRST   1u
 #define DATA_FILE      "data.mdb"
 #define LOCK_FILE      "lock.mdb"
 #define WRITER_FILE    "writer.lock"
@@ -684,7 +685,8 @@ static enum tv_err put_first(tv_store *s, uint64_t quota, struct tv_error *err)
     struct rec_key k;
     struct tv_buf buf;
     struct timespec now = {0, 0};
-    struct rec_store rec = {.format = TV_STORE_FORMAT};
+    /* pieces.c makes it the newest. */
+    struct rec_store rec = {.format = FORMAT_FIRST};
     (void)clock_gettime(CLOCK_REALTIME, &now);
     rec.created_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
     rec.page_bytes = (uint32_t)s->page_bytes;

@@ -8,6 +8,7 @@
  *   payload.c  chunks, sharing, views                  copy.c     copy_in
  *   trash.c    bounded removal, gc                     journal.c  runs
  *   validate.c verify                                  record.c   bytes
+ *   pieces.c   long values
  */
 #ifndef TV_STORE_PRIV_H
 #define TV_STORE_PRIV_H
@@ -231,6 +232,37 @@ struct write_back {
 void write_back_begin(struct write_back *w, tv_store *s, uint64_t bytes);
 void write_back_end(struct write_back *w);
 
+/* ---- pieces.c -------------------------------------------------------------
+ *
+ * Values of `blob`, `run` and `leaf` are put, read and dropped here.
+ */
+
+/* In one row of pages, or in pieces where the file would have to grow. */
+TV_NODISCARD enum tv_err long_put(tv_batch *b, enum db db, enum rec_type type,
+                                  const struct rec_key *k, const void *data,
+                                  size_t n, struct tv_error *err);
+TV_NODISCARD enum tv_err long_del(tv_batch *b, enum db db,
+                                  const struct rec_key *k,
+                                  struct tv_error *err);
+/* As db_get_rec; the body is borrowed from the map, or lies in the arena. */
+TV_NODISCARD enum tv_err long_get(const struct txn *t, enum db db,
+                                  enum rec_type type, const struct rec_key *k,
+                                  struct arena *a, bool *found,
+                                  struct rec_body *body, const char *what,
+                                  struct tv_error *err);
+/* The same of a value that is at hand. */
+TV_NODISCARD enum tv_err long_open(const struct txn *t, enum db db,
+                                   enum rec_type type, const struct rec_key *k,
+                                   const MDB_val *val, struct arena *a,
+                                   const char *what, struct rec_body *body,
+                                   struct tv_error *err);
+/* Is a key of these tables that of a piece? Its first piece_owner() bytes are
+ * the key of the value. */
+bool piece_key(enum db db, const void *key, size_t n);
+size_t piece_owner(size_t key_bytes);
+/* Pages of a value in pieces, and their entries in the tree. */
+uint64_t long_bytes(uint64_t bytes);
+
 /* ---- store.c --------------------------------------------------------------
  */
 
@@ -307,9 +339,9 @@ TV_NODISCARD enum tv_err quota_room(tv_batch *b, struct tv_error *err);
  * the quota does not let the file grow. */
 TV_NODISCARD enum tv_err quota_chunks(tv_batch *b, struct rec_payload *r,
                                       struct tv_error *err);
-/* NOSPACE when a value of `bytes`, which must lie in one piece, has no room. */
-TV_NODISCARD enum tv_err quota_row(tv_batch *b, uint64_t bytes,
-                                   struct tv_error *err);
+/* Would the file pass the quota if it grew by a row of pages for so long a
+ * value? */
+bool quota_full(const tv_batch *b, uint64_t bytes);
 /* A value of `bytes` was put: its pages are gone. */
 void quota_put(tv_batch *b, uint64_t bytes);
 /* Pages that the use of runs shorter than a chunk loses: a header in each. */
@@ -377,6 +409,9 @@ TV_NODISCARD enum tv_err payload_doom(tv_batch *b, uint64_t id,
 
 TV_NODISCARD enum tv_err trash_put(tv_batch *b, char what, uint64_t id,
                                    uint64_t session, struct tv_error *err);
+/* Pages of payloads on the list: who writes next drops them. */
+TV_NODISCARD enum tv_err trash_pages(const struct txn *t, uint64_t *pages,
+                                     struct tv_error *err);
 /* Drops one batch's worth. `all`: also unfinished payloads of this handle. */
 TV_NODISCARD enum tv_err trash_step(tv_batch *b, bool all, bool *more,
                                     struct tv_error *err);

@@ -11,13 +11,15 @@
  * gc does the same for everything, and then looks for records that nothing
  * refers to, which only a bug or damage can leave.
  */
-#include "store_priv.h"
+#include "derived_priv.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "tv/alloc.h"
 #include "tv/checked.h"
+
+#define ENTRY_BYTES 64u /* of a chunk, in the tree */
 
 enum tv_err trash_put(tv_batch *b, char what, uint64_t id, uint64_t session,
                       struct tv_error *err)
@@ -89,7 +91,7 @@ static enum tv_err payload_drop(tv_batch *b, uint64_t id, uint64_t *chunks,
     if (*left)
         goto out;
     key_id(&k, id);
-    TV_TRY(db_del(b, DB_LEAF, &k, NULL, err));
+    TV_TRY(long_del(b, DB_LEAF, &k, err));
     TV_TRY(db_del(b, DB_PAYLOAD, &k, NULL, err));
     key_trash(&k, 'p', id);
     TV_TRY(db_del(b, DB_TRASH, &k, NULL, err));
@@ -201,6 +203,41 @@ enum tv_err trash_step(tv_batch *b, bool all, bool *more, struct tv_error *err)
     }
 out:
     return batch_end(b, before, rc);
+}
+
+enum tv_err trash_pages(const struct txn *t, uint64_t *pages,
+                        struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    uint64_t n = 0;
+    struct walk w = {0}, c = {0};
+    struct rec_key prefix;
+    bool more = false, chunks = false;
+    *pages = 0;
+    key_str(&prefix, "p");
+    TV_TRY(walk_begin(&w, t, DB_TRASH, &prefix, err));
+    for (;;) {
+        TV_TRY(walk_next(&w, &more, err));
+        if (!more)
+            break;
+        key_id(&prefix, key_get_id(&w.key, 1));
+        TV_TRY(walk_begin(&c, t, DB_CHUNK, &prefix, err));
+        for (;;) {
+            TV_TRY(walk_next(&c, &chunks, err));
+            if (!chunks)
+                break;
+            n++;
+            if (c.val.mv_size >= TV_CHUNK_HEADER)
+                *pages += value_pages(c.val.mv_size - TV_CHUNK_HEADER,
+                                      t->s->page_bytes);
+        }
+        walk_end(&c);
+    }
+    *pages += n * ENTRY_BYTES / t->s->page_bytes;
+out:
+    walk_end(&c);
+    walk_end(&w);
+    return rc;
 }
 
 /* ---- gc -------------------------------------------------------------------
@@ -375,9 +412,10 @@ static enum tv_err is_stray(tv_batch *b, enum stray what, const struct refs *r,
     switch (what) {
     case STRAY_BLOB:
         *stray = true;
+        if (key->mv_size != 16 && !piece_key(DB_BLOB, kb, key->mv_size))
+            return TV_OK;
         for (size_t i = 0; *stray && i + 16 <= r->digests.n_bytes; i += 16)
-            *stray =
-                key->mv_size != 16 || memcmp(r->digests.data + i, kb, 16) != 0;
+            *stray = memcmp(r->digests.data + i, kb, 16) != 0;
         return TV_OK;
     case STRAY_SOURCE:
         *stray = !ids_has(&r->sources, key_get_id(key, 0));

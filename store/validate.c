@@ -266,21 +266,23 @@ static enum tv_err blob_check(struct verify *v, const char *object,
 {
     struct rec_key k;
     struct rec_body body;
+    struct arena a = {NULL};
     bool found = false;
     char shown[SHOW_BYTES], what[SHOW_BYTES + 16];
     key_digest(&k, f->digest);
     (void)snprintf(what, sizeof what, "side file %s",
                    show_text(f->name, shown));
-    const enum tv_err rc =
-        db_get_rec(&v->t, DB_BLOB, REC_BLOB, &k, &found, &body, what, err);
+    enum tv_err rc =
+        long_get(&v->t, DB_BLOB, REC_BLOB, &k, &a, &found, &body, what, err);
     if (rc != TV_OK)
-        return note(v, rc, object, "", err);
-    if (!found)
+        rc = note(v, rc, object, "", err);
+    else if (!found)
         problem(v, object, "", "%s is missing", what);
     else if (body.n != f->bytes ||
              !tv_hash_equal(tv_hash128(body.p, body.n), f->digest))
         problem(v, object, "", "%s: checksum mismatch", what);
-    return TV_OK;
+    arena_clear(&a);
+    return rc;
 }
 
 static enum tv_err object_entry(struct verify *v, const struct walk *w,
@@ -778,11 +780,58 @@ static enum tv_err content_entry(struct verify *v, const struct walk *w,
     return note(v, rc, "", "", err);
 }
 
-static enum tv_err leaf_entry(struct verify *v, const struct walk *w,
+/* One of the pieces of a long value: its own checksum, and its owner. What is
+ * missing of a value is noticed where it is joined. */
+static enum tv_err piece_entry(struct verify *v, const struct walk *w,
+                               struct tv_error *err)
+{
+    struct rec_body body;
+    struct rec_key k = {.n = piece_owner(w->key.mv_size)};
+    MDB_val val = {0, NULL};
+    bool found = false;
+    const enum tv_err rc = walk_rec(w, REC_PIECE, &body, err);
+    if (rc != TV_OK)
+        return note(v, rc, "", "", err);
+    memcpy(k.b, w->key.mv_data, k.n);
+    const enum tv_err seen = db_get(&v->t, w->db, &k, &found, &val, err);
+    if (seen == TV_OK && (!found || val.mv_size == 0 ||
+                          *(const unsigned char *)val.mv_data != REC_PIECES))
+        problem(v, "", "", "a piece of '%s' belongs to nothing",
+                db_name(w->db));
+    return note(v, seen, "", "", err);
+}
+
+/* A value that may lie in pieces; with `digest` its key is its checksum. */
+static enum tv_err long_entry(struct verify *v, const struct walk *w,
+                              enum rec_type type, bool digest,
                               struct tv_error *err)
 {
     struct rec_body body;
-    return note(v, walk_rec(w, REC_LEAVES, &body, err), "", "", err);
+    struct arena a = {NULL};
+    struct rec_key k = {.n = w->key.mv_size};
+    char what[64];
+    if (piece_key(w->db, w->key.mv_data, w->key.mv_size))
+        return piece_entry(v, w, err);
+    if (k.n > TV_REC_KEY_MAX) {
+        problem(v, "", "", "a record of '%s' has a long key", db_name(w->db));
+        return TV_OK;
+    }
+    memcpy(k.b, w->key.mv_data, k.n);
+    (void)snprintf(what, sizeof what, "a record of '%s'", db_name(w->db));
+    const enum tv_err rc =
+        long_open(&v->t, w->db, type, &k, &w->val, &a, what, &body, err);
+    if (rc == TV_OK && digest &&
+        (k.n != 16 ||
+         !tv_hash_equal(tv_hash128(body.p, body.n), tv_hash_get(k.b))))
+        problem(v, "", "", "a side file: checksum mismatch");
+    arena_clear(&a);
+    return note(v, rc, "", "", err);
+}
+
+static enum tv_err leaf_entry(struct verify *v, const struct walk *w,
+                              struct tv_error *err)
+{
+    return long_entry(v, w, REC_LEAVES, false, err);
 }
 
 static enum tv_err chunk_entry(struct verify *v, const struct walk *w,
@@ -803,13 +852,7 @@ static enum tv_err chunk_entry(struct verify *v, const struct walk *w,
 static enum tv_err blob_entry(struct verify *v, const struct walk *w,
                               struct tv_error *err)
 {
-    struct rec_body body;
-    const enum tv_err rc = walk_rec(w, REC_BLOB, &body, err);
-    if (rc == TV_OK &&
-        (w->key.mv_size != 16 || !tv_hash_equal(tv_hash128(body.p, body.n),
-                                                tv_hash_get(w->key.mv_data))))
-        problem(v, "", "", "a side file: checksum mismatch");
-    return note(v, rc, "", "", err);
+    return long_entry(v, w, REC_BLOB, true, err);
 }
 
 static enum tv_err source_entry(struct verify *v, const struct walk *w,
@@ -834,8 +877,7 @@ static enum tv_err trash_entry(struct verify *v, const struct walk *w,
 static enum tv_err run_entry(struct verify *v, const struct walk *w,
                              struct tv_error *err)
 {
-    struct rec_body body;
-    return note(v, walk_rec(w, REC_RUN, &body, err), "", "", err);
+    return long_entry(v, w, REC_RUN, false, err);
 }
 
 static enum tv_err done_entry(struct verify *v, const struct walk *w,

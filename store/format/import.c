@@ -596,32 +596,28 @@ static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
         goto out;
     }
     if (need == 0 ||
-        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL, 0,
-                           NULL) == TV_OK)
+        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL) ==
+            TV_OK)
         goto out;
-    rc = tv_derived_reserve(m->store, need, NULL, 0, m->err);
+    rc = tv_derived_reserve(m->store, need, m->err);
     if (rc == TV_E_NOSPACE && m->enough > st->quota_bytes)
         rc = too_big(m, st);
 out:
     return rc;
 }
 
-/* Each side file that the store does not have wants pages in a row; derived
- * data go for it. Where that does not do, putting it says what is missing. */
+/* Derived data go for side files that the store does not have. Where that does
+ * not do, putting them says what is missing. */
 static enum tv_err admit_sides(struct import *m, const struct tv_store_stat *st)
 {
     enum tv_err rc = TV_OK;
     const size_t count = tv_input_side_count(m->from);
     tv_read *r = NULL;
     char *data = NULL;
-    size_t n_new = 0;
-    uint64_t *sizes = NULL;
+    uint64_t bytes = 0;
 
     if (st->quota_bytes == 0 || st->masks + st->task_vectors == 0)
         return TV_OK;
-    sizes = (uint64_t *)tv_calloc(count + 1, sizeof *sizes);
-    if (sizes == NULL)
-        return no_memory(m->err);
     TV_TRY(tv_read_begin(m->store, m->err, &r));
     for (size_t i = 0; i < count; i++) {
         const char *name = tv_input_side_name(m->from, i);
@@ -632,19 +628,17 @@ static enum tv_err admit_sides(struct import *m, const struct tv_store_stat *st)
         TV_TRY(tv_input_side_read(m->from, name, &found, &data, &n, m->err));
         if (found && tv_blob_get(r, tv_hash128(data, n), &there, &n_there,
                                  NULL) != TV_OK)
-            sizes[n_new++] = n;
+            bytes += tv_derived_long(n);
         tv_free(data);
         data = NULL;
     }
     tv_read_end(r);
     r = NULL;
-    if (n_new > 0 &&
-        tv_derived_reserve(m->store, 0, sizes, n_new, NULL) == TV_E_NOMEM)
+    if (bytes > 0 && tv_derived_reserve(m->store, bytes, NULL) == TV_E_NOMEM)
         rc = no_memory(m->err);
 out:
     tv_read_end(r);
     tv_free(data);
-    tv_free(sizes);
     return rc;
 }
 

@@ -259,7 +259,7 @@ def lowered(tmp):
     check(codes[0] == 5 and codes[-1] == 0 and codes == sorted(codes)[::-1],
           f"refused, then not: {codes}")
     run(TVSTORE, "verify", "g", "-q", code=0)
-    # A side file wants its room in one piece: derived data make it.
+    # Derived data make room for a side file, too.
     shutil.rmtree("g")
     shutil.copytree("f", "g")
     with open("small/ft1/tokenizer.json", "w") as f:
@@ -289,8 +289,9 @@ def shreds(store):
 
 
 def fragmented(tmp):
-    """Where free pages lie apart, chunks are made as small as they have to be;
-    what has no room in pieces either is refused while it is planned."""
+    """Where free pages lie apart, chunks are made as small as they have to be,
+    and side files are cut; what has no room in pieces either is refused while
+    it is planned."""
     os.chdir(tmp)
     for d in ("f", "g", "small"):
         shutil.rmtree(d, True)
@@ -332,13 +333,66 @@ def fragmented(tmp):
                 check(used("g") <= max(quota, size + (64 << 10)),
                       f"{what}: takes size{used('g') - size:+}")
             run(TVSTORE, "verify", "g", "-q", code=0)
-        check(codes[3 if words == 0 else -1] == 0 and codes[-2] == 5 and
-              codes[-1] == 0, f"{words}: {codes}")
+        check(codes[3] == 0 and codes[-2] == 5 and codes[-1] == 0, f"{words}: {codes}")
+
+
+def record(tmp):
+    """The record of a merge, which is put last, and the state of the run find
+    room wherever free pages lie: what plan lets run ends, within the quota."""
+    os.chdir(tmp)
+    for d in ("f", "g", "gone", "kept"):
+        shutil.rmtree(d, True)
+    rng = random.Random(3)
+
+    def model(name, tensors):
+        os.makedirs(name)
+        write_safetensors(os.path.join(name, "model.safetensors"), tensors)
+        with open(os.path.join(name, "config.json"), "w") as f:
+            json.dump({"architectures": ["LlamaForCausalLM"],
+                       "model_type": "llama", "hidden_size": 64,
+                       "num_hidden_layers": 4000, "vocab_size": 100}, f)
+
+    gone = {f"t{i:04}": ("BF16", (14000,), rng.randbytes(28000))
+            for i in range(900)}
+    model("gone", gone)
+    model("kept", {k: gone[k] for k in list(gone)[1::2]})
+    for name in ("many", "more"):
+        model(name, {f"model.layers.{i}.weight":
+                     ("BF16", (16, 16), rng.randbytes(64) + bytes(448))
+                     for i in range(722)})
+    run(TVSTORE, "init", "f", code=0)
+    for name in ("gone", "kept"):
+        run(TVSTORE, "import", "f", name, name, "-q", code=0)
+    run(TVSTORE, "rm", "f", "gone", code=0)
+    run(TVSTORE, "gc", "f", code=0)
+    r = recipe("record.yml", "many", [("more", 0.5, 1)], "task_arithmetic")
+    into = [r, "--into", "m", "--store", "g"]
+    size = run_json(TVSTORE, "stat", "f", "--json")["file_bytes"]
+    digest = None
+    for quota in (size - 400000, size - 50000, size + 20000, size + 100000,
+                  2 * size):
+        what = f"record, quota size{quota - size:+}"
+        shutil.rmtree("g", True)
+        shutil.copytree("f", "g")
+        run(TVSTORE, "quota", "g", quota, code=0)
+        there = used("g")
+        run(TVMERGE, "plan", *into, code=0)
+        d = run_json(TVMERGE, "run", *into, "--json")
+        digest = digest or d.get("digest")
+        check(d.get("digest") == digest, f"{what}: another digest")
+        check(used("g") <= max(quota, there),
+              f"{what}: takes {used('g') - there:+}")
+        run(TVSTORE, "verify", "g", "-q", code=0)
+        run(TVMERGE, "plan", *into, code=0)
+        done = run_json(TVMERGE, "run", *into, "--json")
+        check(done.get("already_done") and done.get("digest") == digest,
+              f"{what}: the record is read again")
 
 
 def main():
     tmp = temp()
-    for part in (same_bytes, nested, adapters, bounded, lowered, fragmented):
+    for part in (same_bytes, nested, adapters, bounded, lowered, fragmented,
+                 record):
         t = time.time()
         part(tmp)
         print(f"{part.__name__}: {time.time() - t:.1f} s", flush=True)

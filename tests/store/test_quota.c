@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "store_priv.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 
@@ -122,6 +123,141 @@ static void pieces_are_used(void **state)
     fx_verify(f);
 }
 
+static void put_state(struct fx *f, const void *doc, size_t n)
+{
+    tv_batch *b = NULL;
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(tv_run_put(b, "run", doc, n, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+}
+
+static void state_is(struct fx *f, const void *want, size_t n_want)
+{
+    tv_read *r = NULL;
+    char *doc = NULL, **names = NULL;
+    size_t n = 0;
+    bool found = false;
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_ok(tv_run_get(r, "run", &found, &doc, &n, &f->err), &f->err);
+    assert_true(found);
+    assert_int_equal(n, n_want);
+    assert_memory_equal(doc, want, n_want);
+    tv_free(doc);
+    assert_ok(tv_run_list(r, &f->err, &names, &n), &f->err);
+    assert_int_equal(n, 1); /* pieces are no runs */
+    assert_string_equal(names[0], "run");
+    tv_dir_list_free(names, n);
+    tv_read_end(r);
+}
+
+static void file_is(struct fx *f, const char *object, const void *want,
+                    size_t n_want)
+{
+    tv_read *r = NULL;
+    struct tv_object *o = NULL;
+    const void *data = NULL;
+    size_t n = 0;
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_ok(tv_object_find(r, object, false, &f->err, &o), &f->err);
+    assert_int_equal(o->n_files, 1);
+    assert_ok(tv_blob_get(r, o->files[0].digest, &data, &n, &f->err), &f->err);
+    assert_int_equal(n, n_want);
+    assert_memory_equal(data, want, n_want);
+    tv_object_free(o);
+    tv_read_end(r);
+}
+
+static void put_file(struct fx *f, const char *object, const void *data,
+                     size_t n)
+{
+    tv_batch *b = NULL;
+    uint64_t id = 0;
+    bool resumed = false;
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(tv_object_create(b, object, TV_KIND_MODEL, "", "",
+                               (struct tv_hash){1, 2}, &id, &resumed, &f->err),
+              &f->err);
+    assert_ok(tv_object_file_put(b, id, "words", data, n, &f->err), &f->err);
+    assert_ok(tv_object_complete(b, id, false, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+}
+
+/* A side file that lacks a piece is damaged, for readers and for verify; and is
+ * put anew by who has it. */
+static void lose_piece(struct fx *f, struct tv_hash digest)
+{
+    tv_batch *b = NULL;
+    tv_read *r = NULL;
+    const void *data = NULL;
+    struct rec_key k;
+    bool found = false;
+    size_t n = 0;
+    key_digest(&k, digest);
+    memcpy(k.b + 16, "\0\0\0\0\7", 5);
+    k.n = 21;
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(db_del(b, DB_BLOB, &k, &found, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+    assert_true(found);
+    assert_ok(tv_read_begin(f->s, &f->err, &r), &f->err);
+    assert_code(tv_blob_get(r, digest, &data, &n, &f->err), TV_E_CORRUPT,
+                &f->err);
+    assert_message(&f->err, "a piece is missing");
+    tv_read_end(r);
+    assert_code(tv_store_verify(f->s, 1, NULL, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
+}
+
+/* Side files and the state of a run are cut where no run of free pages is long
+ * enough for them and the file may not grow. */
+static void long_values_are_cut(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const uint64_t q = 4u << 20;
+    const size_t most = 400000;
+    char name[32];
+    uint64_t freed = 0, full = 0, used = 0;
+    unsigned char *doc = (unsigned char *)tv_alloc(most);
+    assert_ok(tv_store_quota_set(f->s, q, &f->err), &f->err);
+    const unsigned n = fill(f, q, 450); /* about 60 KB each */
+    for (unsigned i = 0; i < n; i += 2) {
+        (void)snprintf(name, sizeof name, "m%u", i);
+        assert_ok(fx_remove(f->s, name, &f->err), &f->err);
+    }
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    assert_ok(tv_disk_used(f->path, &full, &f->err), &f->err);
+    /* A quota of what is there: LMDB itself would go on growing. */
+    assert_ok(tv_store_quota_set(f->s, full - (64u << 10), &f->err), &f->err);
+    for (unsigned i = 0; i < 6; i++) {
+        static const size_t sizes[] = {399999, 8128, 4063, 8127, 0, 250000};
+        fx_bytes(i, doc, sizes[i]);
+        put_state(f, doc, sizes[i]);
+        state_is(f, doc, sizes[i]);
+    }
+    fx_bytes(9, doc, most);
+    put_file(f, "words", doc, most);
+    file_is(f, "words", doc, most);
+    put_file(f, "again", doc, most); /* shared */
+    fx_verify(f);
+    fx_close(f);
+    fx_open(f, NULL);
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    file_is(f, "again", doc, most);
+    assert_ok(fx_remove(f->s, "again", &f->err), &f->err);
+    file_is(f, "words", doc, most);
+    assert_ok(fx_remove(f->s, "words", &f->err), &f->err);
+    assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
+    assert_true(used <= full);
+    fx_verify(f);
+    /* Nothing is left of them: the same room is there again. */
+    put_file(f, "words", doc, most);
+    file_is(f, "words", doc, most);
+    assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
+    assert_true(used <= full);
+    lose_piece(f, tv_hash128(doc, most));
+    tv_free(doc);
+}
+
 /* Filled to the brim with odd sizes and tiny records: only LMDB's own fence is
  * left, and it must hold as well. */
 static void the_second_fence_holds(void **state)
@@ -216,6 +352,7 @@ int main(void)
         T(quota_is_kept_and_reported),
         T(never_passed),
         T(pieces_are_used),
+        T(long_values_are_cut),
         T(the_second_fence_holds),
         T(raising_it_makes_room),
         T(full_disk),

@@ -108,7 +108,7 @@ static void newer_format_is_refused(void **state)
     tv_buf_free(&buf);
     assert_code(tv_store_open(f->path, NULL, &f->err, &s), TV_E_UNSUPPORTED,
                 &f->err);
-    assert_message(&f->err, "format 2");
+    assert_message(&f->err, "format 3");
 }
 
 static void truncated_file_is_an_error(void **state)

@@ -164,21 +164,17 @@ TV_NODISCARD enum tv_err tv_derived_release(tv_store *s,
 struct tv_derived_room {
     uint64_t evictable; /* bytes of items that nobody has pinned */
     uint64_t pinned;
+    uint64_t trash; /* left by killed writers; goes with the next write */
     uint64_t user; /* of user data that fit the quota when all that is evictable
                       has gone, by its least pages; UINT64_MAX without quota */
 };
 TV_NODISCARD enum tv_err
 tv_derived_room(tv_read *r, struct tv_derived_room *out, struct tv_error *err);
-/* Side files lie in one piece each: is there room for values[n] bytes, or may
- * eviction make it? Their sum is the business of tv_derived_room. */
-TV_NODISCARD enum tv_err tv_derived_fits(tv_read *r, const uint64_t *values,
-                                         size_t n, bool *fits,
-                                         struct tv_error *err);
-/* Evicts, oldest use first, until `bytes` more of user data fit the quota, and
- * side files of values[n] bytes beside them (NULL, 0: none). NOSPACE says how
- * much is missing and what could go. */
+/* Bytes of pages that a side file or the state of a run takes at most. */
+uint64_t tv_derived_long(uint64_t bytes);
+/* Evicts, oldest use first, until `bytes` more of user data fit the quota.
+ * NOSPACE says how much is missing and what could go. */
 TV_NODISCARD enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
-                                            const uint64_t *values, size_t n,
                                             struct tv_error *err);
 /* Drops everything that is not pinned. */
 TV_NODISCARD enum tv_err tv_derived_evict_all(tv_store *s, uint64_t *n_items,

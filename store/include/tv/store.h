@@ -47,7 +47,7 @@
 #include "tv/sys.h"
 #include "tv/view.h"
 
-#define TV_STORE_FORMAT    1u /* newer is refused */
+#define TV_STORE_FORMAT    2u /* newer is refused */
 #define TV_OBJECT_NAME_MAX 128u
 #define TV_CHUNK_BYTES     (16u << 20) /* nominal chunk payload */
 #define TV_CHUNK_HEADER    48u
