@@ -721,6 +721,133 @@ static void one_gta_bf16(const struct tvk_table *k, const struct place *p)
     guard_buffer_check(&out);
 }
 
+/* ---- merges of bf16 that only a look at all 53 bits decides ----
+ * Coarse numbers give sums that cancel, votes that tie and results midway
+ * between two bf16; others are of all sizes, arbitrary or not numbers. */
+
+enum { N_CLOSE = 777 };
+
+static uint16_t half_of(float v)
+{
+    uint16_t h = 0;
+    (void)ref()->f32_to_bf16(&h, &v, 1);
+    return h;
+}
+
+static float of_half(uint16_t h)
+{
+    float v = 0.0f;
+    (void)ref()->bf16_to_f32(&v, &h, 1);
+    return v;
+}
+
+static uint16_t close_base(unsigned kind)
+{
+    const uint16_t any = (uint16_t)rng_u64(&rng);
+
+    switch (kind) {
+    case 0:
+        return (uint16_t)((any & 0x807f) | (110 + rng_below(&rng, 20)) << 7);
+    case 1:
+        return (uint16_t)((any & 0x8000) | rng_below(&rng, 0x300));
+    case 2:
+        return half_of(((float)rng_below(&rng, 33) - 16.0f) / 16.0f);
+    default:
+        return any;
+    }
+}
+
+static uint16_t close_to(uint16_t from, unsigned kind)
+{
+    const float b = of_half(from);
+    const float step = (float)rng_below(&rng, 33) - 16.0f;
+
+    switch (kind) {
+    case 0:
+        return (uint16_t)(from + rng_below(&rng, 9) - 4);
+    case 1:
+        return half_of(b + b * step / 32.0f);
+    case 2:
+        return half_of(-b - b * step / 512.0f);
+    case 3:
+        return half_of(b + step * 0x1p-9f);
+    case 4:
+        return half_of(ldexpf(b, 2 * (int)step));
+    default:
+        return close_base((unsigned)rng_below(&rng, 4));
+    }
+}
+
+static double close_weight(unsigned kind)
+{
+    switch (kind) {
+    case 0:
+        return 1.0;
+    case 1:
+        return (double)(1 + rng_below(&rng, 12)) / 10.0;
+    case 2:
+        return ldexp(1.0, (int)rng_below(&rng, 6) - 3);
+    case 3:
+        return (double)(1 + rng_below(&rng, 1u << 30)) * 0x1p-30;
+    default:
+        return (double)rng_below(&rng, 21) / 8.0 - 0.75;
+    }
+}
+
+static void one_close(const struct tvk_table *k)
+{
+    static uint16_t b[N_CLOSE], x[5][N_CLOSE], got[N_CLOSE], expected[N_CLOSE];
+    static uint64_t mask[5][N_CLOSE / 64 + 1];
+    const size_t n_donors = 2 + (size_t)rng_below(&rng, 4);
+    const unsigned kind = (unsigned)rng_below(&rng, 5);
+    const unsigned kind_b = (unsigned)rng_below(&rng, 6);
+    const unsigned kind_x = (unsigned)rng_below(&rng, 8);
+    const double rescale = (double)(1 + rng_below(&rng, 10)) / 10.0;
+    const double alike = close_weight(kind);
+    const uint64_t choice = rng_u64(&rng);
+    double coef[5], weight[5];
+    const void *donors[5];
+    const uint64_t *masks[5];
+    const struct tvk_gta g = {
+        n_donors,
+        coef,
+        weight,
+        1,
+        (choice & 3) != 0,
+        choice & 4 ? 1.0 : (double)rng_below(&rng, 40) / 8.0 - 1.25};
+
+    for (size_t j = 0; j < n_donors; j++) {
+        weight[j] = choice & 8 ? alike : close_weight(kind);
+        coef[j] = choice & 16 ? weight[j] / rescale : weight[j];
+        if ((choice >> 5 & 7) == 0)
+            coef[j] = ldexp(coef[j], (int)rng_below(&rng, 36) - 18);
+        for (size_t i = 0; i < N_CLOSE / 64 + 1; i++)
+            mask[j][i] = choice & 256 ? rng_u64(&rng) : ~UINT64_C(0);
+        donors[j] = x[j];
+        masks[j] = rng_below(&rng, 8) == 0 ? NULL : mask[j];
+    }
+    for (size_t i = 0; i < N_CLOSE; i++) {
+        b[i] = close_base(kind_b < 4 ? kind_b : (unsigned)rng_below(&rng, 4));
+        for (size_t j = 0; j < n_donors; j++)
+            x[j][i] = close_to(b[i], kind_x < 6 ? kind_x
+                                                : (unsigned)rng_below(&rng, 6));
+    }
+    const uint64_t *const *const m = choice & 512 ? masks : NULL;
+    assert_int_equal(k->gta_bf16(got, b, donors, m, &g, N_CLOSE),
+                     ref()->gta_bf16(expected, b, donors, m, &g, N_CLOSE));
+    for (size_t i = 0; i < N_CLOSE; i++)
+        if (!isnan(of_half(expected[i])))
+            assert_int_equal(got[i], expected[i]);
+}
+
+static void test_gta_bf16_close(void **state)
+{
+    const struct tvk_table *const k = row_of(state);
+
+    for (unsigned i = 0; i < 2000; i++)
+        one_close(k);
+}
+
 static void hist_clear(size_t n_buckets)
 {
     void *const got =
@@ -1200,6 +1327,7 @@ int main(int argc, char **argv)
         ROWS(test_hist_range),
         ROWS(test_select_bf16),
         ROWS(test_gta_bf16),
+        ROWS(test_gta_bf16_close),
         ROWS(test_philox),
         ROWS(test_rank),
         ROWS(test_rank),

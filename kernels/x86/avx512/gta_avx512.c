@@ -8,6 +8,7 @@
  * zero, and a zero change returns the base.
  */
 #include "rows.h"
+#include "x86/gta_quick.h"
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
 
@@ -251,11 +252,11 @@ TVK_INLINE void widen_piece(float *dst, const unsigned char *src, size_t n)
                               load16_bf16(lanes16(i, n), src + 2 * i));
 }
 
-/* Pieces are widened into the L1 cache: fp32 in memory fills vectors of fp64
- * with fewer instructions than bf16. */
-static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
-                         const void *const *x, const uint64_t *const *masks,
-                         const struct tvk_gta *p, size_t n)
+/* Elements from `from`, a multiple of 64, to n. Pieces are widened into the L1
+ * cache: fp32 in memory fills vectors of fp64 with fewer instructions. */
+static uint64_t by_pieces(void *TVK_RESTRICT dst, const void *b,
+                          const void *const *x, const uint64_t *const *masks,
+                          const struct tvk_gta *p, size_t from, size_t n)
 {
     const size_t each = tvk_piece_elems(p->n_donors);
     float in[TVK_PIECE_FLOATS], out[TVK_PIECE_ELEMS];
@@ -270,7 +271,7 @@ static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
     g.masks = masks != NULL ? kept : NULL;
     g.from_x = from_x;
     g.each = 2;
-    for (size_t i = 0; i < n; i += each) {
+    for (size_t i = from; i < n; i += each) {
         const size_t some = n - i < each ? n - i : each;
         g.from_b = (const unsigned char *)b + 2 * i;
         widen_piece(in, g.from_b, some);
@@ -286,6 +287,26 @@ static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
         bad += narrow_bf16((unsigned char *)dst + 2 * i, out, some);
     }
     return bad;
+}
+
+static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
+                         const void *const *x, const uint64_t *const *masks,
+                         const struct tvk_gta *p, size_t n)
+{
+    struct tvk_quick q = {.row = TVK_AVX512,
+                          .dst = dst,
+                          .b = b,
+                          .x = (const unsigned char *const *)(const void *)x,
+                          .masks = masks,
+                          .p = p};
+    struct tvk_doubts doubts;
+    size_t done = 0;
+
+    if (n >= 64 && tvk_quick_begin(&q, &doubts, TVK_QUICK_DONORS))
+        done = tvk_avx512_quick(&q, n);
+    if (done < n)
+        q.bad += by_pieces(dst, b, x, masks, p, done, n);
+    return q.bad;
 }
 
 void tvk_avx512_gta(struct tvk_table *t)
