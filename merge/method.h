@@ -322,6 +322,9 @@ static inline bool tvm_rule_makes_values(const struct tvm_trim_rule *r)
 /* A problem for every parameter value that is not a finite number. */
 void tvm_check_finite(const struct tvm_tensor *t,
                       struct tvm_problems *problems);
+/* Do the weights (parameter p) of the inputs that have one add up to 0, but for
+ * rounding (0.1 + 0.2 - 0.3)? */
+bool tvm_weights_cancel(const struct tvm_tensor *t, size_t p);
 /* What check() finds wrong with the value of parameter p, of one source or
  * (SIZE_MAX) shared: a USAGE error, which the planner reports once and with the
  * place in the recipe. What one value alone makes wrong is a matter of its

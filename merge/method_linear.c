@@ -47,7 +47,7 @@ static double weight_sum(const struct tvm_tensor *t)
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     tvm_check_finite(t, problems);
-    if (tvm_shared(t, P_NORMALIZE) != 0.0 && weight_sum(t) == 0.0)
+    if (tvm_shared(t, P_NORMALIZE) != 0.0 && tvm_weights_cancel(t, P_WEIGHT))
         tvm_param_problem(t, P_WEIGHT, 0, problems,
                           "the weights sum to 0 and cannot be normalized; "
                           "change a weight or set normalize: false");

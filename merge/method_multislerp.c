@@ -191,13 +191,8 @@ static size_t first_donor(const struct tvm_tensor *t)
 
 static void check(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
-    double sum = 0.0;
-
     tvm_check_finite(t, problems);
-    for (size_t s = 0; s < t->n_sources; s++)
-        if ((int)s != t->base)
-            sum += tvm_of(t, s, P_WEIGHT, N_PARAMS);
-    if (tvm_shared(t, P_NORMALIZE) != 0.0 && sum == 0.0)
+    if (tvm_shared(t, P_NORMALIZE) != 0.0 && tvm_weights_cancel(t, P_WEIGHT))
         tvm_param_problem(t, P_WEIGHT, first_donor(t), problems,
                           "the weights sum to 0 and cannot be normalized; "
                           "change a weight or set normalize_weights: false");

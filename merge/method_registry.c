@@ -128,6 +128,20 @@ void tvm_param_problem(const struct tvm_tensor *t, size_t p, size_t source,
     problems->items[before].source = source;
 }
 
+bool tvm_weights_cancel(const struct tvm_tensor *t, size_t p)
+{
+    double sum = 0.0, size = 0.0;
+
+    for (size_t s = 0; s < t->n_sources; s++) {
+        const double w = tvm_of(t, s, p, t->method->n_params);
+        if ((int)s == t->base && !t->method->base_counts)
+            continue;
+        sum += w;
+        size += fabs(w);
+    }
+    return fabs(sum) <= size * 0x1p-44;
+}
+
 void tvm_check_finite(const struct tvm_tensor *t, struct tvm_problems *problems)
 {
     const struct tvm_method *m = t->method;

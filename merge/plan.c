@@ -288,7 +288,8 @@ static void check_roles(struct planner *pl, struct plan_slice *s,
                     m->name);
         return;
     }
-    if (m->base == TVM_BASE_REQUIRED && s->base < 0) {
+    if (base->text != NULL && s->base < 0 && !m->base_counts &&
+        m->base != TVM_BASE_NONE) {
         s->broken = true;
         plan_report(pl, "slices without the base", 20, true, TV_E_USAGE,
                     plan_where(pl, &slice_at),

@@ -168,6 +168,7 @@ struct tvk_cu_gta {
     const double *coef, *weight; /* [n_donors] */
     uint64_t stride, mask_stride, n_donors, n;
     double total, lambda; /* total: the divisor without consensus */
+    double least;         /* divisors up to it are 0 */
     int32_t consensus, normalize;
 };
 
@@ -204,7 +205,7 @@ TVK_HD void tvk_cu_gta_body(const struct tvk_cu_place *at,
                     divisor = divisor + a->weight[j];
                 }
             }
-            if (divisor == 0.0)
+            if (fabs(divisor) <= a->least)
                 divisor = 1.0;
         }
         if (a->normalize)

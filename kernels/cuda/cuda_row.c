@@ -24,6 +24,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "rows.h"
 #include "tv/alloc.h"
 
 /* Multiplications for each element moved that are worth the way. */
@@ -312,6 +313,7 @@ static enum tv_err launch_gta(void *arg, const struct tvk_tile *t,
         .n = t->n,
         .total = g->total,
         .lambda = g->p->lambda,
+        .least = tvk_gta_least_divisor(g->p),
         .consensus = g->p->consensus,
         .normalize = g->p->normalize,
     };

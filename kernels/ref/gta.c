@@ -12,6 +12,7 @@
 #include "rows.h"
 
 #include <assert.h>
+#include <math.h>
 
 static int is_kept(const uint64_t *const *masks, size_t j, size_t i)
 {
@@ -28,12 +29,21 @@ static double total_weight(const struct tvk_gta *p)
     return sum > -1e-8 && sum < 1e-8 ? 1.0 : sum;
 }
 
+double tvk_gta_least_divisor(const struct tvk_gta *p)
+{
+    double sum = 0.0;
+    for (size_t j = 0; j < p->n_donors; j++)
+        sum = sum + fabs(p->weight[j]);
+    return sum * 0x1p-44;
+}
+
 static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
                 const float *const *x, const uint64_t *const *masks,
                 const struct tvk_gta *p, size_t n)
 {
     double d[TVK_DONORS_MAX];
     const double total = total_weight(p);
+    const double least = tvk_gta_least_divisor(p);
 
     assert(p->n_donors <= TVK_DONORS_MAX);
     for (size_t i = 0; i < n; i++) {
@@ -57,7 +67,7 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
                     divisor = divisor + p->weight[j];
                 }
             }
-            if (divisor == 0.0)
+            if (fabs(divisor) <= least)
                 divisor = 1.0;
         }
         if (p->normalize)

@@ -336,6 +336,26 @@ static void test_gta_oracle(void **state)
     }
 }
 
+/* Weights that cancel but for their rounding divide nothing, as those do whose
+ * sum is 0. */
+static void test_gta_cancels(void **state)
+{
+    (void)state;
+    enum { N = 37, DONORS = 3 };
+    static const double weight[DONORS] = {0.1, 0.2, -0.3};
+    static float b[N], x[DONORS][N], y[N];
+    const float *px[DONORS] = {x[0], x[1], x[2]};
+    const struct tvk_gta g = {DONORS, weight, weight, 1, 1, 1.0};
+
+    for (int i = 0; i < N; i++) {
+        x[0][i] = x[1][i] = (float)(i + 1);
+        x[2][i] = (float)-(i + 1);
+    }
+    k->gta(y, b, px, NULL, &g, N);
+    for (int i = 0; i < N; i++)
+        assert_true(fabs((double)y[i] - 0.6 * (i + 1)) < 1e-4);
+}
+
 /* ---- top-k ---- */
 
 struct item {
@@ -799,6 +819,7 @@ int main(void)
         cmocka_unit_test(test_gta_no_change_is_base),
         cmocka_unit_test(test_gta_nan_shows),
         cmocka_unit_test(test_gta_oracle),
+        cmocka_unit_test(test_gta_cancels),
         cmocka_unit_test(test_topk_against_sort),
         cmocka_unit_test(test_topk_zeros_never_kept),
         cmocka_unit_test(test_topk_eq_limit),

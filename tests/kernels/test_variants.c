@@ -460,8 +460,10 @@ static void gta_case(const struct tvk_table *k, const struct place *p,
         plain[j] = raw_x(p, j);
         masks[j] = skip_mask ? NULL : put_mask(p, j);
         plain_masks[j] = skip_mask ? NULL : pool_mask[j];
-        /* Equal and opposite weights make sums that are exactly zero. */
-        weight[j] = (double)rng_below(&rng, 5) / 2.0 - 1.0;
+        /* Equal and opposite weights make sums that are exactly zero, tenths
+         * those that only rounding keeps from it. */
+        weight[j] = p->n % 2 ? (double)rng_below(&rng, 5) / 2.0 - 1.0
+                             : ((double)rng_below(&rng, 7) - 3.0) / 10.0;
         coef[j] = rng_below(&rng, 2) ? weight[j] : weight[j] / 0.3;
     }
     const float *const b = put_b(p);

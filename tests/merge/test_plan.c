@@ -708,6 +708,15 @@ static void test_roles(void **state)
     expect_problem(&p, true, TV_E_USAGE, "recipe.yml:5:3",
                    "must be one of the sources");
     planned_free(&p);
+    /* Also where a base is a choice: without it the result is another one. */
+    plan_text(&p, dir,
+              "merge_method: multislerp\nbase_model: $/c\nslices:\n"
+              "- sources: [{model: $/a, layer_range: [0, 4]}]\n"
+              "parameters: {weight: 1}\n",
+              NULL);
+    expect_problem(&p, true, TV_E_USAGE, "recipe.yml:4:3",
+                   "must be one of the sources");
+    planned_free(&p);
     plan_text(&p, dir,
               "merge_method: slerp\nbase_model: $/a\nparameters: {t: 0.5}\n"
               "models: [{model: $/a}, {model: $/b}, {model: $/c}]\n",
@@ -776,6 +785,15 @@ static void test_notes(void **state)
     expect_problem(&p, true, TV_E_USAGE,
                    "recipe.yml:3:", "the weights sum to 0");
     assert_int_equal(p.problems.n_errors, 1);
+    planned_free(&p);
+    plan_text(&p, dir,
+              "merge_method: multislerp\nmodels:\n"
+              "- {model: $/a, parameters: {weight: 0.1}}\n"
+              "- {model: $/b, parameters: {weight: 0.2}}\n"
+              "- {model: $/c, parameters: {weight: -0.3}}\n",
+              NULL);
+    expect_problem(&p, true, TV_E_USAGE,
+                   "recipe.yml:3:", "the weights sum to 0");
     planned_free(&p);
     plan_good(&p, dir,
               "merge_method: dare_linear\nbase_model: $/a\n" AB

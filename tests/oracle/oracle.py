@@ -379,7 +379,9 @@ def gta(method, b, donors, get, name, seed, chosen,
         agree = [(np.sign(p) == sign) for p in parts]
         mixed = sum(np.where(a, p, 0.0) for a, p in zip(agree, parts))
         div = sum(np.where(a, w, 0.0) for a, w in zip(agree, weights))
-        div = np.where(div == 0, 1.0, div)
+        # 0.1 + 0.2 - 0.3 is 0 but for rounding.
+        div = np.where(np.abs(div) <= 2.0 ** -44 * sum(map(abs, weights)), 1.0,
+                       div)
     else:
         mixed = total
         div = sum(weights)

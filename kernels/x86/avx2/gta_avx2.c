@@ -21,6 +21,7 @@ struct job {
     struct tvk_divide total;
     int normalize;
     double lambda;
+    double least; /* divisors up to it are 0 */
 };
 
 TVK_INLINE __m256d change(const struct job *g, __m256d b, size_t j, size_t i,
@@ -52,7 +53,9 @@ TVK_INLINE __m256d elect(const struct job *g, const __m256d *d, __m256d sum,
             divisor, _mm256_and_pd(agree, _mm256_set1_pd(g->weight[j])));
     }
     if (g->normalize) {
-        const __m256d none = _mm256_cmp_pd(divisor, zero, _CMP_EQ_OQ);
+        const __m256d none =
+            _mm256_cmp_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), divisor),
+                          _mm256_set1_pd(g->least), _CMP_LE_OQ);
         m = _mm256_div_pd(m,
                           _mm256_blendv_pd(divisor, _mm256_set1_pd(1.0), none));
     }
@@ -176,7 +179,8 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
                           p->weight,
                           tvk_divide_by(total),
                           p->normalize,
-                          p->lambda};
+                          p->lambda,
+                          tvk_gta_least_divisor(p)};
     if (p->consensus)
         merge_consensus(dst, &g, p->n_donors, n);
     else

@@ -32,6 +32,7 @@ struct job {
     int by_powers; /* every sum of weights is 0 or a power of two */
     int has_lambda;
     double lambda;
+    double least; /* divisors up to it are 0 */
 };
 
 /* Election and disjoint merge: the sum of those that agree goes to m. */
@@ -62,7 +63,8 @@ TVK_INLINE void elect(const struct job *g, __m512d (*d)[BLOCK], __m512d *m,
     if (!g->normalize)
         return;
     for (size_t v = 0; v < vectors; v++) {
-        const __mmask8 none = _mm512_cmp_pd_mask(divisor[v], zero, _CMP_EQ_OQ);
+        const __mmask8 none = _mm512_cmp_pd_mask(
+            _mm512_abs_pd(divisor[v]), _mm512_set1_pd(g->least), _CMP_LE_OQ);
         const __m512d by =
             _mm512_mask_mov_pd(divisor[v], none, _mm512_set1_pd(1.0));
         /* Sign and exponent alone: the difference is those of 1 / by. */
@@ -209,7 +211,8 @@ static struct job job_of(const struct tvk_gta *p)
                         .normalize = p->normalize,
                         .by_powers = tvk_by_powers(p->weight, p->n_donors),
                         .has_lambda = p->lambda != 1.0,
-                        .lambda = p->lambda};
+                        .lambda = p->lambda,
+                        .least = tvk_gta_least_divisor(p)};
 }
 
 static void merge(float *TVK_RESTRICT dst, const struct job *g,
