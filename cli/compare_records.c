@@ -72,19 +72,26 @@ out:
     return rc;
 }
 
+/* Either may be NULL: then there was no memory for it. */
+static enum tv_err write_whole(struct tvc_compare *p, const char *path,
+                               const json_t *doc)
+{
+    size_t n = 0;
+    char *const text = path && doc ? tvc_compare_text(doc, &n) : NULL;
+    const enum tv_err rc =
+        text ? tv_file_write_atomic(path, text, n, p->opts->options.sync,
+                                    &p->c->err)
+             : tvc_compare_oom(p->c);
+
+    tv_free(text);
+    return rc;
+}
+
 enum tv_err tvc_record_save(struct tvc_compare *p, struct entry *e)
 {
-    enum tv_err rc = TV_OK;
-    char *path = record_path(p, e);
-    size_t n = 0;
-    char *text = tvc_compare_text(e->record, &n);
+    char *const path = record_path(p, e);
+    const enum tv_err rc = write_whole(p, path, e->record);
 
-    if (!path || !text)
-        rc = tvc_compare_oom(p->c);
-    else
-        rc = tv_file_write_atomic(path, text, n, p->opts->options.sync,
-                                  &p->c->err);
-    tv_free(text);
     tv_free(path);
     return rc;
 }
@@ -94,12 +101,9 @@ enum tv_err tvc_records_list(struct tvc_compare *p)
     static const char *const kinds[] = {[ENTRY_BASE] = "base",
                                         [ENTRY_DONOR] = "model",
                                         [ENTRY_MERGE] = "merge"};
-    enum tv_err rc = TV_OK;
     json_t *const list = json_array();
     json_t *const doc = json_pack("{s:O}", "entries", list);
     char *const path = tv_path_join(p->state, TVC_COMPARE_LIST);
-    char *text = NULL;
-    size_t n = 0;
 
     for (size_t i = 0; i < p->n_entries; i++) {
         const struct entry *e = &p->entries[i];
@@ -108,13 +112,8 @@ enum tv_err tvc_records_list(struct tvc_compare *p)
                             "kind", kinds[e->kind], "ref",
                             e->ref ? tvc_json_string(e->ref) : json_null()));
     }
-    text = path && doc ? tvc_compare_text(doc, &n) : NULL;
-    if (!text)
-        rc = tvc_compare_oom(p->c);
-    else
-        rc = tv_file_write_atomic(path, text, n, p->opts->options.sync,
-                                  &p->c->err);
-    tv_free(text);
+    const enum tv_err rc = write_whole(p, path, doc);
+
     tv_free(path);
     json_decref(doc);
     json_decref(list);

@@ -43,6 +43,9 @@
 
 _Static_assert(TVM_BLOCK % TV_DELTA_BLOCK == 0, "blocks begin at entry points");
 
+/* What a calibrated mask has in place of sums (struct tv_derived). */
+enum { NOTE_DAMPING, NOTE_UNSEEN };
+
 struct tvm_cache_entry { /* one source of one tensor that is trimmed */
     size_t tensor, source;
     struct tv_hash score;
@@ -325,8 +328,10 @@ static enum tv_err look_up(struct tvm_cache *c, struct tv_error *err)
             continue;
         pins[n_pins++] = mask;
         if (e->rule.calibrated && !d.has_sums) {
-            e->damping = isfinite(d.sum_all) ? d.sum_all : 0;
-            e->n_unseen = d.sum_kept >= 0 && d.sum_kept < 1e15 ? d.sum_kept : 0;
+            const double damping = d.notes[NOTE_DAMPING];
+            const double unseen = d.notes[NOTE_UNSEEN];
+            e->damping = isfinite(damping) ? damping : 0;
+            e->n_unseen = unseen >= 0 && unseen < 1e15 ? unseen : 0;
         }
         TV_TRY(tv_derived_find(r, &delta, &e->has_delta, &d, err));
         if (e->has_delta)
@@ -813,10 +818,12 @@ bool tvm_cache_add(struct tvm_cache *c, size_t tensor, size_t source,
         .about = about,
         .n_elems = n_elems,
         .words = words,
-        .sum_all = !damped               ? 0
-                   : damped->damping > 0 ? damped->damping
-                                         : -1,
-        .sum_kept = damped ? (double)damped->n_unseen : 0};
+    };
+    if (damped) {
+        items[0].notes[NOTE_DAMPING] =
+            damped->damping > 0 ? damped->damping : -1;
+        items[0].notes[NOTE_UNSEEN] = (double)damped->n_unseen;
+    }
     items[1] = (struct tv_derived_new){.key = keys[1],
                                        .about = about,
                                        .n_elems = n_elems,

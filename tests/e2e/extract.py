@@ -15,19 +15,11 @@ import sys
 import numpy as np
 
 from common import check, finish, read_safetensors, run, run_json, temp
+from values import load
 
 BIN, QUICK, DATA = map(os.path.abspath, sys.argv[1:4])
 TVMERGE = os.path.join(BIN, "tvmerge")
 BASE, FT = os.path.join(QUICK, "base"), os.path.join(QUICK, "ft-code")
-
-
-def values(path):
-    out = {}
-    for k, (d, s, b) in read_safetensors(path).items():
-        x = (np.frombuffer(b, np.uint16).astype(np.uint32) << 16).view(
-            np.float32) if d == "BF16" else np.frombuffer(b, np.float32)
-        out[k] = x.astype(np.float64).reshape(s)
-    return out
 
 
 def extract(out, *options, model=FT, base=BASE, code=0):
@@ -40,7 +32,7 @@ def apply(base, adapter, out):
         f.write("merge_method: passthrough\nmodels:\n"
                 f"- model: {base}+{adapter}\nout_dtype: float32\n")
     run(TVMERGE, "run", "a.yml", out, code=0)
-    return values(out)
+    return load(out)
 
 
 def size(x):
@@ -48,7 +40,7 @@ def size(x):
 
 
 def optimal():
-    base, ft = values(BASE), values(FT)
+    base, ft = load(BASE), load(FT)
     for i, how in enumerate(("full", "randomized")):
         r = extract(f"x{i}", "--rank", "4", "--svd", how)
         got = apply(BASE, f"x{i}", f"y{i}")
@@ -72,7 +64,7 @@ def optimal():
 
 
 def whole():
-    base, ft = values(BASE), values(FT)
+    base, ft = load(BASE), load(FT)
     r = extract("all", "--rank", "4096", "--embeddings", "--norms")
     check(r["n_left_out"] == 0, "nothing is left out")
     got = apply(BASE, "all", "all-y")
@@ -100,11 +92,11 @@ def low_rank():
                     base=base)
         check(all(x["rank"] <= 5 and x["energy"] > 1 - 1e-9
                   for x in r["layers"]), f"{case}: {r['layers'][:2]}")
-        b, w = values(base), values(merged)
+        b, w = load(base), load(merged)
         got = {k: v for k, v in b.items()}
         with open(case + "/adapter_config.json") as f:
             c = json.load(f)
-        t = values(case)
+        t = load(case)
         for x in r["layers"]:
             p = "base_model.model." + x["name"]
             m = t[p + ".lora_B.weight"] @ t[p + ".lora_A.weight"]
@@ -140,7 +132,7 @@ def norms_with_biases():
     check(len(saved) == len(set(saved)) == len(modules), f"modules: {saved}")
     for m in modules:
         check({m + ".weight", m + ".bias"} <= keys, f"{m}: weight and bias")
-    got, want = apply(base, "lna", "lny"), values("ln")
+    got, want = apply(base, "lna", "lny"), load("ln")
     for k in want:
         check(np.allclose(got[k], want[k], atol=1e-6), f"{k} comes back")
 
@@ -165,7 +157,7 @@ def no_matrix():
     keys = [k for k in read_safetensors("na/adapter_model.safetensors")
             if ".lora_" in k]
     check(len(keys) == 2, f"one product: {keys}")
-    got, want = apply(BASE, "na", "ny"), values("n")
+    got, want = apply(BASE, "na", "ny"), load("n")
     check(all((got[k] == want[k]).all() for k in want), "comes back")
 
 

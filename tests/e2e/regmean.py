@@ -12,11 +12,13 @@ import sys
 
 import numpy as np
 
-from common import check, finish, read_safetensors, run, run_json, temp
+from common import check, finish, run, run_json, temp
+from values import load, windows
 
 BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVEVAL = (os.path.join(BIN, p) for p in ("tvmerge", "tveval"))
 SAMPLES, CONTEXT = 6, 64
+EPS = json.load(open(os.path.join(QUICK, "base/config.json")))["rms_norm_eps"]
 MODELS = {"ft-prose": "prose", "ft-code": "code"}
 
 RECIPE = """merge_method: regmean
@@ -32,33 +34,11 @@ out_dtype: float32
 """
 
 
-def load(path):
-    out = {}
-    for k, (dtype, shape, raw) in read_safetensors(path).items():
-        if dtype == "BF16":
-            x = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        else:
-            x = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[dtype])
-        out[k] = x.reshape(shape).astype(np.float64)
-    return out
-
-
-def windows(domain):
-    r = run_json(TVEVAL, "tokenize", "base", "--text",
-                 f"text/{domain}.calib.txt", "--json", cwd=QUICK)
-    ids = r["ids"]
-    config = json.load(open(os.path.join(QUICK, "base/config.json")))
-    n = CONTEXT - 1
-    all_of = [ids[i:i + n] for i in range(0, len(ids) - n + 1, n)]
-    take = [all_of[i * len(all_of) // SAMPLES] for i in range(SAMPLES)]
-    return [[config["bos_token_id"]] + w for w in take], config
-
-
 def inputs(model, domain):
     """What q, k and v of the first layer see: [tokens, hidden]."""
-    w, config = windows(domain)
-    x = model["model.embed_tokens.weight"][np.array(w).ravel()]
-    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"])
+    w = windows(TVEVAL, QUICK, domain, SAMPLES, CONTEXT)
+    x = model["model.embed_tokens.weight"][w.ravel()]
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
     return x * model["model.layers.0.input_layernorm.weight"]
 
 

@@ -18,7 +18,8 @@ import time
 
 import numpy as np
 
-from common import check, finish, read_safetensors, run, run_json, temp, used
+from common import check, finish, run, run_json, temp, used
+from values import load, windows
 
 BIN, QUICK = map(os.path.abspath, sys.argv[1:3])
 TVMERGE, TVEVAL, TVSTORE = (os.path.join(BIN, p)
@@ -29,26 +30,6 @@ CONFIG = json.load(open(os.path.join(QUICK, "base/config.json")))
 HEADS, KV = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"]
 DIM, LAYERS = CONFIG["head_dim"], CONFIG["num_hidden_layers"]
 EPS = CONFIG["rms_norm_eps"]
-
-
-def load(path):
-    out = {}
-    for k, (dtype, shape, raw) in read_safetensors(path).items():
-        if dtype == "BF16":
-            x = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        else:
-            x = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[dtype])
-        out[k] = x.reshape(shape).astype(np.float64)
-    return out
-
-
-def windows(domain):
-    r = run_json(TVEVAL, "tokenize", "base", "--text",
-                 f"text/{domain}.calib.txt", "--json", cwd=QUICK)
-    ids, n = r["ids"], CONTEXT - 1
-    all_of = [ids[i:i + n] for i in range(0, len(ids) - n + 1, n)]
-    take = [all_of[i * len(all_of) // SAMPLES] for i in range(SAMPLES)]
-    return np.array([[CONFIG["bos_token_id"]] + w for w in take])
 
 
 # ---- a forward pass ---------------------------------------------------------
@@ -416,7 +397,7 @@ def numerics(where):
 def main():
     where = temp()
     base, *donors = (load(os.path.join(QUICK, m)) for m in ("base", *DONORS))
-    texts = [windows(t) for t in DONORS.values()]
+    texts = [windows(TVEVAL, QUICK, t, SAMPLES, CONTEXT) for t in DONORS.values()]
     refusals(where)
     masks(where, base, donors, texts)
     regmean(where, base, donors, texts)

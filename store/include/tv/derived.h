@@ -46,15 +46,20 @@ struct tv_derived {
     struct tv_derived_key key;
     uint64_t id, group;
     uint64_t n_elems, n_set;
-    uint64_t bytes;           /* of its records */
-    uint64_t created, used;   /* ticks: compare, nothing else */
-    enum tv_dtype dtype;      /* of the values of a delta or statistic */
-    bool has_sums;            /* sums of |d| over all and over kept elements */
-    double sum_all, sum_kept; /* without: two numbers of who stored it */
-    uint64_t n_nonfinite;     /* of the donor */
-    uint64_t n_rows;          /* statistics: rows summed over */
-    bool pinned;              /* lists only */
-    const char *about;        /* lists only: the group's document */
+    uint64_t bytes;         /* of its records */
+    uint64_t created, used; /* ticks: compare, nothing else */
+    enum tv_dtype dtype;    /* of the values of a delta or statistic */
+    bool has_sums;          /* which of these it has: */
+    union {
+        struct { /* sums of |d| over all and over kept elements */
+            double sum_all, sum_kept;
+        };
+        double notes[2]; /* of who stored it; not read here */
+    };
+    uint64_t n_nonfinite; /* of the donor */
+    uint64_t n_rows;      /* statistics: rows summed over */
+    bool pinned;          /* lists only */
+    const char *about;    /* lists only: the group's document */
 };
 
 /* ---- reading --------------------------------------------------------------
@@ -129,8 +134,13 @@ struct tv_derived_new {
     const void *values;     /* deltas: [before[n_blocks]]; statistics: [n_elems]
                              */
     const uint64_t *before; /* deltas: [n_blocks + 1] values before a block */
-    bool has_sums;
-    double sum_all, sum_kept;
+    bool has_sums;          /* which of these, as in struct tv_derived: */
+    union {
+        struct {
+            double sum_all, sum_kept;
+        };
+        double notes[2];
+    };
     uint64_t n_nonfinite;
     uint64_t n_rows; /* statistics */
     bool stored;     /* result: it is there now */
