@@ -38,17 +38,18 @@
 
 #include "tv/kernels.h"
 
-#define TVK_QUICK_DONORS   4u
-#define TVK_QUICK_SETS     (1u << TVK_QUICK_DONORS)
-#define TVK_QUICK_ULPS(n)  ((double)(n) + 6.0)
+#define TVK_QUICK_DONORS      4u
+#define TVK_QUICK_DONORS_AVX2 3u
+#define TVK_QUICK_SETS        (1u << TVK_QUICK_DONORS)
+#define TVK_QUICK_ULPS(n)     ((double)(n) + 6.0)
 /* |S| of this much of L has a sign. */
-#define TVK_QUICK_SURE     0x1p-16f
+#define TVK_QUICK_SURE        0x1p-16f
 /* To be added to the product of the estimates, which is to be above 0 then. */
-#define TVK_QUICK_NOBODY   1.0f
-#define TVK_QUICK_SOMEBODY (-0x1p-100f)
+#define TVK_QUICK_NOBODY      1.0f
+#define TVK_QUICK_SOMEBODY    (-0x1p-100f)
 
 /* Elements in doubt, laid out for a row's gta. */
-#define TVK_DOUBTS         64u
+#define TVK_DOUBTS            64u
 
 struct tvk_doubts {
     size_t count;
@@ -92,5 +93,7 @@ static inline int tvk_quick_is_slow(const struct tvk_quick *q, size_t n)
 
 /* How many elements, a multiple of 64, the row did; the rest is left. */
 size_t tvk_avx512_quick(struct tvk_quick *q, size_t n);
+/* With TVK_QUICK_DONORS_AVX2 donors at most. */
+size_t tvk_avx2_quick(struct tvk_quick *q, size_t n);
 
 #endif

@@ -7,6 +7,7 @@
  * zero, and a zero change returns the base.
  */
 #include "rows.h"
+#include "x86/gta_quick.h"
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
 
@@ -187,11 +188,43 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
         merge_sum(dst, &g, p->n_donors, n);
 }
 
+/* Elements from `from`, a multiple of 64, to n. */
+static uint64_t by_pieces(void *TVK_RESTRICT dst, const void *b,
+                          const void *const *x, const uint64_t *const *masks,
+                          const struct tvk_gta *p, size_t from, size_t n)
+{
+    const void *rest_x[TVK_DONORS_MAX];
+    const uint64_t *rest_masks[TVK_DONORS_MAX];
+
+    assert(p->n_donors <= TVK_DONORS_MAX);
+    for (size_t j = 0; j < p->n_donors; j++) {
+        rest_x[j] = (const unsigned char *)x[j] + 2 * from;
+        rest_masks[j] =
+            masks != NULL && masks[j] != NULL ? masks[j] + from / 64 : NULL;
+    }
+    return tvk_gta_by_pieces(TVK_AVX2, (unsigned char *)dst + 2 * from,
+                             (const unsigned char *)b + 2 * from, rest_x,
+                             masks != NULL ? rest_masks : NULL, p, n - from);
+}
+
 static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
                          const void *const *x, const uint64_t *const *masks,
                          const struct tvk_gta *p, size_t n)
 {
-    return tvk_gta_by_pieces(TVK_AVX2, dst, b, x, masks, p, n);
+    struct tvk_quick q = {.row = TVK_AVX2,
+                          .dst = dst,
+                          .b = b,
+                          .x = (const unsigned char *const *)(const void *)x,
+                          .masks = masks,
+                          .p = p};
+    struct tvk_doubts doubts;
+    size_t done = 0;
+
+    if (n >= 64 && tvk_quick_begin(&q, &doubts, TVK_QUICK_DONORS_AVX2))
+        done = tvk_avx2_quick(&q, n);
+    if (done < n)
+        q.bad += by_pieces(dst, b, x, masks, p, done, n);
+    return q.bad;
 }
 
 void tvk_avx2_gta(struct tvk_table *t)
