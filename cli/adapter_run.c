@@ -107,6 +107,8 @@ static void plan_text(struct tvc *c, const struct tvm_adapters *a)
             tv_format_bytes(i.bytes_written, b, sizeof b));
     tvc_out(&c->out, "peak memory    %s\n",
             tv_format_bytes(i.peak_scratch_bytes, b, sizeof b));
+    tvc_out(&c->out, "peak disk      %s\n",
+            tv_format_bytes(i.peak_disk_bytes, b, sizeof b));
 }
 
 static enum tv_err run_it(struct tvc *c, struct tvm_adapters *a)

@@ -242,10 +242,9 @@ static error_t parse_threads(struct tvc *c, const char *arg)
 {
     uint64_t n = 0;
     const error_t e = tvc_parse_u64(c, "--threads", arg, 1024, &n);
-    if (e)
-        return e;
-    if (n == 0)
-        return tvc_bad(c, "--threads: at least 1 is needed");
+    if (e || n == 0)
+        return tvc_bad(c, "--threads: '%s' is not a number from 1 to 1024",
+                       arg);
     c->threads = (unsigned)n;
     return 0;
 }
@@ -632,12 +631,19 @@ static enum tv_err positions_check(struct tvc *c, const struct tvc_command *cmd)
     else
         return TV_OK;
     /* A line per form; a hint is one line. */
-    const char *next = strchr(cmd->args_doc, '\n');
-    const size_t n =
-        next ? (size_t)(next - cmd->args_doc) : strlen(cmd->args_doc);
-    tv_error_hint(&c->err, "usage: %s %s [OPTION...] %.*s%s%s", c->tool->name,
-                  cmd->name, (int)n, cmd->args_doc, next ? ", or " : "",
-                  next ? next + 1 : "");
+    struct tv_buf forms;
+    tv_buf_init(&forms, 1024);
+    for (const char *p = cmd->args_doc; *p; p++) {
+        if (*p == '\n')
+            tv_buf_str(&forms, ", or ");
+        else
+            tv_buf_add(&forms, p, 1);
+    }
+    tv_buf_add(&forms, "", 1);
+    if (!forms.failed)
+        tv_error_hint(&c->err, "usage: %s %s [OPTION...] %s", c->tool->name,
+                      cmd->name, forms.data);
+    tv_buf_free(&forms);
     return c->err.code;
 }
 

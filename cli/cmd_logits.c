@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "progress.h"
 #include "signals.h"
@@ -41,6 +42,7 @@ struct sink {
     struct tvc *c;
     const char *path; /* NULL: stdout */
     int fd;
+    bool regular;
     uint64_t at;
     size_t vocab;
 };
@@ -89,6 +91,11 @@ static int run(struct tvc *c)
         rc = tv_error_set(&c->err, TV_E_USAGE, "no ids: add --ids IDS.npy");
         goto out;
     }
+    if (c->out.json && !o->out) {
+        rc = tv_error_set(&c->err, TV_E_USAGE,
+                          "with --json the logits need a file: add -o OUT.npy");
+        goto out;
+    }
     TV_TRY(tvc_ids_read(o->ids, &ids, &c->err));
     TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &subject));
     TV_TRY(tvc_subject_model(c, &subject, &model));
@@ -101,6 +108,8 @@ static int run(struct tvc *c)
             rc = tv_error_sys(&c->err, errno, "cannot write %s", s.path);
             goto out;
         }
+        struct stat st; /* nobody's device is removed */
+        s.regular = tv_sys()->fstat(s.fd, &st) == 0 && S_ISREG(st.st_mode);
     }
     TV_TRY(put_header(&s, ids.batch, ids.seq, &c->err));
     bar = tvc_progress_begin(&c->out, "logits", "tokens");
@@ -130,7 +139,7 @@ out:
     if (s.fd >= 0)
         (void)tv_sys()->close(s.fd);
     /* a file that was begun and not finished is not logits */
-    if (rc != TV_OK && s.at > 0)
+    if (rc != TV_OK && s.at > 0 && s.regular)
         (void)tv_sys()->unlink(s.path);
     tve_model_close(model);
     tvc_subject_close(&subject);

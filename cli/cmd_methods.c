@@ -155,6 +155,15 @@ static void default_text(const struct tvm_param *p, char *dst, size_t cap)
 
 static void range_text(const struct tvm_param *p, char *dst, size_t cap)
 {
+    size_t n = 0;
+
+    for (size_t i = 0; p->type == TVM_CHOICE && p->choices[i]; i++) {
+        const int more =
+            snprintf(dst + n, cap - n, "%s%s", i ? ", " : "", p->choices[i]);
+        n += (size_t)more < cap - n ? (size_t)more : cap - n - 1;
+    }
+    if (p->type == TVM_CHOICE)
+        return;
     if (p->has_min && p->has_max)
         (void)snprintf(dst, cap, "%.10g to %.10g", p->min, p->max);
     else if (p->has_min)
@@ -176,7 +185,7 @@ static enum tv_err params_table(struct tvc *c, const struct tvm_param *list,
     for (size_t i = 0; i < n; i++) {
         const struct tvm_param *const p = &list[i];
         char text[40];
-        char range[64];
+        char range[256];
         default_text(p, text, sizeof text);
         tvc_table_cell(&t, "%s", p->name);
         tvc_table_cell(&t, "%s", scope_name(p->scope));

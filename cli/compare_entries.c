@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "compare.h"
+#include "tv/adapters.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -78,11 +79,21 @@ enum tv_err tvc_compare_plan(struct tvc_compare *p, const struct entry *e,
 {
     struct tvc *c = p->c;
     struct tvm_options o = p->opts->options;
+    bool adapter = false;
     enum tv_err rc = TV_OK;
 
     tvm_problems_init(&m->problems);
     o.out_dir = e->dir ? e->dir : p->opts->out;
     o.quota_bytes = quota;
+    TV_TRY(tvm_adapters_wanted(e->recipe, &o, &adapter, &c->err));
+    if (adapter) {
+        rc = tv_error_set(&c->err, TV_E_UNSUPPORTED,
+                          "%s gives an adapter, and compare scores models",
+                          e->recipe);
+        tv_error_hint(&c->err, "'tvmerge run' merges it, 'tveval ppl BASE+OUT' "
+                               "scores it");
+        goto out;
+    }
     rc = tvm_recipe_load_as(e->recipe, e->as_method, e->as_sparsify,
                             &m->problems, &c->err, &m->recipe);
     if (m->recipe && tvm_recipe_next(m->recipe))
@@ -92,6 +103,7 @@ enum tv_err tvc_compare_plan(struct tvc_compare *p, const struct entry *e,
                           e->recipe);
     else if (m->recipe)
         rc = tvm_plan_make(m->recipe, &o, &m->problems, &c->err, &m->plan);
+out:
     /* Listed problems speak for themselves. */
     return m->problems.n_errors > 0 ? TV_OK : rc;
 }

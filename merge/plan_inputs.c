@@ -656,6 +656,34 @@ static void report_quantized(struct planner *pl, size_t input)
         report_open(pl, pl->refs[input].where, &e);
 }
 
+static bool has_file(const char *dir, const char *name)
+{
+    char *const path = tv_path_join(dir, name);
+    const bool yes = path != NULL && tv_path_exists(path);
+    tv_free(path);
+    return yes;
+}
+
+/* Two models in one directory, one of which is meant. */
+static void warn_two_models(struct planner *pl)
+{
+    static const char whole[] = "model.safetensors";
+    static const char index[] = "model.safetensors.index.json";
+
+    for (size_t i = 0; i < pl->plan->n_inputs; i++) {
+        const struct tvm_plan_input *const in = &pl->plan->inputs[i];
+        const char *const dir =
+            pl->refs[i].usable ? tv_input_dir(in->input) : NULL;
+        if (dir != NULL && tv_path_is_dir(tv_input_label(in->input)) &&
+            has_file(dir, whole) && has_file(dir, index))
+            plan_report(pl, "two models in one", 5, false, TV_OK,
+                        plan_where(pl, pl->refs[i].where),
+                        "'%s' holds %s and %s: what the index names is read; "
+                        "transformers would load the other",
+                        in->ref, whole, index);
+    }
+}
+
 /* True when that is an error for this recipe, reported. */
 static bool refuse_quantized(struct planner *pl)
 {
@@ -733,6 +761,7 @@ enum tv_err plan_inputs_agree(struct planner *pl)
     bool alone = false;
     enum tv_err rc = TV_OK;
 
+    warn_two_models(pl);
     pl->agree = !refuse_quantized(pl);
     if (!pl->agree)
         return TV_OK;

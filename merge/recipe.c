@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "recipe_read.h"
+#include "tv/adapters.h"
 #include "tv/alloc.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -60,6 +61,16 @@ static void read_method(struct recipe_reader *rd, const struct tvm_node *root)
         struct tvm_method_info info;
         tvm_method_info(tvm_method_at(i), &info);
         tv_buf_fmt(&list, "%s%s", i == 0 ? "" : ", ", info.name);
+    }
+    if (tvm_adapter_method_find(m->text) != NULL) {
+        tv_buf_free(&list);
+        tvm_problem_add(
+            rd->problems, true, TV_E_USAGE,
+            tvm_where(where, sizeof(where), rd->r->path, m->line, m->col),
+            "merge_method '%s' merges adapters into an adapter: add 'output: "
+            "adapter', and name adapters alone",
+            m->text);
+        return;
     }
     like = tvm_method_suggest(m->text);
     tvm_problem_add(

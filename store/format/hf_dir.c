@@ -140,6 +140,17 @@ static enum tv_err try_single(struct tv_model_files *f, const char *name,
     return TV_OK;
 }
 
+/* An index may be left over from a model that was there before. */
+static void hint_whole(const struct tv_model_files *f, struct tv_error *err)
+{
+    char *path = tv_path_join(f->dir, "model.safetensors");
+
+    if (path != NULL && is_file(path))
+        tv_error_hint(err, "model.safetensors is there too: if the index is of "
+                           "an older model, remove it");
+    tv_free(path);
+}
+
 static enum tv_err try_index(struct tv_model_files *f, const char *name,
                              const char *suffix, bool *found,
                              struct tv_error *err)
@@ -180,6 +191,7 @@ static enum tv_err try_index(struct tv_model_files *f, const char *name,
                               "%s: the shard %s that the index names is "
                               "missing",
                               f->dir, tv_show(f->index->files[i], &shown));
+            hint_whole(f, err);
             goto out;
         }
     }
@@ -188,6 +200,27 @@ out:
     tv_free(text);
     tv_free(path);
     return rc;
+}
+
+/* Shards that no index speaks of. */
+static void hint_shards(const struct tv_model_files *f, struct tv_error *err)
+{
+    char **names = NULL;
+    size_t n = 0;
+
+    if (tv_dir_list(f->dir, NULL, &names, &n) != TV_OK)
+        return;
+    for (size_t i = 0; i < n; i++) {
+        struct tv_shown shown;
+        if (strncmp(names[i], "model-", 6) != 0 || !tv_out_is_weights(names[i]))
+            continue;
+        tv_error_hint(err,
+                      "%s is there, but no model.safetensors.index.json, which "
+                      "says what is in it",
+                      tv_show(names[i], &shown));
+        break;
+    }
+    tv_dir_list_free(names, n);
 }
 
 static enum tv_err find_sides(struct tv_model_files *f, struct tv_error *err)
@@ -259,6 +292,8 @@ static enum tv_err find_in_dir(struct tv_model_files *f, struct tv_error *err)
                               ? "adapter_model.safetensors, adapter_model.bin"
                               : "model.safetensors[.index.json], "
                                 "pytorch_model.bin[.index.json]");
+        if (!adapter)
+            hint_shards(f, err);
         goto out;
     }
 out:

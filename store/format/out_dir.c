@@ -51,6 +51,11 @@ enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
                                 "%s cannot be made: a part of its path is "
                                 "not a directory",
                                 dir);
+        if ((errno == ENOENT || errno == ELOOP) &&
+            tv_sys()->lstat(dir, &st) == 0)
+            return tv_error_set(err, TV_E_EXISTS,
+                                "%s is a symbolic link that leads nowhere",
+                                dir);
         return errno == ENOENT
                    ? TV_OK
                    : tv_error_sys(err, errno, "cannot look at %s", dir);

@@ -19,6 +19,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "hf_dir.h"
 #include "json_util.h"
@@ -737,7 +738,8 @@ static enum tv_err not_found(const char *text, const char *whole, bool adapter,
     char *name = tv_strdup(text);
     char *star = name == NULL || !adapter ? NULL : strrchr(name, '*');
     char *at = NULL;
-    bool hub = false;
+    bool hub = false, link = false;
+    struct stat st;
 
     if (name == NULL)
         return no_memory(err);
@@ -754,11 +756,15 @@ static enum tv_err not_found(const char *text, const char *whole, bool adapter,
         }
     }
     hub = is_repo_name(name);
-    tv_error_set(err, rc, "%s '%s'%s%s%s not found: no such path%s%s",
+    link = tv_sys()->lstat(name, &st) == 0;
+    hub = hub && !link;
+    tv_error_set(err, rc, "%s '%s'%s%s%s not found: %s%s%s",
                  adapter ? "adapter" : "model", tv_show(text, &shown),
                  strcmp(text, whole) == 0 ? "" : " of '",
                  strcmp(text, whole) == 0 ? "" : tv_show(whole, &all),
                  strcmp(text, whole) == 0 ? "" : "'",
+                 link ? "it is a symbolic link that leads nowhere"
+                      : "no such path",
                  hub ? ", and not in the Hugging Face cache " : "",
                  !hub           ? ""
                  : root == NULL ? "?"

@@ -115,7 +115,7 @@ $ tvmerge run in.yml out6 --random-seed 9223372036854775808
 # A method that does not exist is one problem, with mergekit's arithmetic too.
 $ printf 'merge_method: cat\nmodels:\n- model: %s/base\n' $DATA > cat.yml
 $ tvmerge plan cat.yml --compat mergekit
-2> cat.yml:1:15: error: unknown merge_method 'cat' <*>
+2> cat.yml:1:15: error: merge_method 'cat' merges adapters into an adapter: <*>
 => 2
 # Facts are notes: with a note's severity in the document too, not with -q.
 $ printf 'merge_method: linear\nmodels:\n- {model: %s/base, parameters: {weight: 1}}\n- {model: %s/ft-code, parameters: {weight: 1}}\ntokenizer: {source: union}\n' $DATA $DATA > union.yml

@@ -66,11 +66,11 @@ $ tvstore init s --quota lots
 2>   hint: sizes look like 18GB, 1.5GiB or 4096; none (or 0) is no limit
 => 2
 $ tvstore ls s --threads 0
-2> tvstore: error: --threads: at least 1 is needed
+2> tvstore: error: --threads: '0' is not a number from 1 to 1024
 2>   hint: 'tvstore ls --help' lists the options
 => 2
 $ tvstore ls s --threads many
-2> tvstore: error: --threads: 'many' is not a number from 0 to 1024
+2> tvstore: error: --threads: 'many' is not a number from 1 to 1024
 2>   hint: 'tvstore ls --help' lists the options
 => 2
 $ tvstore ls s --memory 0

@@ -1,0 +1,58 @@
+# What a new user runs into.
+$ ln -s $DATA/base base && ln -s $DATA/ft-code ft-code && ln -s $DATA/lora-jargon lora && ln -s $DATA/text text
+$ printf 'merge_method: linear\nmodels:\n- {model: ft-code, parameters: {weight: 1}}\n- {model: base, parameters: {weight: 1}}\n' > recipe.yml
+# The words that a choice takes.
+$ tvmerge methods ties | grep '^sparsify'
+sparsify <*> none, magnitude, random, importance, sparsegpt <*>
+# OUT is a link that leads nowhere.
+$ ln -s gone link && tvmerge run recipe.yml link -q
+2> tvmerge: error: link is a symbolic link that leads nowhere
+=> 4
+$ tvmerge plan recipe.yml link -q > /dev/null
+2> tvmerge: error: link is a symbolic link that leads nowhere
+=> 4
+$ ln -s loop loop && tvmerge plan recipe.yml loop -q > /dev/null
+2> tvmerge: error: loop is a symbolic link that leads nowhere
+=> 4
+$ sed 's/ft-code/.\/link/' recipe.yml > linked.yml && tvmerge plan linked.yml
+2> linked.yml:3:11: error: model './link' not found: it is a symbolic link that leads nowhere
+=> 4
+# Shards: without an index, with one of another model, beside a whole model.
+$ tvstore init s -q && tvstore import s base base -q && tvstore export s base shards --out-shard-size 500KB -q && cp -r shards bare && rm bare/model.safetensors.index.json
+$ sed 's/ft-code/bare/' recipe.yml > bare.yml && tvmerge plan bare.yml
+2> bare.yml:3:11: error: bare: no model here (looked for <*>) (model-<*>.safetensors is there, but no model.safetensors.index.json, which says what is in it)
+=> 4
+$ cp -r base/. stale && cp shards/model.safetensors.index.json stale && sed 's/ft-code/stale/' recipe.yml > stale.yml && tvmerge plan stale.yml
+2> stale.yml:3:11: error: stale: the shard model-00001-of-<*>.safetensors that the index names is missing (model.safetensors is there too: if the index is of an older model, remove it)
+=> 4
+$ cp -r shards both && cp base/model.safetensors both && sed 's/ft-code/both/' recipe.yml > both.yml && tvmerge plan both.yml -q > /dev/null
+2> both.yml:3:11: warning: 'both' holds model.safetensors and model.safetensors.index.json: what the index names is read; transformers would load the other
+# Bounds as they are.
+$ tvmerge run recipe.yml out --threads -3
+2> tvmerge: error: --threads: '-3' is not a number from 1 to 1024
+2> ...
+=> 2
+$ tvmerge run recipe.yml out --threads 0
+2> tvmerge: error: --threads: '0' is not a number from 1 to 1024
+2> ...
+=> 2
+# Usage of a command of several forms is one line.
+$ tvstore mask ls
+2> tvstore: error: an argument is missing
+2>   hint: usage: tvstore mask [OPTION...] ls STORE, or info STORE [SET], or overlap STORE [SET [SET]]
+=> 2
+# Methods that only adapters have.
+$ printf 'merge_method: svd\nbase_model: base\nmodels: [{model: lora, parameters: {weight: 1}}]\n' > svd.yml && tvmerge plan svd.yml
+2> svd.yml:1:15: error: merge_method 'svd' merges adapters into an adapter: add 'output: adapter', and name adapters alone
+2> ...
+=> 2
+$ printf 'merge_method: svd\nmodels: [{model: lora, parameters: {weight: 1}}]\n' > svd2.yml && tvmerge plan svd2.yml | grep disk
+peak disk      <*>
+$ tvmerge compare svd2.yml -o cmp --text text/code.val.txt
+2> tvmerge: error: svd2.yml gives an adapter, and compare scores models
+2>   hint: 'tvmerge run' merges it, 'tveval ppl BASE+OUT' scores it
+=> 4
+# Logits in a document's place would be no document; what is no file stays.
+$ tveval logits base --ids ids.npy --json
+2> {"error": {"code": "usage", "message": "with --json the logits need a file: add -o OUT.npy"<*>
+=> 2
