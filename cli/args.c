@@ -771,6 +771,7 @@ enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
     tvk_cuda_options_init(&o);
     o.index = c->device_index;
     o.memory_bytes = c->device_memory_bytes;
+    o.factor_bytes = c->device_factor_bytes;
     /* It is part of --memory. */
     if (o.staging_bytes > c->memory_bytes / 8)
         o.staging_bytes = (size_t)(c->memory_bytes / 8);

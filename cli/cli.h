@@ -66,6 +66,7 @@ struct tvc {
     enum tvc_device device;
     int device_index;             /* of TVC_DEVICE_CUDA */
     uint64_t device_memory_bytes; /* --device-memory; 0: 80% of what is free */
+    uint64_t device_factor_bytes; /* what a run goes by that goes on; or 0 */
     tvk_cuda *cuda;               /* opened by tvc_device_open */
     const struct tvk_table *kernels; /* capped by TV_CPU */
     struct tv_error err;

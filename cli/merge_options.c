@@ -367,22 +367,27 @@ static enum tv_err group_bytes(struct tvc *c, uint64_t *out)
 }
 
 /* With --device auto a run goes on with the device it began with. Where that is
- * gone, what depends on it is refused by the plan. */
+ * gone, what depends on it is refused by the plan. On a GPU it makes the
+ * factors there that it has begun to make there, however much memory is free
+ * now. */
 static void keep_device(struct tvc *c, const struct tvm_options *m)
 {
-    struct tvm_status status;
+    struct tvm_status status = {.n_done = 0};
+    const struct tvm_device *const d = &status.device;
     uint64_t index = 0;
 
-    if (c->device != TVC_DEVICE_AUTO)
-        return;
     if (m->into)
-        tvm_into_device(m->store, m->into, status.device);
+        tvm_into_device(m->store, m->into, &status.device);
     else if (!m->out_dir || tvm_status(m->out_dir, &status, NULL) != TV_OK)
         return;
-    if (strcmp(status.device, "cpu") == 0)
+    if (!m->accept_numerics && !m->force)
+        c->device_factor_bytes = d->memory_bytes;
+    if (c->device != TVC_DEVICE_AUTO)
+        return;
+    if (strcmp(d->name, "cpu") == 0)
         c->device = TVC_DEVICE_CPU;
-    else if (strncmp(status.device, "cuda:", 5) == 0 &&
-             tv_parse_bytes(status.device + 5, false, &index, NULL) == TV_OK &&
+    else if (strncmp(d->name, "cuda:", 5) == 0 &&
+             tv_parse_bytes(d->name + 5, false, &index, NULL) == TV_OK &&
              index <= INT_MAX && tvk_cuda_find((int)index, NULL) == TV_OK) {
         c->device = TVC_DEVICE_CUDA;
         c->device_index = (int)index;

@@ -332,15 +332,20 @@ static void check_device(struct planner *pl, const struct tvm_tensor *t,
 
 static void report_beyond(struct planner *pl, const struct beyond *b)
 {
+    const struct tvk_cuda_info *about = NULL;
+
     if (b->n == 0)
         return;
+    about = tvk_cuda_about(pl->plan->options.cuda);
     plan_report(pl, "layers beyond the device", 1, true, TV_E_BUDGET, b->name,
                 "the layer needs %llu bytes of device memory, %llu are there "
-                "(--device-memory); %zu layers in all do not fit",
+                "(--device-memory); %zu layers in all do not fit%s",
                 (unsigned long long)b->most,
-                (unsigned long long)tvk_cuda_about(pl->plan->options.cuda)
-                    ->budget_bytes,
-                b->n);
+                (unsigned long long)about->budget_bytes, b->n,
+                about->factor_bytes > about->budget_bytes
+                    ? "; the merge began with more and goes on as it began "
+                      "(--accept-numerics: with what there is)"
+                    : "");
 }
 
 /* Why nothing looks at the inputs of layers. */

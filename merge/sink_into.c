@@ -363,8 +363,7 @@ out:
     return rc;
 }
 
-void tvm_into_device(tv_store *store, const char *name,
-                     char dst[TVM_DEVICE_MAX])
+void tvm_into_device(tv_store *store, const char *name, struct tvm_device *dst)
 {
     enum tv_err rc = TV_OK;
     tv_read *r = NULL;
@@ -375,18 +374,18 @@ void tvm_into_device(tv_store *store, const char *name,
     size_t n = 0;
     bool found = false;
 
-    dst[0] = '\0';
+    *dst = (struct tvm_device){.memory_bytes = 0};
     TV_TRY(tv_read_begin(store, NULL, &r));
     TV_TRY(tv_run_get(r, name, &found, &text, &n, NULL));
     if (found) {
         TV_TRY(tvm_state_parse(text, n, &state, NULL));
-        memcpy(dst, state.device, sizeof state.device);
+        *dst = state.device;
         goto out;
     }
     TV_TRY(tv_object_find(r, name, false, NULL, &o));
     TV_TRY(tvm_record_of(r, o, &found, &record, NULL));
     if (found)
-        memcpy(dst, record.device, sizeof record.device);
+        *dst = record.device;
 out:
     (void)rc; /* who comes to merge says what is wrong there */
     tvm_record_free(&record);

@@ -89,20 +89,54 @@ static uint64_t total_bytes(const struct tvm_plan *p)
     return n;
 }
 
-static const char *device_of(const struct tvm_plan *p)
+/* By name, and what decided where factors are made. */
+static bool put_device(json_t *doc, const struct tvm_plan *p)
 {
-    return p->options.device[0] ? p->options.device : "cpu";
+    const char *const name = p->options.device[0] ? p->options.device : "cpu";
+    const tvk_cuda *const cuda = p->options.cuda;
+
+    return json_object_set_new(doc, "device", json_string(name)) == 0 &&
+           (!cuda ||
+            json_object_set_new(
+                doc, "device_memory",
+                json_integer((json_int_t)tvk_cuda_about(cuda)->factor_bytes)) ==
+                0);
+}
+
+/* A document that begins with its schema and the device; NULL: out of memory.
+ */
+static json_t *document(const char *schema, const struct tvm_plan *p)
+{
+    json_t *const doc = json_pack("{s:s}", "schema", schema);
+
+    if (doc && put_device(doc, p))
+        return doc;
+    json_decref(doc);
+    return NULL;
+}
+
+/* doc and the rest in one; takes both. */
+static json_t *joined(json_t *doc, json_t *rest)
+{
+    const bool ok = doc && rest && json_object_update(doc, rest) == 0;
+
+    json_decref(rest);
+    if (ok)
+        return doc;
+    json_decref(doc);
+    return NULL;
 }
 
 char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace,
                      const char *calibration)
 {
-    json_t *doc = json_pack(
-        "{s:s, s:s, s:o, s:s, s:I, s:I, s:b, s:b, s:o}", "schema", STATE_SCHEMA,
-        "device", device_of(p), "plan_hash", hash_json(p->hash), "version",
-        TV_VERSION, "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
-        (json_int_t)total_bytes(p), "publishing", (int)publishing, "replace",
-        (int)replace, "identity", identity_json(p));
+    json_t *const doc = joined(
+        document(STATE_SCHEMA, p),
+        json_pack("{s:o, s:s, s:I, s:I, s:b, s:b, s:o}", "plan_hash",
+                  hash_json(p->hash), "version", TV_VERSION, "n_tensors",
+                  (json_int_t)p->n_tensors, "bytes_total",
+                  (json_int_t)total_bytes(p), "publishing", (int)publishing,
+                  "replace", (int)replace, "identity", identity_json(p)));
 
     return text_of(with_calibration(doc, calibration, true), JSON_COMPACT);
 }
@@ -122,16 +156,17 @@ char *tvm_record_make(const struct tvm_plan *p, const struct tvm_totals *totals,
         json_decref(list);
         return NULL;
     }
-    json_t *doc = json_pack(
-        "{s:s, s:s, s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
-        "schema", RECORD_SCHEMA, "device", device_of(p), "plan_hash",
-        hash_json(p->hash), "version", TV_VERSION, "digest",
-        hash_json(totals->digest), "seed", (json_int_t)p->options.seed,
-        "n_tensors", (json_int_t)p->n_tensors, "bytes_total",
-        (json_int_t)total_bytes(p), "n_nonfinite_in",
-        (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
-        (json_int_t)totals->n_nonfinite_out, "files", list, "identity",
-        identity_json(p));
+    json_t *const doc =
+        joined(document(RECORD_SCHEMA, p),
+               json_pack("{s:o, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:o, s:o}",
+                         "plan_hash", hash_json(p->hash), "version", TV_VERSION,
+                         "digest", hash_json(totals->digest), "seed",
+                         (json_int_t)p->options.seed, "n_tensors",
+                         (json_int_t)p->n_tensors, "bytes_total",
+                         (json_int_t)total_bytes(p), "n_nonfinite_in",
+                         (json_int_t)totals->n_nonfinite_in, "n_nonfinite_out",
+                         (json_int_t)totals->n_nonfinite_out, "files", list,
+                         "identity", identity_json(p)));
 
     return text_of(with_calibration(doc, calibration, false), JSON_INDENT(2));
 }
@@ -182,11 +217,13 @@ static bool get_count(const json_t *doc, const char *key, uint64_t *out)
 }
 
 /* Documents from before there was a choice have none: it was the CPU. */
-static void get_device(const json_t *doc, char dst[TVM_DEVICE_MAX])
+static void get_device(const json_t *doc, struct tvm_device *to)
 {
     const char *name = json_string_value(json_object_get(doc, "device"));
 
-    (void)snprintf(dst, TVM_DEVICE_MAX, "%s", name ? name : "cpu");
+    (void)snprintf(to->name, sizeof to->name, "%s", name ? name : "cpu");
+    if (!get_count(doc, "device_memory", &to->memory_bytes))
+        to->memory_bytes = 0;
 }
 
 enum tv_err tvm_state_parse(const char *text, size_t n, struct tvm_state *out,
@@ -204,7 +241,7 @@ enum tv_err tvm_state_parse(const char *text, size_t n, struct tvm_state *out,
                           "the state of the merge is incomplete");
         goto out;
     }
-    get_device(doc, out->device);
+    get_device(doc, &out->device);
     out->publishing = json_is_true(json_object_get(doc, "publishing"));
     out->replace = json_is_true(json_object_get(doc, "replace"));
     out->calibration = member_text(doc, "calibration");
@@ -262,7 +299,7 @@ enum tv_err tvm_record_parse(const char *text, size_t n, struct tvm_record *out,
     out->identity =
         text_of(json_incref(json_object_get(doc, "identity")), JSON_COMPACT);
     out->calibration = member_text(doc, "calibration");
-    get_device(doc, out->device);
+    get_device(doc, &out->device);
     out->storage = doc;
     doc = NULL;
     goto out;

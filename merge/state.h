@@ -20,7 +20,7 @@ struct tvm_state { /* owned: tvm_state_free */
     bool replace;      /* made with --force over other files */
     char *identity;    /* JSON */
     char *calibration; /* JSON of calibration_state.h; NULL: none yet */
-    char device[TVM_DEVICE_MAX];
+    struct tvm_device device;
 };
 /* Owned text (tv_free), or NULL when out of memory. */
 char *tvm_state_make(const struct tvm_plan *p, bool publishing, bool replace,
@@ -39,7 +39,7 @@ struct tvm_record { /* owned: tvm_record_free */
     struct tv_hash plan_hash;
     struct tvm_totals totals;
     uint64_t n_tensors, bytes_total, seed;
-    char device[TVM_DEVICE_MAX];
+    struct tvm_device device;
     struct tvm_record_file *files;
     size_t n_files;
     char *identity;

@@ -79,7 +79,7 @@ static enum tv_err read_run(tv_read *r, const char *run, struct tvm_status *out,
     out->plan_hash = state.plan_hash;
     out->n_tensors = (size_t)state.n_tensors;
     out->bytes_total = state.bytes_total;
-    memcpy(out->device, state.device, sizeof out->device);
+    out->device = state.device;
     out->n_done = list->n;
     for (size_t i = 0; i < list->n; i++)
         out->bytes_done += list->items[i].bytes;
@@ -115,7 +115,7 @@ static enum tv_err take_record(const struct tvm_record *record,
     out->state = TVM_FINISHED;
     out->plan_hash = record->plan_hash;
     out->digest = record->totals.digest;
-    memcpy(out->device, record->device, sizeof out->device);
+    out->device = record->device;
     out->n_done = out->n_tensors = (size_t)record->n_tensors;
     out->bytes_done = out->bytes_total = record->bytes_total;
     return read_calibration(record->calibration, out, to, err);

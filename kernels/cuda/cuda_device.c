@@ -224,6 +224,8 @@ static enum tv_err take_budget(tvk_cuda *d, const struct tvk_cuda_options *o,
     d->info.budget_bytes = o->memory_bytes;
     if (o->memory_bytes == 0)
         d->info.budget_bytes = (uint64_t)(DEFAULT_SHARE * (double)free_bytes);
+    d->info.factor_bytes =
+        o->factor_bytes > 0 ? o->factor_bytes : d->info.budget_bytes;
     return TV_OK;
 }
 

@@ -185,7 +185,8 @@ out:
 
 /* ---- one layer ----------------------------------------------------------- */
 
-/* Room for potrf's own workspace; what it asks for is taken from the budget. */
+/* Room for potrf's own workspace, which lies in H's place where it has so much;
+ * what it asks for beyond is taken from the budget. */
 #define SOLVER_LEAST ((uint64_t)16 << 20)
 /* A tile of refinement: T, P, residual, direction, its product; keep. */
 #define TILE_ARRAYS  5u
@@ -241,10 +242,14 @@ static uint64_t small_size(size_t rows, size_t cols)
 static uint64_t layer_bytes(size_t rows, size_t cols, bool on_host,
                             unsigned n_tiles)
 {
-    return (h_floats(cols, on_host) + m_floats(rows, cols, on_host, n_tiles) +
+    const uint64_t h = h_floats(cols, on_host) * sizeof(float);
+
+    return h +
+           (m_floats(rows, cols, on_host, n_tiles) +
             (uint64_t)rows * TVK_OBS_GROUP) *
                sizeof(float) +
-           small_size(rows, cols) + (on_host ? 0 : SOLVER_LEAST);
+           small_size(rows, cols) +
+           (on_host || h >= SOLVER_LEAST ? 0 : SOLVER_LEAST);
 }
 
 static uint64_t least_bytes(const tvk_cuda *d, size_t rows, size_t cols,
@@ -265,10 +270,10 @@ uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
     return layer_bytes(rows, cols, false, 0);
 }
 
-/* By the budget, which stays what it is, not by what is left of it. */
+/* By a budget, which stays what it is, not by what is left of it. */
 bool tvk_cuda_layer_factors(const tvk_cuda *d, size_t rows, size_t cols)
 {
-    return least_bytes(d, rows, cols, false) <= d->info.budget_bytes;
+    return least_bytes(d, rows, cols, false) <= d->info.factor_bytes;
 }
 
 uint64_t tvk_cuda_layer_least(const tvk_cuda *d, size_t rows, size_t cols)

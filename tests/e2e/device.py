@@ -113,9 +113,25 @@ def least_memory(where):
     # What that changes is part of the plan.
     check(device_of(out) == ["Fake GPU 0, 28 of 28 factors by the CPU"],
           f"the device is {device_of(out)}")
-    p = merge(r, out, "--device", "cuda", code=4)
-    check("28 factors by the CPU" in p.stderr, p.stderr)
-    merge(r, out, "--device", "cuda", "--accept-numerics")
+    # Which it decided when it began: with other memory it goes on, or is
+    # finished, as it is.
+    p = run(TVMERGE, r, out, "--device", "cuda", env=DEVICE)
+    check("complete already" in p.stderr, p.stderr)
+    more, less = f"{where}/more", ("--device-memory", needed[1])
+    lost = {"FAKE_CUDA_LOSE": "900", "TV_GROUP_BYTES": "1"}
+    merge(r, more, "--device", "cuda", "-j", "1", code=1, **lost)
+    p = merge(r, more, "--device", "cuda", *less, code=5)
+    check("began with more" in p.stderr, p.stderr)
+    merge(r, more, "--device", "cuda", "--device-memory", "40M")
+    same(more, f"{where}/cg.gpu", "begun with all memory, ended with less")
+    shutil.rmtree(more)
+    merge(r, more, "--device", "cuda", *less, "-j", "1", code=1, **lost)
+    merge(r, more, "--device", "cuda")
+    same(more, out, "begun with little memory, ended with all")
+    shutil.rmtree(more)
+    merge(r, more, "--device", "cuda", "-j", "1", code=1, **lost)
+    merge(r, more, "--device", "cuda", *less, "--accept-numerics")
+    check(device_of(more) == ["Fake GPU 0"], "accepted")
 
 
 def full_for(where, r, want, times):

@@ -43,6 +43,9 @@ typedef struct tvk_cuda_stream tvk_cuda_stream;
 struct tvk_cuda_options {
     int index;             /* as the driver counts; default 0 */
     uint64_t memory_bytes; /* most device memory; 0: 80% of what is free */
+    /* What tvk_cuda_layer_factors goes by (tv/cuda_math.h), so that work can go
+     * on as it began; 0: the same. */
+    uint64_t factor_bytes;
     /* Calls of the table that would not gain (fewer elements than this, or
      * little work for the data moved) are done by the row below it, which
      * gives the same bits. 0: the device does every call. Default
@@ -76,7 +79,7 @@ void tvk_cuda_close(tvk_cuda *d); /* NULL allowed */
 struct tvk_cuda_info {
     char name[128];                          /* "NVIDIA H100 80GB HBM3" */
     int index, major, minor, driver_version; /* 12040: 12.4 */
-    uint64_t total_bytes, budget_bytes;
+    uint64_t total_bytes, budget_bytes, factor_bytes;
 };
 /* Borrowed until close. */
 const struct tvk_cuda_info *tvk_cuda_about(const tvk_cuda *d);

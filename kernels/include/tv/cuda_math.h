@@ -93,10 +93,11 @@ typedef struct tvk_cuda_layer tvk_cuda_layer;
 
 /* Device memory that a layer needs, all in all, when all of it is there. */
 uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols);
-/* Is the factor of such a layer made on the device? Where the budget does not
- * suffice for that (12 cols^2 bytes and some), the host makes it and H and U
- * come in panels of 2,048 rows: less exactly the same numbers, and the only way
- * in which results depend on the budget. */
+/* Is the factor of such a layer made on the device? Where the budget (or
+ * factor_bytes of its options) does not suffice for that (12 cols^2 bytes and
+ * some), the host makes it and H and U come in panels of 2,048 rows: less
+ * exactly the same numbers, and the only way in which results depend on the
+ * budget. */
 bool tvk_cuda_layer_factors(const tvk_cuda *d, size_t rows, size_t cols);
 /* The least budget with which a layer can be worked on: T, too, is then on the
  * host but for 512 columns of it and a tile of 512 rows. */

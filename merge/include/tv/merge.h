@@ -129,7 +129,11 @@ const char *tvm_recipe_text(const tvm_recipe *r, size_t *n);
 /* ---- plan
  * --------------------------------------------------------------------- */
 
-#define TVM_DEVICE_MAX 16u /* bytes of a device's name */
+#define TVM_DEVICE_MAX 16u     /* bytes of a device's name */
+struct tvm_device {            /* that a merge began with */
+    char name[TVM_DEVICE_MAX]; /* "": not known */
+    uint64_t memory_bytes;     /* it went by (tvk_cuda_info.factor_bytes) */
+};
 
 struct tvm_text { /* calibration text of the model NAME */
     const char *name, *path;
@@ -423,8 +427,8 @@ struct tvm_status {
     enum { TVM_ABSENT = 0, TVM_UNFINISHED = 1, TVM_FINISHED = 2 } state;
     size_t n_done, n_tensors;
     uint64_t bytes_done, bytes_total;
-    bool running;                /* a process holds the lock */
-    char device[TVM_DEVICE_MAX]; /* it began with; "": not known */
+    bool running;             /* a process holds the lock */
+    struct tvm_device device; /* it began with */
     struct tv_hash plan_hash, digest;
     /* Masks by input statistics: all, those there are, those whose layers took
      * more damping, or were not corrected in the end. */
@@ -453,8 +457,7 @@ TV_NODISCARD enum tv_err tvm_status_store(tv_store *store, tvm_status_fn fn,
                                           void *arg, struct tv_error *err);
 /* The device that the merge of that name in a store, finished or not, began
  * with; "": there is none. */
-void tvm_into_device(tv_store *store, const char *name,
-                     char dst[TVM_DEVICE_MAX]);
+void tvm_into_device(tv_store *store, const char *name, struct tvm_device *dst);
 /* Drops runs of the store, and with them their pins, that can never go on: the
  * unfinished object or output directory is gone, or is another plan's. To be
  * called before a removal that pins may refuse. */
