@@ -90,6 +90,8 @@ static void newer_format_is_refused(void **state)
     MDB_dbi dbi = 0;
     assert_int_equal(tv_lmdb()->env_create(&env), 0);
     assert_int_equal(tv_lmdb()->env_set_maxdbs(env, 32), 0);
+    /* Not the terabyte that the store had: sanitizers leave less room. */
+    assert_int_equal(tv_lmdb()->env_set_mapsize(env, (size_t)16 << 20), 0);
     assert_int_equal(tv_lmdb()->env_open(env, f->path, 0, 0644), 0);
     assert_int_equal(tv_lmdb()->txn_begin(env, NULL, 0, &txn), 0);
     assert_int_equal(tv_lmdb()->dbi_open(txn, "meta", 0, &dbi), 0);
@@ -175,6 +177,7 @@ static int media_open(MDB_env *env, const char *path, unsigned flags,
     tv_lmdb_replace(NULL);
     const int e = tv_lmdb()->env_open(env, path, flags, mode);
     tv_lmdb_replace(&media);
+    media_calls -= e == ENOMEM; /* the store tries a smaller map */
     return e;
 }
 
