@@ -415,14 +415,27 @@ void space_free(struct space *sp)
     *sp = (struct space){.runs = NULL};
 }
 
+/* The first run of so many pages. Values of a payload are alike, so that all of
+ * them together look at each run a few times, not each at all. */
+static size_t first_run(struct space *sp, uint64_t pages)
+{
+    unsigned bits = 0;
+    while (bits < 63 && pages >> (bits + 1) != 0)
+        bits++;
+    size_t at = pages >= sp->seek[bits].pages ? sp->seek[bits].at : 0;
+    while (at < sp->n_runs && sp->runs[at].n < pages)
+        at++;
+    sp->seek[bits].pages = pages;
+    sp->seek[bits].at = at;
+    return at;
+}
+
 uint64_t space_growth(struct space *sp, const uint64_t *pages, size_t n,
                       uint64_t n_single)
 {
     uint64_t growth = 0;
     for (size_t i = 0; i < n; i++) {
-        size_t at = 0;
-        while (at < sp->n_runs && sp->runs[at].n < pages[i])
-            at++;
+        const size_t at = first_run(sp, pages[i]);
         if (at == sp->n_runs) {
             growth += pages[i];
             continue;
@@ -443,18 +456,18 @@ uint64_t space_loss(const struct space *sp)
     return pages / 40;
 }
 
-/* Chunks of so many pages that fit; the tree takes its pages first. */
-static uint64_t chunk_room(const struct space *sp, uint64_t pages,
-                           uint64_t limit)
+/* Do so many chunks of so many pages fit? The tree takes its pages first. */
+static bool chunks_fit(struct space *sp, uint64_t chunks, uint64_t pages,
+                       uint64_t limit)
 {
     uint64_t n = limit > sp->end ? (limit - sp->end) / pages : 0;
     uint64_t skip = TREE_PAGES;
-    for (size_t i = 0; i < sp->n_runs; i++) {
+    for (size_t i = first_run(sp, 1); n < chunks && i < sp->n_runs; i++) {
         const uint64_t taken = skip < sp->runs[i].n ? skip : sp->runs[i].n;
         skip -= taken;
         n += (sp->runs[i].n - taken) / pages;
     }
-    return n;
+    return n >= chunks;
 }
 
 static void space_take(struct space *sp, uint64_t pages)
@@ -519,7 +532,7 @@ enum tv_err quota_chunks(tv_batch *b, struct rec_payload *r,
         return TV_OK; /* the file may grow by all of it */
     TV_TRY(batch_space(b, err));
     while (pages > 1 &&
-           r->n_chunks + CHUNKS_SPARE > chunk_room(&b->space, pages, limit)) {
+           !chunks_fit(&b->space, r->n_chunks + CHUNKS_SPARE, pages, limit)) {
         pages /= 2;
         /* The head of a run of pages has 16 bytes. */
         rec_geometry_cut(r, pages * page_bytes - 16 - TV_CHUNK_HEADER);

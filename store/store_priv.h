@@ -118,6 +118,12 @@ struct space {             /* owned: space_free */
     uint64_t n_free;       /* free and reusable now */
     struct page_run *runs; /* of reusable pages, by page */
     size_t n_runs;
+    /* Where looking for a run begins, for sizes of so many bits: those before
+     * `at` are shorter than `pages`, since runs only shrink. */
+    struct {
+        uint64_t pages;
+        size_t at;
+    } seek[64];
 };
 
 struct tv_batch {

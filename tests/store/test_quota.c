@@ -182,6 +182,37 @@ static void put_file(struct fx *f, const char *object, const void *data,
     assert_ok(tv_batch_commit(b, &f->err), &f->err);
 }
 
+/* Runs are taken first fit, whatever was asked before. */
+static void runs_are_taken_first_fit(void **state)
+{
+    enum { RUNS = 300, ASKED = 4000 };
+    static struct page_run runs[RUNS], plain[RUNS];
+    struct space sp = {.runs = runs, .n_runs = RUNS};
+    uint64_t seed = 1;
+    (void)state;
+    for (size_t i = 0; i < RUNS; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        runs[i] = (struct page_run){.page = i * 1000, .n = (seed >> 40) % 200};
+        sp.n_free += runs[i].n;
+    }
+    memcpy(plain, runs, sizeof runs);
+    for (size_t i = 0; i < ASKED; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        const uint64_t pages = 1 + (seed >> 40) % (i % 3 == 0 ? 100 : 9);
+        size_t at = 0;
+        while (at < RUNS && plain[at].n < pages)
+            at++;
+        assert_int_equal(space_growth(&sp, &pages, 1, 0),
+                         at == RUNS ? pages : 0);
+        if (at == RUNS)
+            continue;
+        plain[at].n -= pages;
+        plain[at].page += pages;
+        assert_memory_equal(&runs[at], &plain[at], sizeof plain[at]);
+    }
+    assert_memory_equal(runs, plain, sizeof runs);
+}
+
 /* A side file that lacks a piece is damaged, for readers and for verify; and is
  * put anew by who has it. */
 static void lose_piece(struct fx *f, struct tv_hash digest)
@@ -353,6 +384,7 @@ int main(void)
         T(never_passed),
         T(pieces_are_used),
         T(long_values_are_cut),
+        cmocka_unit_test(runs_are_taken_first_fit),
         T(the_second_fence_holds),
         T(raising_it_makes_room),
         T(full_disk),
