@@ -135,6 +135,13 @@ static size_t window_of(const struct job *j)
                                              tve_model_positions(j->model));
 }
 
+/* Of protocol stride. */
+static size_t stride_of(const struct job *j)
+{
+    const size_t given = j->o->eval.ppl.stride;
+    return given ? given : j->results[0].context / 2;
+}
+
 static double rate(const struct job *j)
 {
     return j->seconds > 0 ? (double)j->n_scored / j->seconds : 0;
@@ -165,6 +172,8 @@ static void document(const struct job *j, const char *hash)
         o->eval.ppl.bos < 0 ? json_null() : json_integer(o->eval.ppl.bos),
         "tokenizer_hash", *hash ? json_string(hash) : json_null(), "texts",
         texts, "tokens_per_second", tvc_json_measured(rate(j)));
+    if (o->eval.ppl.protocol == TVE_STRIDE)
+        (void)json_object_set_new(doc, "stride", tvc_json_u64(stride_of(j)));
     if (c->cuda) {
         char name[32];
 
@@ -199,8 +208,11 @@ static enum tv_err table(const struct job *j, const char *hash)
         tvc_table_cell(&t, "%llu", (unsigned long long)p->n_scored);
     }
     const enum tv_err rc = tvc_table_end(&c->out, &t, &c->err);
-    tvc_out(&c->out, "protocol %s, context %zu, BOS %s, tokenizer %s\n",
-            tve_protocol_name(o->eval.ppl.protocol), j->results[0].context, bos,
+    tvc_out(&c->out, "protocol %s, context %zu, ",
+            tve_protocol_name(o->eval.ppl.protocol), j->results[0].context);
+    if (o->eval.ppl.protocol == TVE_STRIDE)
+        tvc_out(&c->out, "stride %zu, ", stride_of(j));
+    tvc_out(&c->out, "BOS %s, tokenizer %s\n", bos,
             *hash ? hash : "none (ids)");
     tvc_say(&c->out, "%.0f tokens per second", rate(j));
     return rc;
@@ -224,6 +236,9 @@ static int run(struct tvc *c)
         rc = tv_error_set(&c->err, TV_E_USAGE, "no text: add --text FILE");
         goto out;
     }
+    if (o->eval.ppl.stride && o->eval.ppl.protocol != TVE_STRIDE)
+        tvc_warn(&c->out, "--stride changes protocol stride only, not %s",
+                 tve_protocol_name(o->eval.ppl.protocol));
     TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &j->subject));
     TV_TRY(tvc_subject_runs(c, &j->subject));
     if (o->n_texts > 0) {
@@ -238,9 +253,15 @@ static int run(struct tvc *c)
     TV_TRY(tvc_subject_model(c, &j->subject, &j->model));
     TV_TRY(tvc_subject_fit(c, &j->subject, TVE_PASS_SCORES, window_of(j),
                            &j->model));
-    /* What cannot be read is said before hours of scoring. */
-    for (size_t i = 0; i < o->n_sources; i++)
+    /* What cannot be scored is said before hours of scoring. */
+    for (size_t i = 0; i < o->n_sources; i++) {
         TV_TRY(read_source(j, &o->sources[i], &j->ids[i], &c->err));
+        rc = tve_perplexity_check(j->model, j->ids[i].ids, j->ids[i].n,
+                                  &o->eval.ppl, &c->err);
+        if (rc != TV_OK)
+            tv_error_context(&c->err, "%s", name_of(&o->sources[i]));
+        TV_TRY(rc);
+    }
     for (size_t i = 0; i < o->n_sources; i++)
         TV_TRY(score(j, i, &c->err));
     tvc_subject_told(c, j->model);

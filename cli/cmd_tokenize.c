@@ -43,7 +43,16 @@ static error_t option(struct tvc *c, int key, const char *arg)
     }
 }
 
-/* A directory may hold a tokenizer and no weights: then REF itself is it. */
+static bool is_json_file(const char *path)
+{
+    const size_t n = strlen(path);
+
+    return n > 5 && strcmp(path + n - 5, ".json") == 0 &&
+           tv_path_exists(path) && !tv_path_is_dir(path);
+}
+
+/* A directory may hold a tokenizer and no weights: then REF itself is it. So is
+ * a tokenizer.json. */
 static enum tv_err open_tokenizer(struct tvc *c, tve_tokenizer **out)
 {
     const struct opts *o = c->opt;
@@ -61,6 +70,8 @@ static enum tv_err open_tokenizer(struct tvc *c, tve_tokenizer **out)
         }
         if (tv_path_exists(own))
             path = c->pos[0];
+    } else if (!path && is_json_file(c->pos[0])) {
+        path = c->pos[0];
     }
     if (!path)
         TV_TRY(tvc_subject_open(c, c->pos[0], o->store, &s));
@@ -127,8 +138,8 @@ const struct tvc_command tvc_cmd_tokenize = {
     .name = "tokenize",
     .summary = "token ids of a text",
     .args_doc = "REF",
-    .text = "REF is a model reference, or a directory that holds nothing but "
-            "a tokenizer.",
+    .text = "REF is a model reference, a directory that holds nothing but a "
+            "tokenizer, or its\ntokenizer.json.",
     .examples = "tveval tokenize ./merged --text wiki.txt\n"
                 "echo Hello | tveval tokenize ./merged --special --json",
     .options = options,

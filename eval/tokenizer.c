@@ -530,7 +530,10 @@ enum tv_err tve_tokenizer_of(tv_input *model, const char *path, int32_t *bos,
                            "--tokenizer");
         goto out;
     }
-    TV_TRY(tve_tokenizer_open(data, n, err, &t));
+    rc = tve_tokenizer_open(data, n, err, &t);
+    if (rc != TV_OK && path && !tv_path_is_dir(path))
+        tv_error_context(err, "%s", path);
+    TV_TRY(rc);
     tv_free(data);
     data = NULL;
     TV_TRY(

@@ -464,6 +464,12 @@ static enum tv_err open_ref(struct planner *pl,
     rc = tv_ref_resolve(text, &e, &parsed);
     if (rc == TV_E_INPUT && stage == NULL)
         hint_stage(pl, text, &e);
+    if (rc == TV_E_INPUT && where == &pl->r->vocab.model) {
+        static const char *const sources[] = {"union", "base"};
+        const char *const like = tv_suggest(text, sources, 2);
+        if (like != NULL)
+            tv_error_hint(&e, "did you mean '%s'?", like);
+    }
     if (rc == TV_OK) {
         note_hub(pl, ref, &parsed->model);
         rc = open_parts(pl, where, parsed, stage, ref, in, &e);

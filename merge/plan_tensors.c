@@ -611,38 +611,6 @@ static enum tv_err plan_verbatim(struct build *b)
 /* ---- parameters -----------------------------------------------------------
  */
 
-static void missing_parameter(struct build *b, const struct tvm_param *p,
-                              size_t source)
-{
-    char cause[320];
-    struct planner *const pl = b->pl;
-    const size_t s = source == SIZE_MAX ? 0 : b->at[source];
-    const bool appended =
-        source != SIZE_MAX && s >= b->slice->recipe->n_sources;
-
-    if (source == SIZE_MAX) {
-        const struct tvm_recipe_ref at = {"", pl->r->method_line,
-                                          pl->r->method_col};
-        (void)snprintf(cause, sizeof(cause), "missing parameter '%s'", p->name);
-        plan_report(pl, cause, 1, true, TV_E_USAGE, plan_where(pl, &at),
-                    "missing required parameter '%s' of %s (first needed for "
-                    "%s)",
-                    p->name, b->t->method->name, b->t->name);
-        return;
-    }
-    (void)snprintf(cause, sizeof(cause), "missing parameter '%s' for '%.200s'",
-                   p->name, source_ref(b, source));
-    plan_report(
-        pl, cause, 1, true, TV_E_USAGE,
-        plan_where(pl, appended ? pl->refs[b->slice->input[s]].where
-                                : &b->slice->recipe->sources[s].model),
-        "missing required parameter '%s' for '%s' (first needed for %s)%s",
-        p->name, source_ref(b, source), b->t->name,
-        appended ? "; base_model is not among the models and counts as one "
-                   "more input"
-                 : "");
-}
-
 enum { N_LEVELS = 4 }; /* source, slice, module, recipe */
 
 /* Where a value may be written, the nearest first; source SIZE_MAX: of a shared
@@ -658,6 +626,58 @@ static void fill_levels(const struct build *b, size_t source,
     levels[1] = s->recipe->parameters;
     levels[2] = s->of == NULL ? NULL : s->of->parameters;
     levels[3] = b->pl->r->parameters;
+}
+
+/* Is it written, but only for what filters match? */
+static bool filtered_out(const struct build *b, size_t source, const char *name)
+{
+    const struct tvm_node *levels[N_LEVELS];
+
+    fill_levels(b, source, levels);
+    for (size_t i = 0; i < N_LEVELS; i++) {
+        const struct tvm_node *const n =
+            levels[i] == NULL ? NULL : tvm_node_find(levels[i], name);
+        if (n != NULL && n->kind == TVM_NODE_LIST && n->first != NULL &&
+            n->first->kind == TVM_NODE_MAP)
+            return true;
+    }
+    return false;
+}
+
+static void missing_parameter(struct build *b, const struct tvm_param *p,
+                              size_t source)
+{
+    char cause[320];
+    struct planner *const pl = b->pl;
+    const char *const filtered =
+        filtered_out(b, source == SIZE_MAX ? SIZE_MAX : b->at[source], p->name)
+            ? "; no filter matches it: add an entry without one, {value: ...}"
+            : "";
+    const size_t s = source == SIZE_MAX ? 0 : b->at[source];
+    const bool appended =
+        source != SIZE_MAX && s >= b->slice->recipe->n_sources;
+
+    if (source == SIZE_MAX) {
+        const struct tvm_recipe_ref at = {"", pl->r->method_line,
+                                          pl->r->method_col};
+        (void)snprintf(cause, sizeof(cause), "missing parameter '%s'", p->name);
+        plan_report(pl, cause, 1, true, TV_E_USAGE, plan_where(pl, &at),
+                    "missing required parameter '%s' of %s (first needed for "
+                    "%s%s)",
+                    p->name, b->t->method->name, b->t->name, filtered);
+        return;
+    }
+    (void)snprintf(cause, sizeof(cause), "missing parameter '%s' for '%.200s'",
+                   p->name, source_ref(b, source));
+    plan_report(
+        pl, cause, 1, true, TV_E_USAGE,
+        plan_where(pl, appended ? pl->refs[b->slice->input[s]].where
+                                : &b->slice->recipe->sources[s].model),
+        "missing required parameter '%s' for '%s' (first needed for %s%s)%s",
+        p->name, source_ref(b, source), b->t->name, filtered,
+        appended ? "; base_model is not among the models and counts as one "
+                   "more input"
+                 : "");
 }
 
 /* Leaves out the levels whose setting of p was refused with the recipe; true

@@ -56,3 +56,26 @@ $ tvmerge compare svd2.yml -o cmp --text text/code.val.txt
 $ tveval logits base --ids ids.npy --json
 2> {"error": {"code": "usage", "message": "with --json the logits need a file: add -o OUT.npy"<*>
 => 2
+# What a text is scored with, and whether it can be, before the first is.
+$ tveval ppl base --text text/code.val.txt --protocol stride --context 128 -q | tail -n 1
+protocol stride, context 128, stride 64, BOS <*>
+$ tveval ppl base --text text/code.val.txt --protocol stride --context 128 --json | grep '"stride": 64'
+<*>"stride": 64<*>
+$ tveval ppl base --text text/code.val.txt --stride 64 -q > /dev/null
+2> tveval: warning: --stride changes protocol stride only, not windows
+$ echo short > short.txt && tveval ppl base --text text/code.val.txt --text short.txt
+2> tveval: error: short.txt: the text has <n> tokens, too few for one window of 255
+2> ...
+=> 4
+$ tveval ppl base --text short.txt --tokenizer base/config.json
+2> tveval: error: base/config.json: <*>
+=> 12
+$ tveval tokenize base/tokenizer.json --text short.txt
+<*>
+# A value for some tensors only; a word of tokenizer_source.
+$ printf 'merge_method: linear\nmodels:\n- {model: base, parameters: {weight: [{filter: mlp, value: 1}]}}\n' > filter.yml && tvmerge plan filter.yml
+2> filter.yml:3:11: error: missing required parameter 'weight' for 'base' (first needed for model.embed_tokens.weight; no filter matches it: add an entry without one, {value: ...})
+=> 2
+$ (cat recipe.yml && echo 'tokenizer_source: unoin') > unoin.yml && tvmerge plan unoin.yml
+2> unoin.yml:5:19: error: model 'unoin' not found: <*> (did you mean 'union'?)
+=> 4
