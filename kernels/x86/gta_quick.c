@@ -29,6 +29,7 @@ int tvk_quick_begin(struct tvk_quick *q, struct tvk_doubts *doubts,
 {
     const struct tvk_gta *const p = q->p;
     const double by = TVK_QUICK_ULPS(p->n_donors) * 0x1p-24;
+    const double least = tvk_gta_least_divisor(p);
     double sum[TVK_QUICK_SETS];
 
     assert(most_donors <= TVK_QUICK_DONORS);
@@ -41,7 +42,8 @@ int tvk_quick_begin(struct tvk_quick *q, struct tvk_doubts *doubts,
     }
     sum_weights(sum, p);
     for (size_t set = 1; set < (size_t)1 << p->n_donors; set++) {
-        const double divisor = p->normalize && sum[set] != 0.0 ? sum[set] : 1.0;
+        const double divisor =
+            p->normalize && fabs(sum[set]) > least ? sum[set] : 1.0;
         const double factor = p->lambda / divisor;
         if (!is_sized(fabs(factor)))
             return 0;
