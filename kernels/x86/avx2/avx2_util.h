@@ -15,6 +15,16 @@
 #include "ref/lanes.h"
 #include "x86/x86_util.h"
 
+#define TVK_BITS_4(i)                                                          \
+    UINT64_C(1) << (i), UINT64_C(2) << (i), UINT64_C(4) << (i),                \
+        UINT64_C(8) << (i)
+
+static const uint64_t tvk_bit[64] = {
+    TVK_BITS_4(0),  TVK_BITS_4(4),  TVK_BITS_4(8),  TVK_BITS_4(12),
+    TVK_BITS_4(16), TVK_BITS_4(20), TVK_BITS_4(24), TVK_BITS_4(28),
+    TVK_BITS_4(32), TVK_BITS_4(36), TVK_BITS_4(40), TVK_BITS_4(44),
+    TVK_BITS_4(48), TVK_BITS_4(52), TVK_BITS_4(56), TVK_BITS_4(60)};
+
 /* The first `count` of 4 or 8 lanes, as 32-bit masks. */
 TVK_INLINE __m128i first4(size_t count)
 {
@@ -83,12 +93,14 @@ TVK_INLINE __m256i spread8(unsigned bits)
     return _mm256_cmpeq_epi32(_mm256_and_si256(all, bit), bit);
 }
 
-/* 64-bit lane masks of elements i .. i+3; i is a multiple of 4. */
+/* 64-bit lane masks of elements i .. i+3; i is a multiple of 4. Both operands
+ * come from memory as they are: moving bits of a register to all lanes takes
+ * the shuffles that conversions need. */
 TVK_INLINE __m256d kept4(const uint64_t *mask, size_t i)
 {
-    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
-    const unsigned four = (unsigned)tvk_mask_8(mask, i) >> (i & 4);
-    const __m256i all = _mm256_set1_epi64x((long long)four);
+    const __m256i bit =
+        _mm256_loadu_si256((const __m256i *)(const void *)&tvk_bit[i & 60]);
+    const __m256i all = _mm256_set1_epi64x((long long)mask[i >> 6]);
     return _mm256_castsi256_pd(
         _mm256_cmpeq_epi64(_mm256_and_si256(all, bit), bit));
 }

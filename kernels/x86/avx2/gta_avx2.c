@@ -13,6 +13,8 @@
 
 #include <assert.h>
 
+#define BLOCK 2u /* vectors */
+
 struct job {
     const float *b;
     const float *const *x;
@@ -21,6 +23,8 @@ struct job {
     const double *weight;
     struct tvk_divide total;
     int normalize;
+    int by_powers; /* every sum of weights is 0 or a power of two */
+    int has_lambda;
     double lambda;
     double least; /* divisors up to it are 0 */
 };
@@ -35,32 +39,48 @@ TVK_INLINE __m256d change(const struct job *g, __m256d b, size_t j, size_t i,
     return d;
 }
 
-TVK_INLINE __m256d elect(const struct job *g, const __m256d *d, __m256d sum,
-                         size_t n_donors)
+TVK_INLINE __m256d agreeing(const struct job *g, __m256d m, __m256d divisor)
+{
+    const __m256d none =
+        _mm256_cmp_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), divisor),
+                      _mm256_set1_pd(g->least), _CMP_LE_OQ);
+    const __m256d by = _mm256_blendv_pd(divisor, _mm256_set1_pd(1.0), none);
+
+    if (!g->by_powers)
+        return _mm256_div_pd(m, by);
+    /* Sign and exponent alone: the difference is those of 1 / by. */
+    return _mm256_mul_pd(
+        m, _mm256_castsi256_pd(_mm256_sub_epi64(
+               _mm256_set1_epi64x(TVK_POWER_BITS), _mm256_castpd_si256(by))));
+}
+
+TVK_INLINE void elect(const struct job *g, __m256d (*d)[BLOCK], __m256d *m,
+                      size_t n_donors, size_t vectors)
 {
     const __m256d zero = _mm256_setzero_pd();
-    /* Turns agreement, above zero or below it, into "above" for all lanes. */
-    const __m256d turn = _mm256_andnot_pd(_mm256_cmp_pd(sum, zero, _CMP_GE_OQ),
-                                          _mm256_set1_pd(-0.0));
-    __m256d m = zero;
-    __m256d divisor = zero;
+    __m256d turn[BLOCK], divisor[BLOCK];
 
+    for (size_t v = 0; v < vectors; v++) {
+        /* Turns agreement, above zero or below, into "above" everywhere. */
+        turn[v] = _mm256_andnot_pd(_mm256_cmp_pd(m[v], zero, _CMP_GE_OQ),
+                                   _mm256_set1_pd(-0.0));
+        divisor[v] = zero;
+    }
     for (size_t j = 0; j < n_donors; j++) {
-        const __m256d agree =
-            _mm256_cmp_pd(_mm256_xor_pd(d[j], turn), zero, _CMP_GT_OQ);
-        /* Sums that started at +0 are never -0: adding +0 is no change. */
-        m = _mm256_add_pd(m, _mm256_and_pd(agree, d[j]));
-        divisor = _mm256_add_pd(
-            divisor, _mm256_and_pd(agree, _mm256_set1_pd(g->weight[j])));
+        const __m256d weight = _mm256_set1_pd(g->weight[j]);
+        for (size_t v = 0; v < vectors; v++) {
+            const __m256d agree = _mm256_cmp_pd(_mm256_xor_pd(d[j][v], turn[v]),
+                                                zero, _CMP_GT_OQ);
+            const __m256d part = _mm256_and_pd(agree, d[j][v]);
+            const __m256d share = _mm256_and_pd(agree, weight);
+            /* Sums that started at +0 are never -0: adding +0 is no change. */
+            m[v] = j == 0 ? part : _mm256_add_pd(m[v], part);
+            divisor[v] = j == 0 ? share : _mm256_add_pd(divisor[v], share);
+        }
     }
-    if (g->normalize) {
-        const __m256d none =
-            _mm256_cmp_pd(_mm256_andnot_pd(_mm256_set1_pd(-0.0), divisor),
-                          _mm256_set1_pd(g->least), _CMP_LE_OQ);
-        m = _mm256_div_pd(m,
-                          _mm256_blendv_pd(divisor, _mm256_set1_pd(1.0), none));
-    }
-    return m;
+    if (g->normalize)
+        for (size_t v = 0; v < vectors; v++)
+            m[v] = agreeing(g, m[v], divisor[v]);
 }
 
 TVK_INLINE __m256d divide(const struct tvk_divide *div, __m256d m)
@@ -72,32 +92,43 @@ TVK_INLINE __m256d divide(const struct tvk_divide *div, __m256d m)
     return _mm256_div_pd(m, _mm256_set1_pd(div->by));
 }
 
-TVK_INLINE __m128 merge4(const struct job *g, size_t i, size_t count,
-                         size_t n_donors, int consensus, int masked)
+/* `vectors` vectors of 4 elements, the last one cut to `count`. */
+TVK_INLINE void merge_block(float *TVK_RESTRICT dst, const struct job *g,
+                            size_t i, size_t vectors, size_t count,
+                            size_t n_donors, int consensus, int masked)
 {
-    __m256d d[TVK_DONORS_MAX];
-    const __m128 base = count >= 4 ? _mm_loadu_ps(g->b + i)
-                                   : _mm_maskload_ps(g->b + i, first4(count));
-    const __m256d b = _mm256_cvtps_pd(base);
+    __m256d d[TVK_DONORS_MAX][BLOCK];
+    __m256d b[BLOCK], m[BLOCK];
 
-    d[0] = change(g, b, 0, i, count, masked);
-    __m256d m = d[0];
-    for (size_t j = 1; j < n_donors; j++) {
-        const __m256d next = change(g, b, j, i, count, masked);
+    for (size_t v = 0; v < vectors; v++) {
+        b[v] = load4(count, g->b + i + 4 * v);
+        m[v] = change(g, b[v], 0, i + 4 * v, count, masked);
         if (consensus)
-            d[j] = next;
-        m = _mm256_add_pd(m, next);
+            d[0][v] = m[v];
     }
+    for (size_t j = 1; j < n_donors; j++)
+        for (size_t v = 0; v < vectors; v++) {
+            const __m256d next = change(g, b[v], j, i + 4 * v, count, masked);
+            if (consensus)
+                d[j][v] = next;
+            m[v] = _mm256_add_pd(m[v], next);
+        }
     if (consensus)
-        m = elect(g, d, m, n_donors);
-    else if (g->normalize)
-        m = divide(&g->total, m);
-    if (g->lambda != 1.0)
-        m = _mm256_mul_pd(m, _mm256_set1_pd(g->lambda));
-
-    const __m256d same = _mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_EQ_OQ);
-    return _mm_blendv_ps(_mm256_cvtpd_ps(_mm256_add_pd(b, m)), base,
-                         narrow4(same));
+        elect(g, d, m, n_donors, vectors);
+    for (size_t v = 0; v < vectors; v++) {
+        const float *const from = g->b + i + 4 * v;
+        const __m128 base = count >= 4 ? _mm_loadu_ps(from)
+                                       : _mm_maskload_ps(from, first4(count));
+        if (!consensus && g->normalize)
+            m[v] = divide(&g->total, m[v]);
+        if (g->has_lambda)
+            m[v] = _mm256_mul_pd(m[v], _mm256_set1_pd(g->lambda));
+        const __m256d same =
+            _mm256_cmp_pd(m[v], _mm256_setzero_pd(), _CMP_EQ_OQ);
+        store4(dst + i + 4 * v, count,
+               _mm_blendv_ps(_mm256_cvtpd_ps(_mm256_add_pd(b[v], m[v])), base,
+                             narrow4(same)));
+    }
 }
 
 TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,
@@ -105,11 +136,16 @@ TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,
 {
     size_t i = 0;
 
-    for (; i + 4 <= n; i += 4)
-        _mm_storeu_ps(dst + i, merge4(g, i, 4, n_donors, consensus, masked));
-    if (i < n)
-        store4(dst + i, n - i,
-               merge4(g, i, n - i, n_donors, consensus, masked));
+    for (; i + 4 * BLOCK <= n; i += 4 * BLOCK) {
+        if (i % 16 == 0) {
+            tvk_read_ahead(g->b + i);
+            for (size_t j = 0; j < n_donors; j++)
+                tvk_read_ahead(g->x[j] + i);
+        }
+        merge_block(dst, g, i, BLOCK, 4, n_donors, consensus, masked);
+    }
+    for (; i < n; i += 4)
+        merge_block(dst, g, i, 1, n - i, n_donors, consensus, masked);
 }
 
 TVK_INLINE void merge_donors(float *TVK_RESTRICT dst, const struct job *g,
@@ -173,15 +209,17 @@ static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,
         total = total + p->weight[j];
     if (total > -1e-8 && total < 1e-8)
         total = 1.0;
-    const struct job g = {b,
-                          x,
-                          masks,
-                          p->coef,
-                          p->weight,
-                          tvk_divide_by(total),
-                          p->normalize,
-                          p->lambda,
-                          tvk_gta_least_divisor(p)};
+    const struct job g = {.b = b,
+                          .x = x,
+                          .masks = masks,
+                          .coef = p->coef,
+                          .weight = p->weight,
+                          .total = tvk_divide_by(total),
+                          .normalize = p->normalize,
+                          .by_powers = tvk_by_powers(p->weight, p->n_donors),
+                          .has_lambda = p->lambda != 1.0,
+                          .lambda = p->lambda,
+                          .least = tvk_gta_least_divisor(p)};
     if (p->consensus)
         merge_consensus(dst, &g, p->n_donors, n);
     else
