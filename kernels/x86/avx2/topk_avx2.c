@@ -8,6 +8,7 @@
  */
 #include "x86/x86_rows.h"
 #include "avx2_util.h"
+#include "x86/topk_parts.h"
 
 #include <assert.h>
 
@@ -42,15 +43,6 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
     }
 }
 
-static void hist_hi(uint32_t *TVK_RESTRICT hist, const float *x, const float *b,
-                    size_t n)
-{
-    if (b != NULL)
-        hist_hi_any(hist, x, b, n);
-    else
-        hist_hi_any(hist, x, NULL, n);
-}
-
 TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
                             const float *x, const float *b, size_t n)
 {
@@ -76,18 +68,6 @@ TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
     }
     hist[0] += n_zero;
 }
-
-static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
-                    const float *b, size_t n)
-{
-    if (b != NULL)
-        hist_lo_any(hist, hi, x, b, n);
-    else
-        hist_lo_any(hist, hi, x, NULL, n);
-}
-
-/* Values to compare: x, x - b, or x - b of bf16. */
-enum values { PLAIN, MINUS, MINUS_BF16 };
 
 TVK_INLINE __m256i magnitude_at(size_t count, const void *x, const void *b,
                                 enum values values, size_t i)
@@ -132,21 +112,6 @@ TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
     return above;
 }
 
-static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                           uint32_t width, const float *x, const float *b,
-                           size_t n)
-{
-    return b != NULL ? hist_range_any(hist, first, width, x, b, MINUS, n)
-                     : hist_range_any(hist, first, width, x, b, PLAIN, n);
-}
-
-static uint64_t hist_range_bf16(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                                uint32_t width, const void *x, const void *b,
-                                size_t n)
-{
-    return hist_range_any(hist, first, width, x, b, MINUS_BF16, n);
-}
-
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
                                  uint32_t pattern, size_t n)
 {
@@ -162,15 +127,8 @@ TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
     return total;
 }
 
-static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
-                         size_t n)
-{
-    return b != NULL ? count_eq_any(x, b, pattern, n)
-                     : count_eq_any(x, NULL, pattern, n);
-}
-
-static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
-                           const float *b, size_t n)
+TVK_INLINE uint32_t magnitudes_any(uint32_t *TVK_RESTRICT dst, const float *x,
+                                   const float *b, size_t n)
 {
     __m256i most = _mm256_setzero_si256();
     uint32_t lane[8];
@@ -191,69 +149,31 @@ static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
     return m;
 }
 
-TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const void *x,
-                                  const void *b, enum values values,
-                                  uint32_t pattern, uint64_t *eq_seen,
-                                  uint64_t eq_limit, size_t n)
+/* The word of elements [i, i + 64), of which there are n - i. */
+TVK_INLINE uint64_t topk_word(struct topk *t, const void *x, const void *b,
+                              enum values values, size_t i, size_t n,
+                              int is_whole)
 {
     /* Compares are signed: a pattern above all magnitudes must not wrap. */
-    const __m256i limit =
-        _mm256_set1_epi32(pattern > 0x7fffffffu ? 0x7fffffff : (int)pattern);
-    uint64_t seen = *eq_seen;
-    uint64_t kept = 0;
+    const __m256i limit = _mm256_set1_epi32(
+        t->pattern > 0x7fffffffu ? 0x7fffffff : (int)t->pattern);
+    uint64_t above = 0;
+    uint64_t equal = 0;
 
-    for (size_t i = 0; i < n; i += 64) {
-        uint64_t above = 0;
-        uint64_t equal = 0;
-        for (unsigned q = 0; q < 64 && i + q < n; q += 8) {
-            const size_t at = i + q;
-            const size_t count = n - at < 8 ? n - at : 8;
-            const __m256i m = magnitude_at(count, x, b, values, at);
-            above |= (uint64_t)bits8(_mm256_cmpgt_epi32(m, limit)) << q;
-            equal |= (bits8(_mm256_cmpeq_epi32(m, limit)) & tvk_low_bits(count))
-                     << q;
-        }
-        if (equal != 0) {
-            const unsigned n_equal = tvk_popcount(equal);
-            const uint64_t room = seen < eq_limit ? eq_limit - seen : 0;
-            seen += n_equal;
-            if (pattern == 0 || room == 0)
-                equal = 0;
-            else if (room < n_equal)
-                equal = tvk_lowest_set(equal, room);
-        }
-        mask[i >> 6] = above | equal;
-        kept += tvk_popcount(above | equal);
+    for (unsigned q = 0; q < 64 && (is_whole || i + q < n); q += 8) {
+        const size_t left = n - i - q;
+        const size_t count = is_whole || left > 8 ? 8 : left;
+        const __m256i m = magnitude_at(count, x, b, values, i + q);
+        above |= (uint64_t)bits8(_mm256_cmpgt_epi32(m, limit)) << q;
+        equal |= (bits8(_mm256_cmpeq_epi32(m, limit)) & tvk_low_bits(count))
+                 << q;
     }
-    *eq_seen = seen;
-    return kept;
+    return equal != 0 ? above | topk_keep_equal(t, equal) : above;
 }
 
-static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
-                          const float *b, uint32_t pattern, uint64_t *eq_seen,
-                          uint64_t eq_limit, size_t n)
-{
-    return b != NULL
-               ? topk_mask_any(mask, x, b, MINUS, pattern, eq_seen, eq_limit, n)
-               : topk_mask_any(mask, x, b, PLAIN, pattern, eq_seen, eq_limit,
-                               n);
-}
-
-static uint64_t topk_mask_bf16(uint64_t *TVK_RESTRICT mask, const void *x,
-                               const void *b, uint32_t pattern,
-                               uint64_t *eq_seen, uint64_t eq_limit, size_t n)
-{
-    return topk_mask_any(mask, x, b, MINUS_BF16, pattern, eq_seen, eq_limit, n);
-}
+#include "x86/topk_entries.h"
 
 void tvk_avx2_topk(struct tvk_table *t)
 {
-    t->hist_hi = hist_hi;
-    t->hist_lo = hist_lo;
-    t->hist_range = hist_range;
-    t->hist_range_bf16 = hist_range_bf16;
-    t->count_eq = count_eq;
-    t->magnitudes = magnitudes;
-    t->topk_mask = topk_mask;
-    t->topk_mask_bf16 = topk_mask_bf16;
+    topk_fill(t);
 }

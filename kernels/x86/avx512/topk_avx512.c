@@ -11,6 +11,7 @@
  */
 #include "x86/x86_rows.h"
 #include "avx512_util.h"
+#include "x86/topk_parts.h"
 
 #include <assert.h>
 
@@ -76,15 +77,6 @@ TVK_INLINE void hist_hi_any(uint32_t *TVK_RESTRICT hist, const float *x,
     }
 }
 
-static void hist_hi(uint32_t *TVK_RESTRICT hist, const float *x, const float *b,
-                    size_t n)
-{
-    if (b != NULL)
-        hist_hi_any(hist, x, b, n);
-    else
-        hist_hi_any(hist, x, NULL, n);
-}
-
 TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
                             const float *x, const float *b, size_t n)
 {
@@ -111,18 +103,6 @@ TVK_INLINE void hist_lo_any(uint32_t *TVK_RESTRICT hist, uint32_t hi,
     }
     hist[0] += n_zero;
 }
-
-static void hist_lo(uint32_t *TVK_RESTRICT hist, uint32_t hi, const float *x,
-                    const float *b, size_t n)
-{
-    if (b != NULL)
-        hist_lo_any(hist, hi, x, b, n);
-    else
-        hist_lo_any(hist, hi, x, NULL, n);
-}
-
-/* Values to compare: x, x - b, or x - b of bf16. */
-enum values { PLAIN, MINUS, MINUS_BF16 };
 
 TVK_INLINE __m512i magnitude_at(__mmask16 lanes, const void *x, const void *b,
                                 enum values values, size_t i)
@@ -178,21 +158,6 @@ TVK_INLINE uint64_t hist_range_any(uint32_t *TVK_RESTRICT hist, uint32_t first,
     return above;
 }
 
-static uint64_t hist_range(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                           uint32_t width, const float *x, const float *b,
-                           size_t n)
-{
-    return b != NULL ? hist_range_any(hist, first, width, x, b, MINUS, n)
-                     : hist_range_any(hist, first, width, x, b, PLAIN, n);
-}
-
-static uint64_t hist_range_bf16(uint32_t *TVK_RESTRICT hist, uint32_t first,
-                                uint32_t width, const void *x, const void *b,
-                                size_t n)
-{
-    return hist_range_any(hist, first, width, x, b, MINUS_BF16, n);
-}
-
 TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
                                  uint32_t pattern, size_t n)
 {
@@ -207,13 +172,6 @@ TVK_INLINE uint64_t count_eq_any(const float *x, const float *b,
     return count;
 }
 
-static uint64_t count_eq(const float *x, const float *b, uint32_t pattern,
-                         size_t n)
-{
-    return b != NULL ? count_eq_any(x, b, pattern, n)
-                     : count_eq_any(x, NULL, pattern, n);
-}
-
 TVK_INLINE uint32_t magnitudes_any(uint32_t *TVK_RESTRICT dst, const float *x,
                                    const float *b, size_t n)
 {
@@ -226,30 +184,6 @@ TVK_INLINE uint32_t magnitudes_any(uint32_t *TVK_RESTRICT dst, const float *x,
         _mm512_mask_storeu_epi32(dst + i, lanes, m);
     }
     return (uint32_t)_mm512_reduce_max_epu32(most);
-}
-
-static uint32_t magnitudes(uint32_t *TVK_RESTRICT dst, const float *x,
-                           const float *b, size_t n)
-{
-    return b != NULL ? magnitudes_any(dst, x, b, n)
-                     : magnitudes_any(dst, x, NULL, n);
-}
-
-struct topk {
-    uint32_t pattern;
-    uint64_t seen, limit;
-};
-
-/* The equal ones of a word that are kept. */
-static uint64_t keep_equal(struct topk *t, uint64_t equal)
-{
-    const unsigned n_equal = tvk_popcount(equal);
-    const uint64_t room = t->seen < t->limit ? t->limit - t->seen : 0;
-
-    t->seen += n_equal;
-    if (t->pattern == 0 || room == 0)
-        return 0;
-    return room < n_equal ? tvk_lowest_set(equal, room) : equal;
 }
 
 /* The word of elements [i, i + 64), of which there are n - i. */
@@ -267,55 +201,12 @@ TVK_INLINE uint64_t topk_word(struct topk *t, const void *x, const void *b,
         above |= (uint64_t)_mm512_mask_cmpgt_epu32_mask(lanes, m, limit) << q;
         equal |= (uint64_t)_mm512_mask_cmpeq_epu32_mask(lanes, m, limit) << q;
     }
-    return equal != 0 ? above | keep_equal(t, equal) : above;
+    return equal != 0 ? above | topk_keep_equal(t, equal) : above;
 }
 
-TVK_INLINE uint64_t topk_mask_any(uint64_t *TVK_RESTRICT mask, const void *x,
-                                  const void *b, enum values values,
-                                  uint32_t pattern, uint64_t *eq_seen,
-                                  uint64_t eq_limit, size_t n)
-{
-    struct topk t = {pattern, *eq_seen, eq_limit};
-    uint64_t kept = 0;
-    size_t i = 0;
-
-    for (; i + 64 <= n; i += 64) {
-        mask[i >> 6] = topk_word(&t, x, b, values, i, n, 1);
-        kept += tvk_popcount(mask[i >> 6]);
-    }
-    if (i < n) {
-        mask[i >> 6] = topk_word(&t, x, b, values, i, n, 0);
-        kept += tvk_popcount(mask[i >> 6]);
-    }
-    *eq_seen = t.seen;
-    return kept;
-}
-
-static uint64_t topk_mask(uint64_t *TVK_RESTRICT mask, const float *x,
-                          const float *b, uint32_t pattern, uint64_t *eq_seen,
-                          uint64_t eq_limit, size_t n)
-{
-    return b != NULL
-               ? topk_mask_any(mask, x, b, MINUS, pattern, eq_seen, eq_limit, n)
-               : topk_mask_any(mask, x, b, PLAIN, pattern, eq_seen, eq_limit,
-                               n);
-}
-
-static uint64_t topk_mask_bf16(uint64_t *TVK_RESTRICT mask, const void *x,
-                               const void *b, uint32_t pattern,
-                               uint64_t *eq_seen, uint64_t eq_limit, size_t n)
-{
-    return topk_mask_any(mask, x, b, MINUS_BF16, pattern, eq_seen, eq_limit, n);
-}
+#include "x86/topk_entries.h"
 
 void tvk_avx512_topk(struct tvk_table *t)
 {
-    t->hist_hi = hist_hi;
-    t->hist_lo = hist_lo;
-    t->hist_range = hist_range;
-    t->hist_range_bf16 = hist_range_bf16;
-    t->count_eq = count_eq;
-    t->magnitudes = magnitudes;
-    t->topk_mask = topk_mask;
-    t->topk_mask_bf16 = topk_mask_bf16;
+    topk_fill(t);
 }
