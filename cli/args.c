@@ -22,6 +22,7 @@
 
 #include "signals.h"
 #include "tv/alloc.h"
+#include "tv/cuda_math.h"
 #include "tv/pool.h"
 #include "tv/sys.h"
 #include "tv/text.h"
@@ -70,7 +71,9 @@ static const char environment_text[] =
     "use\n"
     "  TV_CUDA_LEAST 0: --device cuda sends every element-wise operation to "
     "the\n"
-    "                GPU, not only those that it is faster at (same bits)\n"
+    "                GPU, not only those that it is faster at (same bits), "
+    "and\n"
+    "                --device auto takes a GPU for small models too\n"
     "  TV_PROGRESS   default of --progress\n"
     "  NO_COLOR      when set and not empty: no colours\n"
     "  HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME\n"
@@ -759,35 +762,75 @@ static enum tv_err device_check(struct tvc *c)
     return device_explain(c);
 }
 
-enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
+/* Of the command line and the environment. */
+static enum tv_err device_options(struct tvc *c, struct tvk_cuda_options *o)
 {
-    struct tvk_cuda_options o;
     const char *least = getenv("TV_CUDA_LEAST");
     uint64_t n = 0;
 
-    *out = c->cuda;
-    if (c->cuda || c->device == TVC_DEVICE_CPU)
-        return TV_OK;
-    tvk_cuda_options_init(&o);
-    o.index = c->device_index;
-    o.memory_bytes = c->device_memory_bytes;
-    o.factor_bytes = c->device_factor_bytes;
+    tvk_cuda_options_init(o);
+    o->index = c->device_index;
+    o->memory_bytes = c->device_memory_bytes;
+    o->factor_bytes = c->device_factor_bytes;
     /* It is part of --memory. */
-    if (o.staging_bytes > c->memory_bytes / 8)
-        o.staging_bytes = (size_t)(c->memory_bytes / 8);
+    if (o->staging_bytes > c->memory_bytes / 8)
+        o->staging_bytes = (size_t)(c->memory_bytes / 8);
     if (least && *least) {
         if (tvc_parse_u64(c, "TV_CUDA_LEAST", least, SIZE_MAX, &n))
             return c->err.code;
-        o.least_elems = (size_t)n;
+        o->least_elems = (size_t)n;
     }
-    if (c->device == TVC_DEVICE_AUTO) {
-        /* Nobody asked: without a usable GPU the CPU does it all. */
-        if (tvk_cuda_open(&o, NULL, &c->cuda) != TV_OK)
-            c->cuda = NULL;
-    } else if (tvk_cuda_open(&o, &c->err, &c->cuda) != TV_OK) {
-        return device_explain(c);
+    return TV_OK;
+}
+
+enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out)
+{
+    struct tvk_cuda_options o;
+
+    if (!c->cuda && c->device == TVC_DEVICE_CUDA) {
+        const enum tv_err rc = device_options(c, &o);
+        if (rc != TV_OK)
+            return rc;
+        if (tvk_cuda_open(&o, &c->err, &c->cuda) != TV_OK)
+            return device_explain(c);
     }
     *out = c->cuda;
+    return TV_OK;
+}
+
+/* Work on fewer parameters is done before a GPU is ready. */
+#define AUTO_ELEMS  ((uint64_t)1 << 26)
+/* With less memory it is doubtful what fits. */
+#define AUTO_MEMORY ((uint64_t)1 << 30)
+
+enum tv_err tvc_device_for(struct tvc *c, uint64_t n_elems, tvk_cuda **out)
+{
+    struct tvk_cuda_options o;
+    struct tv_error why = {.code = TV_OK};
+    tvk_cuda *d = NULL;
+
+    if (c->device != TVC_DEVICE_AUTO || c->cuda || c->auto_tried)
+        return tvc_device_open(c, out);
+    *out = NULL;
+    enum tv_err rc = device_options(c, &o);
+    if (rc != TV_OK || n_elems == 0 ||
+        (n_elems < AUTO_ELEMS && o.least_elems > 0))
+        return rc;
+    /* Nobody asked for one: where there is none, the CPU does it all. */
+    c->auto_tried = true;
+    if (tvk_cuda_find(o.index, NULL) != TV_OK ||
+        tvk_cuda_math_find(NULL) != TV_OK ||
+        tvk_cuda_open(&o, NULL, &d) != TV_OK)
+        return TV_OK;
+    if (tvk_cuda_about(d)->budget_bytes >= AUTO_MEMORY || o.least_elems == 0) {
+        rc = tvk_cuda_check(d, &why);
+        if (rc == TV_OK) {
+            *out = c->cuda = d;
+            return TV_OK;
+        }
+        tvc_warn(&c->out, "the GPU is not used: %s", why.msg);
+    }
+    tvk_cuda_close(d);
     return TV_OK;
 }
 

@@ -67,7 +67,8 @@ struct tvc {
     int device_index;             /* of TVC_DEVICE_CUDA */
     uint64_t device_memory_bytes; /* --device-memory; 0: 80% of what is free */
     uint64_t device_factor_bytes; /* what a run goes by that goes on; or 0 */
-    tvk_cuda *cuda;               /* opened by tvc_device_open */
+    tvk_cuda *cuda;               /* opened by tvc_device_open or _for */
+    bool auto_tried;              /* --device auto has looked for one */
     const struct tvk_table *kernels; /* capped by TV_CPU */
     struct tv_error err;
     /* private to args.c */
@@ -119,10 +120,15 @@ char *tvc_command_line(const struct tvc *c);
 void tvc_version(struct tvc *c);
 /* Worker threads: --threads, else the cores we may use. */
 unsigned tvc_threads(const struct tvc *c);
-/* The CUDA device that --device means, opened by the first call; borrowed until
- * the command ends. *out is NULL for cpu, and for auto where no device can be
- * used. Fails (c->err filled) only where one was asked for. */
+/* The CUDA device that --device cuda means, opened by the first call; borrowed
+ * until the command ends. Else *out is the one of tvc_device_for, or NULL. */
 TV_NODISCARD enum tv_err tvc_device_open(struct tvc *c, tvk_cuda **out);
+/* The same for matrix work and forward passes on n_elems parameters, which auto
+ * too gives to a GPU: where there is one that computes what it should, with a
+ * GiB of memory, and the work is more than its start (TV_CUDA_LEAST=0: always).
+ * Fails (c->err filled) only where one was asked for. */
+TV_NODISCARD enum tv_err tvc_device_for(struct tvc *c, uint64_t n_elems,
+                                        tvk_cuda **out);
 /* The kernel table for element-wise work: the GPU's with --device cuda, else
  * the CPU's (auto too: moving the data costs more than the CPU's work). */
 TV_NODISCARD enum tv_err tvc_device_kernels(struct tvc *c,

@@ -62,8 +62,12 @@ static enum tv_err choose_device(struct tvc_compare *p)
 {
     struct tvc *c = p->c;
     struct tvm_options *m = &p->opts->options;
-    const enum tv_err rc = tvc_device_kernels(c, &m->kernels);
 
+    /* A comparison is long, and goes on on the device it began with: not on one
+     * that may be there or not. */
+    if (c->device == TVC_DEVICE_AUTO)
+        c->device = TVC_DEVICE_CPU;
+    const enum tv_err rc = tvc_device_kernels(c, &m->kernels);
     if (rc != TV_OK)
         return rc;
     m->cuda = c->cuda;

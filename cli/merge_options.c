@@ -460,7 +460,7 @@ enum tv_err tvc_merge_prepare(struct tvc *c, bool planning)
     return rc;
 }
 
-enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
+static enum tv_err make_plan(struct tvc *c, struct tvc_merge *m)
 {
     const struct tvc_merge_opts *o = c->opt;
     enum tv_err rc = TV_OK;
@@ -483,6 +483,43 @@ enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
         return tv_error_set(&c->err, TV_E_INTERNAL,
                             "planning gave neither a plan nor a problem");
     return rc;
+}
+
+/* The plan with these options' device in place of m's. */
+static bool plan_on_device(struct tvc *c, struct tvc_merge *m)
+{
+    struct tvc_merge there = {.plan = NULL};
+
+    if (make_plan(c, &there) != TV_OK || there.problems.n_errors > 0) {
+        tv_error_clear(&c->err);
+        tvc_merge_free(&there);
+        return false;
+    }
+    tvc_merge_free(m);
+    *m = there;
+    return true;
+}
+
+enum tv_err tvc_merge_plan(struct tvc *c, struct tvc_merge *m)
+{
+    struct tvc_merge_opts *const o = c->opt;
+    tvk_cuda *d = NULL;
+    enum tv_err rc = make_plan(c, m);
+
+    if (rc != TV_OK || m->problems.n_errors > 0 || !m->plan ||
+        c->device != TVC_DEVICE_AUTO || c->cuda)
+        return rc;
+    rc = tvc_device_for(c, tvm_plan_device_elems(m->plan), &d);
+    if (rc != TV_OK || !d)
+        return rc;
+    o->options.cuda = d;
+    tvc_device_name(c, o->options.device, sizeof o->options.device);
+    if (plan_on_device(c, m))
+        return TV_OK;
+    /* It has not enough memory for this one. */
+    o->options.cuda = NULL;
+    (void)snprintf(o->options.device, sizeof o->options.device, "cpu");
+    return TV_OK;
 }
 
 void tvc_merge_opts_free(struct tvc_merge_opts *o)

@@ -137,6 +137,15 @@ void tvc_subject_close(struct tvc_subject *s)
     memset(s, 0, sizeof *s);
 }
 
+static uint64_t parameters(const tv_input *in)
+{
+    uint64_t n = 0;
+
+    for (size_t i = 0; i < tv_input_count(in); i++)
+        n += tv_input_tensor(in, i)->n_elems;
+    return n;
+}
+
 static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
                               unsigned n_threads, tve_model **out)
 {
@@ -151,10 +160,7 @@ static enum tv_err open_model(struct tvc *c, struct tvc_subject *s,
     enum tv_err rc = tvc_subject_runs(c, s);
     if (rc != TV_OK)
         return rc;
-    /* Only for who asks: this path has not run on a GPU yet, and 'auto' must
-     * not try it out on numbers that somebody relies on. */
-    if (c->device == TVC_DEVICE_CUDA)
-        rc = tvc_device_open(c, &opt.cuda);
+    rc = tvc_device_for(c, parameters(s->input), &opt.cuda);
     if (rc != TV_OK)
         return rc;
     return tve_model_open(s->input, s->adapters, s->n_adapters, &opt, &c->err,

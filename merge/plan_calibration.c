@@ -279,6 +279,18 @@ static bool takes_device(const struct tvm_plan *plan,
     return plan->options.cuda && tvm_rule_needs_gram(r) && !r->gram_only;
 }
 
+uint64_t tvm_plan_device_elems(const struct tvm_plan *p)
+{
+    struct tvm_trim_rule r;
+    uint64_t n = 0;
+
+    for (size_t i = 0; i < p->n_tensors; i++)
+        for (size_t s = 0; s < p->tensors[i].n_sources; s++)
+            if (tvm_calibrated_rule(&p->tensors[i], s, &r))
+                n += p->tensors[i].n_elems;
+    return n;
+}
+
 size_t plan_host_factors(const struct tvm_plan *plan, size_t *n_all)
 {
     size_t n = 0;

@@ -139,6 +139,25 @@ static void test_gemm(void **state)
     free(c);
 }
 
+static void test_check(void **state)
+{
+    struct tv_error err = {.code = TV_OK};
+    tvk_cuda *d = device_open(64u << 20, 0);
+
+    (void)state;
+    assert_ok(tvk_cuda_check(d, &err), &err);
+    device_close(d);
+    if (!fake_get)
+        return;
+    assert_int_equal(setenv("FAKE_CUBLAS_WRONG", "1", 1), 0);
+    d = device_open(64u << 20, 0);
+    assert_int_equal(tvk_cuda_check(d, &err), TV_E_UNSUPPORTED);
+    assert_non_null(strstr(err.msg, "does not compute what it should: a "
+                                    "product gives"));
+    device_close(d);
+    assert_int_equal(unsetenv("FAKE_CUBLAS_WRONG"), 0);
+}
+
 /* ---- Gram matrices ------------------------------------------------------- */
 
 /* X^T X of x, twice. Device memory that is left for sums of the host; 0: all.
@@ -750,11 +769,12 @@ static void test_lost(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gemm),         cmocka_unit_test(test_gram),
-        cmocka_unit_test(test_gram_memory),  cmocka_unit_test(test_factor),
-        cmocka_unit_test(test_obs),          cmocka_unit_test(test_refine),
-        cmocka_unit_test(test_obs_tiles),    cmocka_unit_test(test_panels),
-        cmocka_unit_test(test_layer_memory), cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_check),  cmocka_unit_test(test_gemm),
+        cmocka_unit_test(test_gram),   cmocka_unit_test(test_gram_memory),
+        cmocka_unit_test(test_factor), cmocka_unit_test(test_obs),
+        cmocka_unit_test(test_refine), cmocka_unit_test(test_obs_tiles),
+        cmocka_unit_test(test_panels), cmocka_unit_test(test_layer_memory),
+        cmocka_unit_test(test_lost),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -43,6 +43,11 @@ void tvk_cuda_math_settle(tvk_cuda_math *m);
 /* What results depend on: the GPU's name. Filled, returns dst. */
 const char *tvk_cuda_math_core(const tvk_cuda *d, char *dst, size_t cap);
 
+/* Small problems with known answers: products, a factor, the loop, attention,
+ * losses. UNSUPPORTED, with what was wrong, when the device is not to be
+ * relied on; else errors of the work. Makes the handle. */
+TV_NODISCARD enum tv_err tvk_cuda_check(tvk_cuda *d, struct tv_error *err);
+
 /* c [m, n] = alpha op(a) op(b) + beta c; op(a) [m, k], op(b) [k, n]. */
 struct tvk_cuda_gemm {
     bool trans_a, trans_b;

@@ -321,6 +321,9 @@ void tvm_plan_free(struct tvm_plan *p);
 /* What the plan's method was told to be for a shared parameter that takes
  * names, static; NULL when it has none of that name. */
 const char *tvm_plan_choice(const struct tvm_plan *p, const char *name);
+/* Parameters of layers whose inputs are looked at, which is work for a device;
+ * 0: none of this plan is. */
+uint64_t tvm_plan_device_elems(const struct tvm_plan *p);
 
 /* ---- run
  * ---------------------------------------------------------------------- */

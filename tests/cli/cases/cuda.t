@@ -75,6 +75,15 @@ $ tvmerge cal.yml calg -q --device cpu
 $ sh gpu tvmerge cal.yml calg 2>&1 | grep already && sh gpu tvmerge cal.yml calc --device cuda --accept-numerics 2>&1 | grep already
 calg is complete already: nothing to do
 calc is complete already: nothing to do
+# auto: a GPU for models that are worth its start (TV_CUDA_LEAST=0: all), if it
+# computes what it should and has room; else the CPU.
+$ sh gpu tvmerge cal.yml auto1 -q && cmp auto1/model.safetensors calg/model.safetensors && grep '"device": "cuda' auto1/tvmerge.json
+  "device": "cuda:0",
+$ FAKE_CUDA_LOSE=1 LD_LIBRARY_PATH=$FAKE_CUDA tvmerge cal.yml auto2 -q && cmp auto2/model.safetensors calc/model.safetensors
+$ FAKE_CUBLAS_WRONG=1 sh gpu tvmerge cal.yml auto3 -q --progress=none; cmp auto3/model.safetensors calc/model.safetensors
+2> tvmerge: warning: the GPU is not used: CUDA device 0 (Fake GPU 0) does not compute what it should: a product gives <*>
+$ FAKE_CUDA_MEMORY=9000000 sh gpu tvmerge cal.yml auto4 -q && cmp auto4/model.safetensors calc/model.safetensors
+$ FAKE_CUDA_DEVICES=0 sh gpu tvmerge cal.yml auto5 -q && cmp auto5/model.safetensors calc/model.safetensors
 # An unfinished one too, and in a store; auto keeps the device.
 $ TV_GROUP_BYTES=1 FAKE_CUDA_LOSE=300 sh gpu tvmerge cal.yml half -q --device cuda -j 1
 2> tvmerge: error: calibration: CUDA device 0 <*>
@@ -107,6 +116,12 @@ $ head -c 200 $DATA/text/prose.val.txt > few.txt; tveval ppl $DATA/base --contex
 $ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda > ppl.json; grep -E 'device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
   "device": "cuda:0",
   "on_device": "all"
+$ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none | grep -E 'device'
+  "device": "cuda:0",
+  "on_device": "all"
+$ LD_LIBRARY_PATH=$FAKE_CUDA tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none | grep -c device
+0
+=> 1
 $ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --json --progress=none --device cuda --device-memory 8M > ppl.json; grep -E 'on_device' ppl.json; grep -o '"ppl": [0-9]*\.[0-9]' ppl.json | cmp - ppl.cpu
   "on_device": "linear layers"
 $ sh gpu tveval ppl $DATA/base --context 32 --text few.txt --progress=none --device cuda --device-memory 8M 2>&1 | grep note
