@@ -518,7 +518,16 @@ static void add_examples(struct tv_buf *b, const char *examples)
     tv_buf_str(b, "\nExamples:\n");
     for (const char *line = examples; line && *line;) {
         const size_t len = strcspn(line, "\n");
-        tv_buf_fmt(b, "  %.*s\n", (int)len, line);
+        size_t head = len;
+        /* argp would break a long line anywhere: it must stay one command. */
+        if (len > 76)
+            for (head = 72; head > 0 && line[head] != ' ';)
+                head--;
+        if (head == 0 || head == len)
+            tv_buf_fmt(b, "  %.*s\n", (int)len, line);
+        else
+            tv_buf_fmt(b, "  %.*s \\\n    %.*s\n", (int)head, line,
+                       (int)(len - head - 1), line + head + 1);
         line += len + (line[len] == '\n');
     }
 }
@@ -529,7 +538,7 @@ static void add_commands(struct tv_buf *b, const struct tvc_tool *t)
     tv_buf_str(b, t->name);
     tv_buf_str(b, " COMMAND --help' explains one):\n");
     for (size_t i = 0; i < t->n_commands; i++)
-        tv_buf_fmt(b, "  %-11s %s\n", t->commands[i]->name,
+        tv_buf_fmt(b, "  %-12s %s\n", t->commands[i]->name,
                    t->commands[i]->summary);
     tv_buf_str(b, "\n");
 }
@@ -733,6 +742,14 @@ static enum tv_err parse_all(struct tvc *c)
     if (c->cmd)
         return command_parse(c, c->cmd, c->argc - c->command_at,
                              c->argv + c->command_at);
+    if (strcmp(word, "help") == 0 && !tv_path_exists(word)) {
+        const char *topic = c->argv[c->command_at + 1]; /* or the final NULL */
+        c->want_help = true;
+        c->cmd = topic ? command_find(t, topic) : NULL;
+        if (topic && !c->cmd)
+            unknown_command(c, topic);
+        return c->err.code;
+    }
     if (t->short_form && t->is_short(word)) {
         c->cmd = t->short_form;
         c->out.verbose = 0;

@@ -421,12 +421,11 @@ const struct tvc_command tvc_cmd_plan = {
     .name = "plan",
     .summary = "show what run would do, and every problem, without writing",
     .args_doc = "RECIPE [OUT]",
-    .text =
-        "Takes all options of run. The exit code is that of the problems "
-        "found. With OUT\n(or --into) also of what that holds already: "
-        "another merge, other files, a run\nthat is at work there. A warning "
-        "wants a decision, a note does not (with --json\nit is a warning "
-        "whose \"note\" is true).",
+    .text = "Takes all options of run. The exit code is that of the problems "
+            "found.\nWith OUT (or --into) also of what that holds already: "
+            "another merge, other\nfiles, a run that is at work there. A "
+            "warning wants a decision, a note does\nnot (with --json it is a "
+            "warning whose \"note\" is true).",
     .examples = "tvmerge plan recipe.yml\n"
                 "tvmerge plan recipe.yml ./merged --quota 20GB --json",
     .options = tvc_merge_options,

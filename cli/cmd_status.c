@@ -375,7 +375,7 @@ const struct tvc_command tvc_cmd_status = {
         "Of a recipe of several\ndocuments: those that stand in OUT.stages. "
         "Of a comparison (compare -o OUT):\nwhat is merged, scored and still "
         "to be done. Of a store (OUT may be one): the\nunfinished merges into "
-        "its objects, and into directories that read it. Exit code\n10 when "
+        "its objects, and into directories that read it. Exit\ncode 10 when "
         "there is no merge of this tool.",
     .examples = "tvmerge status ./merged\n"
                 "tvmerge status ./merged --json\n"

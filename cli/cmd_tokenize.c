@@ -139,7 +139,7 @@ const struct tvc_command tvc_cmd_tokenize = {
     .summary = "token ids of a text",
     .args_doc = "REF",
     .text = "REF is a model reference, a directory that holds nothing but a "
-            "tokenizer, or its\ntokenizer.json.",
+            "tokenizer,\nor its tokenizer.json.",
     .examples = "tveval tokenize ./merged --text wiki.txt\n"
                 "echo Hello | tveval tokenize ./merged --special --json",
     .options = options,

@@ -35,3 +35,15 @@ $ tvstore -V --json | head -n 3
 {
   "schema": "tvstore.version/1",
   "version": "<n>",
+# Examples can be pasted: each line is a command, or goes on with a backslash.
+$ for t in tvstore tvmerge; do for c in $($t --help | sed -n '/^Commands/,/^$/s/^  \([a-z-]*\).*/\1/p'); do $t $c --help | sed -n '/^Examples/,$p' | grep -v '^Examples:$\|^  \(TV_STORE=[a-z.]* \)\?\(echo [A-Za-z]* | \)\?tv\|^    --'; done; done
+=> 1
+$ tvmerge compare --help | grep -A1 -e '--methods ties,tsv'
+  tvmerge compare recipe.yml -o cmp --text a.txt --methods ties,tsv,iso_c \
+    --keep best
+# As a command too.
+$ tvmerge help > a && tvmerge --help | cmp - a && tvstore help import > b && tvstore import --help | cmp - b
+$ tveval help pp
+2> tveval: error: unknown command 'pp'
+2>   hint: did you mean 'tveval ppl'?
+=> 2
