@@ -54,6 +54,8 @@ struct tva_out {
     char *dir, *work, *data_path;
     int lock, data;
     bool sync;
+    bool made_dir; /* OUT was not there */
+    bool fresh;    /* nothing was in it: undone when it is not finished */
     struct tv_hash plan;
     struct tensor *tensors;
     size_t n, cap;
@@ -312,6 +314,16 @@ static enum tv_err sweep(const char *dir, struct tv_error *err)
     return rc;
 }
 
+static bool is_empty(const char *dir)
+{
+    char **names = NULL;
+    size_t n = 0;
+    const bool yes = tv_dir_list(dir, NULL, &names, &n) == TV_OK && n == 0;
+
+    tv_dir_list_free(names, n);
+    return yes;
+}
+
 /* ---- opening ------------------------------------------------------------- */
 
 static enum tv_err take_lock(tva_out *o, struct tv_error *err)
@@ -327,8 +339,10 @@ static enum tv_err take_lock(tva_out *o, struct tv_error *err)
         return rc;
     }
     tv_free(path);
-    if (flock(o->lock, LOCK_EX | LOCK_NB) != 0)
+    if (flock(o->lock, LOCK_EX | LOCK_NB) != 0) {
+        o->fresh = false; /* another's */
         return in_use(o->dir, o->lock, err);
+    }
     tv_lock_sign(o->lock, "tvmerge");
     return TV_OK;
 }
@@ -361,6 +375,8 @@ enum tv_err tva_out_open(const char *dir, struct tv_hash plan, bool force,
         rc = no_memory(err);
         goto out;
     }
+    o->made_dir = !tv_path_exists(dir);
+    o->fresh = o->made_dir || is_empty(dir);
     TV_TRY(tv_dir_make(o->work, err));
     TV_TRY(take_lock(o, err));
     o->data = tv_sys()->open(o->data_path,
@@ -376,10 +392,24 @@ out:
     return rc;
 }
 
+static void undo(const tva_out *o)
+{
+    for (size_t i = 0; i < o->n_sides; i++) {
+        char *path = tv_path_join(o->dir, o->sides[i].name);
+        if (path)
+            (void)tv_sys()->unlink(path);
+        tv_free(path);
+    }
+    if (tv_dir_remove(o->work, NULL) == TV_OK && o->made_dir)
+        (void)tv_sys()->rmdir(o->dir);
+}
+
 void tva_out_close(tva_out *o)
 {
     if (!o)
         return;
+    if (o->fresh && o->lock >= 0)
+        undo(o);
     for (size_t i = 0; i < o->n; i++)
         tv_free(o->tensors[i].name);
     tv_free(o->tensors);
@@ -765,6 +795,7 @@ enum tv_err tva_out_finish(tva_out *o, const char *config, size_t n_config,
     if (o->sync)
         TV_TRY(tv_dir_sync(o->dir, err));
     TV_TRY(write_file(o, CONFIG, config, n_config, err));
+    o->fresh = false;
     TV_TRY(tv_dir_remove(o->work, err));
     if (o->sync)
         TV_TRY(tv_dir_sync(o->dir, err));

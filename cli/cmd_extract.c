@@ -77,7 +77,7 @@ static error_t option_value(struct tvc *c, struct opts *o, int key,
     switch (key) {
     case KEY_RANK:
         if (!number(arg, &x) || x < 1 || x > 65536 || x != (double)(uint64_t)x)
-            return tvc_bad(c, "--rank: '%s' is no rank from 1 on", arg);
+            return tvc_bad(c, "--rank: '%s' is no number from 1 to 65536", arg);
         o->x.rank = (uint64_t)x;
         return 0;
     case KEY_EPSILON:

@@ -193,4 +193,17 @@ refused("adapter over an unfinished merge", "adapter.yml", "begun",
 run(TVMERGE, "run", "adapter.yml", "begun", "-q", "--force", code=0)
 check(files("begun") == ADAPTER, f"begun: {files('begun')}")
 
+# What fails on the way leaves nothing, and nothing of others goes.
+run(TVMERGE, "extract-lora", "--model", "base", "--base", "base", "--rank", "2",
+    "nothing", code=4)
+check(not os.path.exists("nothing"), "a failed extraction left a directory")
+os.mkdir("mine")
+run(TVMERGE, "extract-lora", "--model", "base", "--base", "base", "--rank", "2",
+    "mine", code=4)
+check(files("mine") == [], f"a failed extraction left {files('mine')}")
+os.makedirs("begun2/.tvmerge/journal")
+run(TVMERGE, "extract-lora", "--model", "base", "--base", "base", "--rank", "2",
+    "begun2", "--force", code=4)
+check(os.path.isdir("begun2/.tvmerge/journal"), "the journal of another went")
+
 finish("places")

@@ -7,7 +7,8 @@
  *   OUT/adapter_config.json   last: before it nothing loads the directory
  *
  * A killed run leaves .tvmerge; the next one begins again and gives the same
- * bytes (an adapter is small, so there is nothing worth continuing from).
+ * bytes (an adapter is small, so there is nothing worth continuing from). One
+ * that fails leaves an OUT that was missing or empty as it was.
  */
 #ifndef TV_ADAPTER_OUT_H
 #define TV_ADAPTER_OUT_H
