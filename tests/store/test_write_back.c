@@ -48,7 +48,6 @@ static void pause_ms(long ms)
 
 static int slow_commit(MDB_txn *txn)
 {
-    atomic_store(&seen.committing, true);
     for (int ms = 0; seen.wait && ms < FUSE && atomic_load(&seen.asked) == 0;
          ms++)
         pause_ms(1);
@@ -88,6 +87,7 @@ static void commit_of(struct fx *f, uint64_t bytes, int refuse, bool wait)
     lmdb.txn_commit = slow_commit;
     tv_sys_replace(&sys);
     tv_lmdb_replace(&lmdb);
+    atomic_store(&seen.committing, true);
     const enum tv_err rc = tv_batch_commit(b, &f->err);
     atomic_store(&seen.committing, false);
     tv_lmdb_replace(NULL);
