@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * gta_quick_avx2.c - the estimates of gta_quick.h, 8 elements at a time.
+ * gta_quick_avx2.c - the estimates of gta_quick.h, 8 elements at a time: those
+ * with even numbers of 16, then those with odd ones. Either are fp32 after one
+ * instruction, and their results meet without a shuffle.
  *
  * Without fused multiplication: the factor's product is rounded, which
  * TVK_QUICK_ULPS allows for. Tables have 8 places, so donors are 3 at most.
@@ -12,15 +14,17 @@
 
 #include <math.h>
 
+#define LEAST_SIZE 0x0d800001u /* bits of what is just above 2^-100 */
+
 /* What stays the same, in all lanes. */
 struct lanes {
     __m256 sign, sure;
     __m256 coef[TVK_QUICK_DONORS_AVX2];
     /* By the sum of what agrees says, -1 or 0 for donor 0, -2 or 0 for 1, ...
      */
-    __m256 low, high, floor;
-    __m256i odd, half, from_least, most;
-    __m256i bit[4]; /* of 8 elements out of 32 */
+    __m256 low, high;
+    __m256i upper, odd, half, from_least, most;
+    __m256i bit[4]; /* of 32: even ones of the first 16, odd ones, ... */
     /* Bits of the masks: at byte i / 8 & span, which is 0 for all ones. */
     const unsigned char *mask[TVK_QUICK_DONORS_AVX2];
     size_t span[TVK_QUICK_DONORS_AVX2];
@@ -32,29 +36,30 @@ static __attribute__((noinline)) void lanes_init(struct lanes *c,
                                                  const struct tvk_quick *q)
 {
     static const unsigned char ones[4] = {0xff, 0xff, 0xff, 0xff};
-    float low[8] = {0}, high[8] = {0}, floor[8] = {0};
+    float low[8] = {0}, high[8] = {0};
 
     for (size_t set = 0; set < (size_t)1 << q->p->n_donors; set++) {
         const size_t at = (8 - set) % 8;
         low[at] = q->low[set];
         high[at] = q->high[set];
-        floor[at] = set == 0 ? TVK_QUICK_NOBODY : TVK_QUICK_SOMEBODY;
     }
     c->low = _mm256_loadu_ps(low);
     c->high = _mm256_loadu_ps(high);
-    c->floor = _mm256_loadu_ps(floor);
     c->sign = _mm256_set1_ps(-0.0f);
     c->sure = _mm256_set1_ps(TVK_QUICK_SURE);
+    c->upper = _mm256_set1_epi32(-0x10000);
     c->odd = _mm256_set1_epi32(1);
     c->half = _mm256_set1_epi32(0x7fff);
-    /* Above 0 and finite, by one signed comparison. */
-    c->from_least = _mm256_set1_epi32(INT32_MAX);
-    c->most = _mm256_set1_epi32((int)(0x7f7fffffu - 0x80000000u));
+    /* Above 2^-100, also where nobody agrees, and finite, by one signed
+     * comparison: from bits of 2^-100
+     * on moved to the least integer on. */
+    c->from_least = _mm256_set1_epi32((int)(0x80000000u - LEAST_SIZE));
+    c->most = _mm256_set1_epi32((int)(0xff800000u - LEAST_SIZE));
     for (int v = 0; v < 4; v++)
         c->bit[v] = _mm256_sllv_epi32(
             _mm256_set1_epi32(1),
-            _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                             _mm256_set1_epi32(8 * v)));
+            _mm256_add_epi32(_mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14),
+                             _mm256_set1_epi32(v / 2 * 16 + v % 2)));
     for (size_t j = 0; j < q->p->n_donors; j++) {
         const int has_mask = q->masks != NULL && q->masks[j] != NULL;
         c->coef[j] = _mm256_set1_ps(q->coef[j]);
@@ -63,10 +68,16 @@ static __attribute__((noinline)) void lanes_init(struct lanes *c,
     }
 }
 
-TVK_INLINE __m256 wide8(const void *p)
+TVK_INLINE __m256i load16_half(const unsigned char *p)
 {
-    const __m128i h = _mm_loadu_si128((const __m128i *)p);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+
+/* The even or odd ones of 16 bf16 as fp32. */
+TVK_INLINE __m256 wide8(const struct lanes *c, __m256i h, int odd)
+{
+    return _mm256_castsi256_ps(odd ? _mm256_and_si256(h, c->upper)
+                                   : _mm256_slli_epi32(h, 16));
 }
 
 /* The upper halves are the bf16 that v rounds to; v is no NaN. */
@@ -84,19 +95,20 @@ TVK_INLINE __m256 agrees(__m256 d, __m256 turn)
                          _CMP_GT_OQ);
 }
 
-/* Elements i .. i+7, where kept[j] has the bits of the 32 that they are among
- * the v-th 8 of. Returns results in upper halves; *sure has those that are. */
-TVK_INLINE __m256i merge8(const struct lanes *c, const struct tvk_quick *q,
-                          const __m256i *kept, size_t i, size_t v,
+/* 8 of the 16 elements of h, where kept[j] has the mask's bits of 32 and v says
+ * which of them these are. Returns results in upper halves; *sure has signs for
+ * those that are. */
+TVK_INLINE __m256i merge8(const struct lanes *c, __m256i h_b,
+                          const __m256i *h_x, const __m256i *kept, size_t v,
                           size_t n_donors, int masked, __m256i *sure)
 {
-    const __m256 b = wide8(q->b + 2 * i);
+    const __m256 b = wide8(c, h_b, v & 1);
     __m256 d[TVK_QUICK_DONORS_AVX2], part[TVK_QUICK_DONORS_AVX2];
     __m256 sum = _mm256_setzero_ps();
     __m256 largest = _mm256_setzero_ps();
 
     for (size_t j = 0; j < n_donors; j++) {
-        d[j] = _mm256_sub_ps(wide8(q->x[j] + 2 * i), b);
+        d[j] = _mm256_sub_ps(wide8(c, h_x[j], v & 1), b);
         if (masked)
             d[j] = _mm256_and_ps(
                 d[j], _mm256_castsi256_ps(_mm256_cmpeq_epi32(
@@ -128,16 +140,22 @@ TVK_INLINE __m256i merge8(const struct lanes *c, const struct tvk_quick *q,
         b, _mm256_mul_ps(m, _mm256_permutevar8x32_ps(c->low, who)));
     const __m256 high = _mm256_add_ps(
         b, _mm256_mul_ps(m, _mm256_permutevar8x32_ps(c->high, who)));
-    const __m256 size = _mm256_add_ps(_mm256_mul_ps(low, high),
-                                      _mm256_permutevar8x32_ps(c->floor, who));
-    const __m256i normal = _mm256_cmpgt_epi32(
-        c->most, _mm256_add_epi32(_mm256_castps_si256(size), c->from_least));
+    const __m256i size = _mm256_castps_si256(_mm256_mul_ps(low, high));
+    const __m256i normal =
+        _mm256_cmpgt_epi32(c->most, _mm256_add_epi32(size, c->from_least));
     const __m256i r = round8(c, high);
-    const __m256i same =
-        _mm256_srai_epi32(_mm256_cmpeq_epi16(round8(c, low), r), 16);
-    *sure = _mm256_and_si256(_mm256_and_si256(_mm256_castps_si256(voted), same),
-                             normal);
+    *sure =
+        _mm256_and_si256(_mm256_and_si256(_mm256_castps_si256(voted), normal),
+                         _mm256_cmpeq_epi16(round8(c, low), r));
     return r;
+}
+
+/* 8 bits to every other of 16. */
+static unsigned apart(unsigned bits)
+{
+    bits = (bits | bits << 4) & 0x0f0fu;
+    bits = (bits | bits << 2) & 0x3333u;
+    return (bits | bits << 1) & 0x5555u;
 }
 
 /* Elements i .. i+15, the first or the second (v is 2) of 32. */
@@ -145,17 +163,19 @@ TVK_INLINE void merge16(struct tvk_quick *whole, const struct lanes *c,
                         const struct tvk_quick *q, const __m256i *kept,
                         size_t i, size_t v, size_t n_donors, int masked)
 {
-    __m256i sure[2];
-    const __m256i r0 = merge8(c, q, kept, i, v, n_donors, masked, &sure[0]);
-    const __m256i r1 =
-        merge8(c, q, kept, i + 8, v + 1, n_donors, masked, &sure[1]);
-    const __m256i h = _mm256_packus_epi32(_mm256_srli_epi32(r0, 16),
-                                          _mm256_srli_epi32(r1, 16));
-    _mm256_storeu_si256((__m256i *)(void *)(q->dst + 2 * i),
-                        _mm256_permute4x64_epi64(h, 0xd8));
-    if (__builtin_expect(bits8(_mm256_and_si256(sure[0], sure[1])) != 0xff, 0))
-        tvk_quick_doubt(whole, (bits8(sure[0]) | bits8(sure[1]) << 8) ^ 0xffffu,
-                        i);
+    const __m256i h_b = load16_half(q->b + 2 * i);
+    __m256i h_x[TVK_QUICK_DONORS_AVX2], even, odd;
+
+    for (size_t j = 0; j < n_donors; j++)
+        h_x[j] = load16_half(q->x[j] + 2 * i);
+    const __m256i r0 = merge8(c, h_b, h_x, kept, v, n_donors, masked, &even);
+    const __m256i r1 = merge8(c, h_b, h_x, kept, v + 1, n_donors, masked, &odd);
+    _mm256_storeu_si256(
+        (__m256i *)(void *)(q->dst + 2 * i),
+        _mm256_blend_epi16(_mm256_srli_epi32(r0, 16), r1, 0xaa));
+    if (__builtin_expect(bits8(_mm256_and_si256(even, odd)) != 0xff, 0))
+        tvk_quick_doubt(
+            whole, (apart(bits8(even)) | apart(bits8(odd)) << 1) ^ 0xffffu, i);
 }
 
 TVK_INLINE size_t merge_all(struct tvk_quick *q, const struct lanes *c,
