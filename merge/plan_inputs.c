@@ -355,6 +355,25 @@ static void hint_stage(const struct planner *pl, const char *ref,
     }
 }
 
+/* A path as seen from the recipe, which is somewhere else. */
+static void hint_beside(const struct planner *pl, const char *ref,
+                        struct tv_error *e)
+{
+    const char *const slash = strrchr(pl->r->path, '/');
+    char *path = NULL;
+
+    if (slash == NULL || ref[0] == '/')
+        return;
+    path = tv_asprintf("%.*s%.*s", (int)(slash + 1 - pl->r->path), pl->r->path,
+                       (int)strcspn(ref, "+@"), ref);
+    if (path != NULL && tv_path_exists(path))
+        tv_error_hint(e,
+                      "paths are relative to the current directory, not to the "
+                      "recipe: '%s' is there",
+                      path);
+    tv_free(path);
+}
+
 /* The reference with the place in the place of the name; a result has no
  * revisions. NULL: out of memory. */
 static const char *stage_text(struct planner *pl,
@@ -464,6 +483,8 @@ static enum tv_err open_ref(struct planner *pl,
     rc = tv_ref_resolve(text, &e, &parsed);
     if (rc == TV_E_INPUT && stage == NULL)
         hint_stage(pl, text, &e);
+    if (rc == TV_E_INPUT && stage == NULL)
+        hint_beside(pl, text, &e);
     if (rc == TV_E_INPUT && where == &pl->r->vocab.model) {
         static const char *const sources[] = {"union", "base"};
         const char *const like = tv_suggest(text, sources, 2);

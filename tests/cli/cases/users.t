@@ -79,3 +79,7 @@ $ printf 'merge_method: linear\nmodels:\n- {model: base, parameters: {weight: [{
 $ (cat recipe.yml && echo 'tokenizer_source: unoin') > unoin.yml && tvmerge plan unoin.yml
 2> unoin.yml:5:19: error: model 'unoin' not found: <*> (did you mean 'union'?)
 => 4
+# A recipe elsewhere; its paths are those of the current directory.
+$ mkdir sub && ln -s $DATA/ft-prose sub/prose && sed 's/ft-code/prose/' recipe.yml > sub/r.yml && tvmerge plan sub/r.yml
+2> sub/r.yml:3:11: error: model 'prose' not found: <*> (paths are relative to the current directory, not to the recipe: 'sub/prose' is there)
+=> 4
