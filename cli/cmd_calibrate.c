@@ -394,13 +394,16 @@ static enum tv_err calibrate(struct job *j)
                                                 .keep = TVE_KEEP_ALL,
                                                 .about = about};
     const double begin = tvc_seconds();
+    bool exists = false;
 
     if (!about) {
         rc = tv_error_set(&c->err, TV_E_NOMEM, "out of memory");
         goto out;
     }
-    if (j->o->out)
+    if (j->o->out) {
+        TV_TRY(tv_out_dir_check(j->o->out, &c->err, &exists));
         TV_TRY(tv_dir_make(j->o->out, &c->err));
+    }
     TV_TRY(tve_calibration_open(j->model, &j->samples, &opt, &c->err,
                                 &j->calibration));
     bar = tvc_progress_begin(&c->out, "calibrate", "tokens");

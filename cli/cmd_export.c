@@ -70,9 +70,18 @@ static enum tv_err add_part(struct tvc *c, tv_read *read, const char *part,
     star = strrchr(name, '*');
     if (star)
         *star = '\0';
-    if (strncmp(name, "store:", 6) != 0 &&
-        tv_object_find(read, name, false, NULL, &o) == TV_OK)
-        tv_buf_str(out, "store:");
+    if (strncmp(name, "store:", 6) != 0) {
+        rc = tv_object_find(read, name, false, &c->err, &o);
+        if (rc == TV_OK) {
+            tv_buf_str(out, "store:");
+        } else if (rc == TV_E_NOTFOUND && !strchr(name, '/') &&
+                   !strchr(name, '@') && !tv_path_exists(name)) {
+            tv_free(name);
+            return rc;
+        }
+        rc = TV_OK;
+        tv_error_clear(&c->err);
+    }
     tv_object_free(o);
     for (size_t i = 0; i < n; i++) {
         tv_buf_add(out, &part[i], 1);

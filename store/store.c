@@ -752,7 +752,12 @@ enum tv_err tv_store_create(const char *path, uint64_t quota_bytes,
     TV_TRY(tv_dir_make(path, err));
     TV_TRY(dir_is_ours(path, &ours, &has_data, err));
     if (!ours) {
-        rc = tv_error_set(err, TV_E_EXISTS, "directory %s is not empty", path);
+        rc = has_data
+                 ? tv_error_set(err, TV_E_EXISTS,
+                                "%s is a store already, and holds other files",
+                                path)
+                 : tv_error_set(err, TV_E_EXISTS, "directory %s is not empty",
+                                path);
         goto out;
     }
     TV_TRY(store_new(path, NULL, err, &s));

@@ -83,3 +83,16 @@ $ (cat recipe.yml && echo 'tokenizer_source: unoin') > unoin.yml && tvmerge plan
 $ mkdir sub && ln -s $DATA/ft-prose sub/prose && sed 's/ft-code/prose/' recipe.yml > sub/r.yml && tvmerge plan sub/r.yml
 2> sub/r.yml:3:11: error: model 'prose' not found: <*> (paths are relative to the current directory, not to the recipe: 'sub/prose' is there)
 => 4
+# Arrays do not go into a store; adapters of an export are objects or paths.
+$ tveval calibrate base --text text/code.calib.txt --samples 2 --store s -o s -q
+2> tveval: error: s is a store
+2> ...
+=> 4
+$ ls s | grep -c npy
+0
+=> 1
+$ tvstore import s lora lora -q && tvstore export s base+loar out9
+2> tvstore: error: store s has no object 'loar'
+2>   hint: did you mean 'lora'?
+=> 10
+$ tvstore export s base+./lora out9 -q && tvstore export s base+lora out10 -q && cmp out9/model.safetensors out10/model.safetensors
