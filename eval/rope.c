@@ -101,10 +101,10 @@ static enum tv_err load_scaling(const json_t *config, const json_t *p,
                             &r->long_factors, err));
         TV_TRY(load_factors(json_object_get(p, "short_factor"),
                             tve_rope_half(r), &r->short_factors, err));
-        if (r->original > 0)
-            r->factor = r->max_positions / r->original;
-        else
+        if (!(r->original > 0))
             r->original = r->max_positions;
+        if (!(r->factor > 0))
+            r->factor = r->original > 0 ? r->max_positions / r->original : 1;
         if (!(r->factor > 0))
             r->factor = 1;
         r->scale = given;

@@ -24,10 +24,11 @@
 #include "tv/sys.h"
 
 static const char *const families[] = {
-    "llama",   "llama-linear", "llama-dynamic", "llama3", "llama-yarn",
-    "mistral", "qwen2",        "qwen3",         "gemma",  "gemma2",
-    "gemma3",  "phi3",         "phi3-long",     "gpt2",   "gpt_neox-serial",
-    "bloom-6", "opt",          "opt-post",
+    "llama",      "llama-linear", "llama-dynamic", "llama3",
+    "llama-yarn", "llama-long",   "mistral",       "qwen2",
+    "qwen3",      "gemma",        "gemma2",        "gemma3",
+    "phi3",       "phi3-long",    "gpt2",          "gpt_neox-serial",
+    "bloom-6",    "opt",          "opt-post",
 };
 #define N_FAMILIES (sizeof(families) / sizeof(families[0]))
 

@@ -24,17 +24,31 @@ import transformers as tf
 
 from make_families import spell4
 
+tf.logging.set_verbosity_error()
+tf.logging.disable_progress_bar()
+
 
 def rope(r, dim):
-    kind = r.choice(["default", "linear", "dynamic", "llama3", "yarn"])
+    kind = r.choice(["default", "linear", "dynamic", "llama3", "yarn",
+                     "longrope"])
     p = {"rope_type": kind, "rope_theta": r.choice([10000.0, 500000.0, 1e6])}
     if kind != "default":
         p["factor"] = r.choice([1.5, 4.0, 8.0])
     if kind == "llama3":
         p.update(low_freq_factor=1.0, high_freq_factor=4.0,
                  original_max_position_embeddings=16)
-    if kind == "yarn":
+    if kind == "longrope":
         p["original_max_position_embeddings"] = 16
+        for name in ("short_factor", "long_factor"):
+            p[name] = [r.uniform(1, 6) for _ in range(dim // 2)]
+        if r.random() < 0.3:
+            p["attention_factor"] = 1.3
+    if kind == "yarn":
+        p["original_max_position_embeddings"] = r.choice([16, 12])
+        if r.random() < 0.3:
+            p["truncate"] = False
+        if r.random() < 0.3:
+            p.update(mscale=1.0, mscale_all_dim=r.choice([0.5, 1.0]))
         if r.random() < 0.5:
             p.update(beta_fast=16.0, beta_slow=2.0)
         if r.random() < 0.3:
@@ -49,7 +63,7 @@ def common(r, head=None):
     return dict(vocab_size=r.choice([61, 97, 130]), hidden_size=heads * dim,
                 num_hidden_layers=r.choice([1, 2, 4]), num_attention_heads=heads,
                 num_key_value_heads=kv, intermediate_size=r.choice([20, 36, 70]),
-                max_position_embeddings=r.choice([48, 64]), bos_token_id=1,
+                max_position_embeddings=r.choice([16, 48, 64]), bos_token_id=1,
                 eos_token_id=2, pad_token_id=0,
                 tie_word_embeddings=r.random() < 0.5)
 
@@ -57,33 +71,44 @@ def common(r, head=None):
 def llama(r):
     c = common(r)
     dim = c["hidden_size"] // c["num_attention_heads"]
+    if r.random() < 0.4:
+        dim = c["head_dim"] = r.choice([6, 10, 24])
     c.update(rope_parameters=rope(r, dim), attention_bias=r.random() < 0.4,
              mlp_bias=r.random() < 0.3, rms_norm_eps=r.choice([1e-5, 1e-6]),
              hidden_act=r.choice(["silu", "silu", "gelu", "relu",
                                   "gelu_pytorch_tanh"]))
-    if r.random() < 0.4:
-        c["head_dim"] = r.choice([6, 10, 24])
     return "LlamaConfig", c
 
 
 def mistral(r):
     c = common(r)
     c.update(sliding_window=r.choice([None, 5, 16, 100]),
-             rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+             rope_parameters=rope(r, c["hidden_size"] //
+                                  c["num_attention_heads"]))
     return "MistralConfig", c
 
 
 def qwen2(r):
     c = common(r)
-    use = r.random() < 0.5
+    use = r.random() < 0.6
     c.update(use_sliding_window=use, sliding_window=r.choice([4, 9]),
-             max_window_layers=r.choice([0, 1, 3]))
+             max_window_layers=r.choice([0, 1, 3]),
+             rope_parameters=rope(r, c["hidden_size"] //
+                                  c["num_attention_heads"]))
+    if use and r.random() < 0.5:
+        c["layer_types"] = [r.choice(["sliding_attention", "full_attention"])
+                            for _ in range(c["num_hidden_layers"])]
     return "Qwen2Config", c
 
 
 def qwen3(r):
     c = common(r)
-    c.update(head_dim=r.choice([8, 14]), attention_bias=r.random() < 0.3)
+    dim = r.choice([8, 14])
+    c.update(head_dim=dim, attention_bias=r.random() < 0.3,
+             rope_parameters=rope(r, dim))
+    if r.random() < 0.3:
+        c.update(use_sliding_window=True, sliding_window=r.choice([4, 9]),
+                 max_window_layers=r.choice([0, 1, 3]))
     return "Qwen3Config", c
 
 
@@ -98,16 +123,26 @@ def gemma2(r):
     c.update(head_dim=r.choice([8, 12]), sliding_window=r.choice([4, 12]),
              query_pre_attn_scalar=r.choice([8, 24]), tie_word_embeddings=True,
              attn_logit_softcapping=r.choice([None, 5.0, 50.0]),
-             final_logit_softcapping=r.choice([None, 4.0, 30.0]))
+             final_logit_softcapping=r.choice([None, 4.0, 30.0]),
+             hidden_activation=r.choice(["gelu_pytorch_tanh", "gelu", "silu"]))
     return "Gemma2Config", c
 
 
 def gemma3(r):
     c = common(r)
-    c.update(head_dim=r.choice([8, 12]), sliding_window=r.choice([4, 12]),
+    dim = r.choice([8, 12])
+    full = rope(r, dim)
+    full.pop("truncate", None)  # transformers looks for it one level above
+    c.update(head_dim=dim, sliding_window=r.choice([4, 12]),
              query_pre_attn_scalar=r.choice([8, 24]), tie_word_embeddings=True,
              num_hidden_layers=4,
-             layer_types=["sliding_attention", "full_attention"] * 2)
+             layer_types=[r.choice(["sliding_attention", "full_attention"])
+                          for _ in range(4)],
+             final_logit_softcapping=r.choice([None, 5.0]),
+             rope_parameters={
+                 "full_attention": full,
+                 "sliding_attention": {"rope_type": "default",
+                                       "rope_theta": r.choice([1e4, 5e4])}})
     return "Gemma3TextConfig", c
 
 
@@ -117,6 +152,16 @@ def phi3(r):
              rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
                               "partial_rotary_factor":
                               r.choice([1.0, 0.5])})
+    if r.random() < 0.4:
+        half = c["hidden_size"] // c["num_attention_heads"] // 2
+        c.update(original_max_position_embeddings=16,
+                 max_position_embeddings=64,
+                 rope_parameters={
+                     "rope_type": "longrope", "rope_theta": 10000.0,
+                     "partial_rotary_factor": 1.0,
+                     "original_max_position_embeddings": 16,
+                     **{k: [r.uniform(1, 6) for _ in range(half)]
+                        for k in ("short_factor", "long_factor")}})
     return "Phi3Config", c
 
 
@@ -171,7 +216,7 @@ FAMILIES = [llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, phi3, gpt2,
             gpt_neox, bloom, opt]
 
 
-def make(kind, settings, dtype, out, seed):
+def make(r, kind, settings, dtype, out, seed):
     torch.manual_seed(seed)
     config = getattr(tf, kind)(**settings)
     model = tf.AutoModelForCausalLM.from_config(config,
@@ -185,7 +230,9 @@ def make(kind, settings, dtype, out, seed):
     model.to(dtype).save_pretrained(out)
     model = tf.AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = torch.randint(0, config.vocab_size, (2, 40))
+    most = getattr(config, "max_position_embeddings", 64)
+    n = min(most, r.choice([1, 8, 17, 40, 64]))
+    ids = torch.randint(0, config.vocab_size, (r.choice([1, 2, 5]), n))
     with torch.no_grad():
         return ids.numpy().astype(np.int64), model(ids).logits.float().numpy()
 
@@ -224,9 +271,9 @@ def main():
             r = random.Random(f"{seed} {family.__name__} {i}")
             kind, settings = family(r)
             dtype = r.choice([torch.bfloat16, torch.float16, torch.float32])
-            four = r.random() < 0.5
+            four = r.random() < 0.5 and "layer_types" not in settings
             with tempfile.TemporaryDirectory() as out:
-                ids, want = make(kind, settings, dtype, out, i)
+                ids, want = make(r, kind, settings, dtype, out, i)
                 path = os.path.join(out, "config.json")
                 if four:
                     with open(path, encoding="utf-8") as f:

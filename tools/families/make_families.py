@@ -42,6 +42,9 @@ CASES = {
         original_max_position_embeddings=12))),
     "llama-yarn": ("LlamaConfig", dict(head_dim=12, rope_parameters=rope(
         "yarn", factor=4.0, original_max_position_embeddings=12))),
+    "llama-long": ("LlamaConfig", dict(rope_parameters=rope(
+        "longrope", factor=1.5, short_factor=[1.0, 1.1, 1.3],
+        long_factor=[1.0, 1.9, 3.7], original_max_position_embeddings=16))),
     "mistral": ("MistralConfig", dict(sliding_window=7)),
     "qwen2": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=5,
                                   max_window_layers=1, tie_word_embeddings=True)),
@@ -93,7 +96,9 @@ def spell4(config):
         c["rotary_pct"] = r.pop("partial_rotary_factor")
     else:
         c["rope_theta"] = theta
-    r.pop("partial_rotary_factor", None)
+    part = r.pop("partial_rotary_factor", None)
+    if part is not None:
+        c["partial_rotary_factor"] = part
     c["rope_scaling"] = r if r["rope_type"] != "default" else None
     c.pop("layer_types", None)
     return c
