@@ -314,6 +314,10 @@ struct beyond { /* layers that the device has no memory for */
     size_t n;
     uint64_t most; /* what the largest of them needs */
     const char *name;
+    /* and those that come in parts */
+    size_t n_parts;
+    uint64_t most_whole;
+    const char *name_whole;
 };
 
 /* What a device must have for this tensor's statistics. */
@@ -333,7 +337,14 @@ static void check_device(struct planner *pl, const struct tvm_tensor *t,
         return;
     }
     const uint64_t needed = tvk_cuda_layer_least(cuda, rows, cols);
-    if (needed <= tvk_cuda_about(cuda)->budget_bytes)
+    const uint64_t whole = tvk_cuda_layer_bytes(cuda, rows, cols);
+    const uint64_t there = tvk_cuda_about(cuda)->budget_bytes;
+    if (whole > there && needed <= there) {
+        b->n_parts++;
+        b->name_whole = whole > b->most_whole ? t->name : b->name_whole;
+        b->most_whole = whole > b->most_whole ? whole : b->most_whole;
+    }
+    if (needed <= there)
         return;
     b->n++;
     if (needed > b->most) {
@@ -346,9 +357,18 @@ static void report_beyond(struct planner *pl, const struct beyond *b)
 {
     const struct tvk_cuda_info *about = NULL;
 
-    if (b->n == 0)
+    if (b->n == 0 && b->n_parts == 0)
         return;
     about = tvk_cuda_about(pl->plan->options.cuda);
+    if (b->n_parts > 0)
+        plan_note(pl, "layers in parts", 1, b->name_whole,
+                  "%zu layers come to the device in parts, which is slower: "
+                  "the largest takes %llu bytes of device memory as a whole, "
+                  "%llu are there (--device-memory)",
+                  b->n_parts, (unsigned long long)b->most_whole,
+                  (unsigned long long)about->budget_bytes);
+    if (b->n == 0)
+        return;
     plan_report(pl, "layers beyond the device", 1, true, TV_E_BUDGET, b->name,
                 "the layer needs %llu bytes of device memory, %llu are there "
                 "(--device-memory); %zu layers in all do not fit%s",

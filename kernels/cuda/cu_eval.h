@@ -472,9 +472,14 @@ TVK_HD void tvk_cu_losses2(const struct tvk_cu_place *at, const double *shared,
 
 /* ---- statistics ---------------------------------------------------------- */
 
-struct tvk_cu_squares { /* a thread has a channel */
-    double *sums;       /* [n] */
-    const float *x;     /* [rows, ld] */
+/* A thread has a channel, and adds row by row. Rows are asked for SQUARES_AHEAD
+ * at a time, so that it does not wait for each. */
+#define TVK_CU_SQUARES       32u /* threads of a block: for many blocks */
+#define TVK_CU_SQUARES_AHEAD 16u
+
+struct tvk_cu_squares {
+    double *sums;   /* [n] */
+    const float *x; /* [rows, ld] */
     uint64_t rows, n, ld;
 };
 
@@ -483,7 +488,15 @@ TVK_HD void tvk_cu_squares_body(const struct tvk_cu_place *at,
 {
     for (uint64_t i = tvk_cu_first(at); i < a->n; i += tvk_cu_step(at)) {
         double sum = a->sums[i];
-        for (uint64_t r = 0; r < a->rows; r++) {
+        uint64_t r = 0;
+        for (; a->rows - r >= TVK_CU_SQUARES_AHEAD; r += TVK_CU_SQUARES_AHEAD) {
+            float v[TVK_CU_SQUARES_AHEAD];
+            for (uint32_t k = 0; k < TVK_CU_SQUARES_AHEAD; k++)
+                v[k] = a->x[(r + k) * a->ld + i];
+            for (uint32_t k = 0; k < TVK_CU_SQUARES_AHEAD; k++)
+                sum = sum + (double)v[k] * (double)v[k];
+        }
+        for (; r < a->rows; r++) {
             const double v = (double)a->x[r * a->ld + i];
             sum = sum + v * v;
         }

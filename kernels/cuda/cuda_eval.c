@@ -332,8 +332,8 @@ enum tv_err tvk_cuda_add_squares(tvk_cuda_math *m, tvk_cuda_ptr sums,
         return TV_OK;
     return tvk_cuda_launch(
         m->stream, "tv_squares",
-        blocks_for((n + TVK_CU_ROW_LANES - 1) / TVK_CU_ROW_LANES), 1,
-        TVK_CU_ROW_LANES, 0, &k, err);
+        blocks_for((n + TVK_CU_SQUARES - 1) / TVK_CU_SQUARES), 1,
+        TVK_CU_SQUARES, 0, &k, err);
 }
 
 /* ---- losses -------------------------------------------------------------- */

@@ -265,9 +265,9 @@ static uint64_t least_bytes(const tvk_cuda *d, size_t rows, size_t cols,
     return least + tvk_cuda_workspace(d);
 }
 
-uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols)
+uint64_t tvk_cuda_layer_bytes(const tvk_cuda *d, size_t rows, size_t cols)
 {
-    return layer_bytes(rows, cols, false, 0);
+    return layer_bytes(rows, cols, false, 0) + tvk_cuda_workspace(d);
 }
 
 /* By a budget, which stays what it is, not by what is left of it. */

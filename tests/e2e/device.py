@@ -122,6 +122,10 @@ def least_memory(where):
     merge(r, more, "--device", "cuda", "-j", "1", code=1, **lost)
     p = merge(r, more, "--device", "cuda", *less, code=5)
     check("began with more" in p.stderr, p.stderr)
+    p = run(TVMERGE, "plan", r, "--device", "cuda", "--device-memory", "11M",
+            env=DEVICE)
+    check("layers come to the device in parts" in p.stdout + p.stderr,
+          f"plan says that layers come in parts: {p.stdout}{p.stderr}")
     merge(r, more, "--device", "cuda", "--device-memory", "40M")
     same(more, f"{where}/cg.gpu", "begun with all memory, ended with less")
     shutil.rmtree(more)

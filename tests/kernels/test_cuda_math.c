@@ -563,8 +563,9 @@ static void test_obs_tiles(void **state)
 {
     enum { ROWS = 3600, COLS = 1060, N = ROWS * COLS };
     const struct tvk_obs half = {.density = 0.5};
-    const uint64_t handle = (4u << 20) + 256, solver = 16u << 20;
-    const uint64_t all = tvk_cuda_layer_bytes(ROWS, COLS) + handle;
+    const uint64_t solver = 16u << 20;
+    tvk_cuda *const asked = device_open(64u << 20, 0);
+    const uint64_t all = tvk_cuda_layer_bytes(asked, ROWS, COLS);
     const uint64_t saved = (N - ROWS * 512 - 2 * 512 * COLS) * sizeof(float);
     struct layer_case c;
     float *const want = zeroed(N, sizeof *want);
@@ -572,6 +573,7 @@ static void test_obs_tiles(void **state)
     const size_t bytes = N * sizeof *want;
 
     (void)state;
+    device_close(asked);
     few_inputs(&c, ROWS, COLS);
     obs_with(device_of(all, all), &c, false, 0, &half, want);
     obs_with(device_of(all, all - 1), &c, false, 2, &half, got);
@@ -614,8 +616,8 @@ static void test_panels(void **state)
     few_inputs(&c, ROWS, COLS);
     tvk_cuda *d = device_of(64u << 20, 40u << 20);
     const uint64_t least = tvk_cuda_layer_least(d, ROWS, COLS);
+    assert_true(least < tvk_cuda_layer_bytes(d, ROWS, COLS));
     tvk_cuda_close(d);
-    assert_true(least < tvk_cuda_layer_bytes(ROWS, COLS));
     d = device_of(64u << 20, least - 1);
     assert_int_equal(tvk_cuda_layer_least(d, ROWS, COLS), least);
     assert_int_equal(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), TV_E_BUDGET);
@@ -667,7 +669,9 @@ static void test_layer_memory(void **state)
     (void)state;
     case_open(&c, 40, 300, false);
     (void)math_of(d);
-    const size_t needed = (size_t)tvk_cuda_layer_bytes(40, 300);
+    const size_t handle =
+        (size_t)(tvk_cuda_about(d)->budget_bytes - tvk_cuda_left(d));
+    const size_t needed = (size_t)tvk_cuda_layer_bytes(d, 40, 300) - handle;
     const size_t taken = (size_t)tvk_cuda_left(d) - needed;
     assert_ok(tvk_cuda_alloc(d, taken, "others", &err, &rest), &err);
     l = layer_open(d, &c);

@@ -96,8 +96,9 @@ typedef struct tvk_cuda_layer tvk_cuda_layer;
 /* Rows that tvk_cuda_layer_refine and _product take at a time. */
 #define TVK_CUDA_CG_ROWS 512u
 
-/* Device memory that a layer needs, all in all, when all of it is there. */
-uint64_t tvk_cuda_layer_bytes(size_t rows, size_t cols);
+/* The budget with which all of a layer is there, beside what the handle takes.
+ */
+uint64_t tvk_cuda_layer_bytes(const tvk_cuda *d, size_t rows, size_t cols);
 /* Is the factor of such a layer made on the device? Where the budget (or
  * factor_bytes of its options) does not suffice for that (12 cols^2 bytes and
  * some), the host makes it and H and U come in panels of 2,048 rows: less
