@@ -9,6 +9,8 @@
  * A killed run leaves .tvmerge; the next one begins again and gives the same
  * bytes (an adapter is small, so there is nothing worth continuing from). One
  * that fails leaves an OUT that was missing or empty as it was.
+ *
+ * Thread rule: a tva_out is used by one thread at a time.
  */
 #ifndef TV_ADAPTER_OUT_H
 #define TV_ADAPTER_OUT_H

@@ -9,10 +9,10 @@
  * core type, version of the computation. Whatever finds an item reads the bytes
  * that computing it again would give; a store only saves work.
  *
- *   tve_samples_text | _ids | _random      windows of a task's own text
- *   tve_calibration_open                   model + windows + kind -> key,
- * inputs tve_calibration_run                    each wanted input: read or
- * computed
+ *   tve_samples_text | _ids | _random
+ *                           windows of a task's own text
+ *   tve_calibration_open    model + windows + kind -> key, inputs
+ *   tve_calibration_run     each wanted input: read or computed
  *
  * Thread rule: each handle is used by one thread at a time.
  */

@@ -123,7 +123,7 @@ uint64_t tve_model_least(const tve_model *m, enum tve_pass pass, size_t n,
 /* When a forward pass needs a tensor of the input: 0, to embed; 1 + l, in block
  * l; SIZE_MAX: behind the last block, or never. */
 size_t tve_model_stage(const tve_model *m, const char *tensor);
-size_t tve_model_vocab(const tve_model *m);
+size_t tve_model_vocab(const tve_model *m); /* ids that it takes: below it */
 /* Most positions that the model was made for; 0 when it does not say. */
 size_t tve_model_positions(const tve_model *m);
 /* Can it run over so many? Beyond its positions where these stretch. */

@@ -42,6 +42,7 @@ struct tvk_obs {
                                * row; group divides TVK_OBS_BLOCK; 0: none */
 };
 
+/* Is OpenBLAS there? The rest is built with it only. */
 int tvk_layer_built(void);
 
 /* Adds amount = damping * mean of the diagonal over live columns to the

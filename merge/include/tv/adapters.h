@@ -14,6 +14,8 @@
  *          `rank` is not given
  * and with `--compat peft` one of PEFT's combination types (tv_peft_types).
  * The result has scaling 1 (lora_alpha = r) in every module.
+ *
+ * Thread rule: a plan is used by one thread at a time.
  */
 #ifndef TV_ADAPTERS_H
 #define TV_ADAPTERS_H
@@ -41,19 +43,26 @@ struct tvm_adapters_tensor {
 TV_NODISCARD enum tv_err tvm_adapters_wanted(const char *path,
                                              const struct tvm_options *o,
                                              bool *yes, struct tv_error *err);
-/* All problems are listed; *out may be set beside them. */
+/* Opens the adapters. All problems are listed; *out, owned
+ * (tvm_adapters_free), may be set beside them, and can be run without errors
+ * only. peft: merge_method is one of PEFT's combination types. */
 TV_NODISCARD enum tv_err
 tvm_adapters_plan(const char *path, const struct tvm_options *o, bool peft,
                   struct tvm_problems *problems, struct tv_error *err,
                   struct tvm_adapters **out);
 void tvm_adapters_info(const struct tvm_adapters *a,
                        struct tvm_adapters_info *out);
+/* Tensor i of the output; its name is borrowed until the next call for one of
+ * the same side (A: even, B: odd). */
 void tvm_adapters_tensor(const struct tvm_adapters *a, size_t i,
                          struct tvm_adapters_tensor *out);
 /* What tvm_adapters_run would refuse about OUT (EXISTS, CHANGED, INPUT,
  * LOCKED); without an OUT nothing. */
 TV_NODISCARD enum tv_err tvm_adapters_check(const struct tvm_adapters *a,
                                             struct tv_error *err);
+/* Writes the adapter into options.out_dir, or finds it there
+ * (already_done). Errors of tvm_adapters_check; INTERRUPTED, NONFINITE, CORRUPT
+ * when an input changed meanwhile. What is half done is made again. */
 TV_NODISCARD enum tv_err tvm_adapters_run(struct tvm_adapters *a,
                                           const struct tvm_run_hooks *hooks,
                                           struct tvm_result *result,
@@ -70,6 +79,7 @@ struct tvm_adapter_method { /* static */
 };
 size_t tvm_adapter_method_count(void);
 const struct tvm_adapter_method *tvm_adapter_method_at(size_t i);
+/* NULL: unknown. */
 const struct tvm_adapter_method *tvm_adapter_method_find(const char *name);
 
 /* ---- extraction ----------------------------------------------------------

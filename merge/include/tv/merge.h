@@ -9,7 +9,10 @@
  *   run     tiles over worker threads, journalled, resumable
  *
  * The bytes of a merge are a function of inputs, recipe and seed alone.
- * Ownership: a plan owns its inputs and recipe copy and must outlive a run.
+ * Ownership: a plan owns its inputs and must outlive a run; it borrows the
+ * recipe and what its options point at.
+ * Thread rule: each handle is used by one thread at a time; a run has threads
+ * of its own, and only `cancel` may be written from outside meanwhile.
  */
 #ifndef TV_MERGE_H
 #define TV_MERGE_H
@@ -48,7 +51,8 @@ struct tvm_problems {
     size_t n, cap, n_errors;
 };
 void tvm_problems_init(struct tvm_problems *p);
-void tvm_problems_free(struct tvm_problems *p);
+void tvm_problems_free(struct tvm_problems *p); /* ready for another use */
+/* Adds one, its texts copied; without memory it is only counted. */
 void tvm_problem_add(struct tvm_problems *p, bool is_error, enum tv_err code,
                      const char *where, const char *fmt, ...) TV_PRINTF(5, 6);
 /* A warning that only a plan shows, not every run. */
@@ -186,6 +190,7 @@ struct tvm_stage_ref {
     const char *name, *dir;
     struct tv_hash plan_hash;
 };
+/* The defaults of `tvmerge run` without options. */
 void tvm_options_init(struct tvm_options *o);
 
 struct tvm_gather;
@@ -317,7 +322,7 @@ TV_NODISCARD enum tv_err tvm_plan_make(const tvm_recipe *r,
                                        struct tvm_problems *problems,
                                        struct tv_error *err,
                                        struct tvm_plan **out);
-void tvm_plan_free(struct tvm_plan *p);
+void tvm_plan_free(struct tvm_plan *p); /* NULL allowed */
 /* What the plan's method was told to be for a shared parameter that takes
  * names, static; NULL when it has none of that name. */
 const char *tvm_plan_choice(const struct tvm_plan *p, const char *name);
@@ -439,6 +444,8 @@ struct tvm_status {
     double most_damping;
     bool random; /* some were made with random tokens */
 };
+/* How far the merge into a directory is, by its journal or its record; ABSENT
+ * when there is neither. Changes and locks nothing. CORRUPT names the file. */
 TV_NODISCARD enum tv_err tvm_status(const char *out_dir, struct tvm_status *out,
                                     struct tv_error *err);
 /* Calls fn for every layer that took more damping. */

@@ -14,6 +14,8 @@
  * a temporary directory. It counts as what its plan says (struct
  * tvm_stage_ref), so plans are the same before and after, and a finished output
  * needs no stage.
+ *
+ * Thread rule: the stages of a file are used by one thread at a time.
  */
 #ifndef TV_STAGES_H
 #define TV_STAGES_H
@@ -36,9 +38,10 @@ struct tvm_stages {
     void *storage;
 };
 
-/* dir: where stages are kept, NULL: beside the output, while needed. Problems
- * of all documents; *out is set unless planning itself fails. A stage without a
- * plan could not be planned for what `problems` says. */
+/* Plans all documents of a file; `first` is borrowed, *out owned
+ * (tvm_stages_free). dir: where stages are kept, NULL: beside the output, while
+ * needed. Problems of all documents; *out is set unless planning itself fails.
+ * A stage without a plan could not be planned for what `problems` says. */
 TV_NODISCARD enum tv_err
 tvm_stages_make(tvm_recipe *first, const struct tvm_options *o, const char *dir,
                 struct tvm_problems *problems, struct tv_error *err,

@@ -77,6 +77,7 @@ struct tv_derived_list {      /* owned: tv_derived_list_free */
     size_t n;
     void *storage;
 };
+/* All finished items, with their groups' documents; nothing is opened. */
 TV_NODISCARD enum tv_err tv_derived_list(tv_read *r, struct tv_error *err,
                                          struct tv_derived_list **out);
 void tv_derived_list_free(struct tv_derived_list *l);
@@ -88,8 +89,8 @@ typedef struct tv_mask tv_mask;
 TV_NODISCARD enum tv_err tv_mask_open(tv_read *r, struct tv_hash score,
                                       const char *tensor, bool *found,
                                       struct tv_error *err, tv_mask **out);
-void tv_mask_close(tv_mask *m);
-uint64_t tv_mask_set(const tv_mask *m);
+void tv_mask_close(tv_mask *m);         /* NULL allowed */
+uint64_t tv_mask_set(const tv_mask *m); /* elements in it */
 /* Words (tv/kernels.h) of elements [start, start + n): start is a multiple of
  * 64 and the range lies within one aligned run of 65,536. Points into the map
  * where a bitset lies there, else to scratch, filled. */
@@ -102,11 +103,12 @@ void tv_mask_containers(const tv_mask *m, uint64_t n[3]);
 /* Heap bytes that opening takes. */
 uint64_t tv_mask_open_bytes(uint64_t n_elems);
 
+/* A delta opened for reading, on the terms of a mask. */
 typedef struct tv_delta tv_delta;
 TV_NODISCARD enum tv_err tv_delta_open(tv_read *r, struct tv_hash score,
                                        const char *tensor, bool *found,
                                        struct tv_error *err, tv_delta **out);
-void tv_delta_close(tv_delta *d);
+void tv_delta_close(tv_delta *d); /* NULL allowed */
 enum tv_dtype tv_delta_dtype(const tv_delta *d);
 /* Packed values of elements [start, start + n_elems): start is a multiple of
  * TV_DELTA_BLOCK, the end one too or the tensor's, and both lie within one

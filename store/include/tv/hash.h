@@ -10,6 +10,9 @@
  *                    bytes, u32 rank, u64 dims, checksum
  * A 128-bit value is stored little-endian: low half, then high half. Its hex
  * form is the usual one of xxhsum: 32 digits, high half first.
+ *
+ * Thread rule: a tv_hasher is used by one thread at a time; the rest are
+ * functions of their arguments.
  */
 #ifndef TV_HASH_H
 #define TV_HASH_H
@@ -33,16 +36,18 @@ int tv_hash_equal(struct tv_hash a, struct tv_hash b);
 char *tv_hash_hex(struct tv_hash h, char dst[33]);
 /* Reads 32 hex digits; 0 on success, -1 otherwise. */
 int tv_hash_from_hex(const char *hex, struct tv_hash *out);
+/* 16 bytes as they are stored, at any address. */
 void tv_hash_put(void *dst16, struct tv_hash h);
 struct tv_hash tv_hash_get(const void *src16);
 
-/* Streaming XXH3-128. */
+/* Streaming XXH3-128: of all bytes added since opening or the last reset; value
+ * may be asked for in between. */
 typedef struct tv_hasher tv_hasher;
 TV_NODISCARD enum tv_err tv_hasher_open(struct tv_error *err, tv_hasher **out);
 void tv_hasher_add(tv_hasher *h, const void *data, size_t n);
 struct tv_hash tv_hasher_value(const tv_hasher *h);
 void tv_hasher_reset(tv_hasher *h);
-void tv_hasher_close(tv_hasher *h);
+void tv_hasher_close(tv_hasher *h); /* NULL allowed */
 
 /* Number of leaves of a payload; 0 bytes have none. */
 uint64_t tv_leaf_count(uint64_t bytes);

@@ -8,6 +8,10 @@
  *
  * Below it: small helpers built on the table (read-only maps with a registry
  * that a SIGBUS handler can ask, whole-file reads, durable renames).
+ *
+ * Thread rule: a tv_map is immutable but for tv_map_set_extents; registering
+ * and describing maps may go on in several threads; files are the caller's to
+ * keep apart.
  */
 #ifndef TV_SYS_H
 #define TV_SYS_H
@@ -62,6 +66,7 @@ typedef struct tv_map tv_map;
 TV_NODISCARD enum tv_err tv_map_open(const char *path, struct tv_error *err,
                                      tv_map **out);
 void tv_map_close(tv_map *map); /* NULL allowed */
+/* Borrowed until tv_map_close. */
 const unsigned char *tv_map_data(const tv_map *map);
 uint64_t tv_map_bytes(const tv_map *map);
 const char *tv_map_path(const tv_map *map);
@@ -73,7 +78,7 @@ void tv_map_set_extents(tv_map *map, const struct tv_extent *sorted, size_t n);
 /* Registers a map that another library made (LMDB's), for describe only.
  * The label is copied; returns a slot for tv_map_unregister, or -1. */
 int tv_map_register(const void *data, uint64_t bytes, const char *label);
-void tv_map_unregister(int slot);
+void tv_map_unregister(int slot); /* -1: no-op */
 /* Async-signal-safe: which registered map holds addr. Writes "FILE" and the
  * extent name (may be NULL) and returns true, or false when none does. */
 bool tv_map_describe(const void *addr, const char **file, const char **extent);
@@ -110,6 +115,8 @@ TV_NODISCARD enum tv_err tv_dir_remove(const char *path, struct tv_error *err);
 TV_NODISCARD enum tv_err tv_dir_list(const char *path, struct tv_error *err,
                                      char ***names, size_t *n);
 void tv_dir_list_free(char **names, size_t n);
+/* As stat sees it: links are followed, what cannot be looked at is not there.
+ */
 bool tv_path_exists(const char *path);
 bool tv_path_is_dir(const char *path);
 /* The path, or the nearest one upwards that exists, owned; NULL when out of

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * tv/text.h - growable buffers, sizes, suggestions, name order.
+ *
+ * Thread rule: a buffer is used by one thread at a time; the rest are functions
+ * of their arguments.
  */
 #ifndef TV_TEXT_H
 #define TV_TEXT_H
@@ -26,12 +29,14 @@ struct tv_buf {
     bool too_long; /* failed because of max_bytes, not for lack of memory */
 };
 void tv_buf_init(struct tv_buf *b, size_t max_bytes);
-void tv_buf_free(struct tv_buf *b);
+void tv_buf_free(struct tv_buf *b); /* a zeroed one: no-op */
+/* Append: bytes, a string, printf, little-endian numbers. */
 void tv_buf_add(struct tv_buf *b, const void *data, size_t n);
 void tv_buf_str(struct tv_buf *b, const char *s);
 void tv_buf_fmt(struct tv_buf *b, const char *fmt, ...) TV_PRINTF(2, 3);
 void tv_buf_le32(struct tv_buf *b, uint32_t v);
 void tv_buf_le64(struct tv_buf *b, uint64_t v);
+/* NOMEM when an append failed; INPUT when it was one beyond the maximum. */
 TV_NODISCARD enum tv_err tv_buf_ok(const struct tv_buf *b,
                                    struct tv_error *err);
 

@@ -97,8 +97,8 @@ void tv_input_close(tv_input *in);
 TV_NODISCARD enum tv_err tv_input_freeze(tv_input *in, struct tv_error *err);
 
 enum tv_kind tv_input_kind(const tv_input *in);
-const char *tv_input_label(const tv_input *in); /* for messages */
-bool tv_input_is_store(const tv_input *in);
+const char *tv_input_label(const tv_input *in);  /* for messages */
+bool tv_input_is_store(const tv_input *in);      /* an object of a store */
 uint64_t tv_input_object_id(const tv_input *in); /* 0 for files */
 const char *tv_input_dir(const tv_input *in);    /* NULL for store objects */
 size_t tv_input_count(const tv_input *in);
@@ -313,9 +313,19 @@ struct tv_transfer {
     size_t n_tensors, n_resumed;
     uint64_t bytes, bytes_shared; /* shared: already stored */
 };
+/* Copies (or links) a model or adapter into the store under `name`, tensors of
+ * content that is there already once; `link`: only safetensors. A name that is
+ * half there, of the same source, is gone on with. Takes the store's lock:
+ * LOCKED. EXISTS for a name that is there without `force`, UNSUPPORTED for what
+ * cannot be linked, CHANGED when the source is not what a half import began
+ * with, NOSPACE (the message names a quota that is enough), CORRUPT. */
 TV_NODISCARD enum tv_err tv_import(tv_store *s, const char *name,
                                    tv_input *from, struct tv_transfer *t,
                                    struct tv_error *err);
+/* Writes an object as a model or adapter directory: tensors and side files byte
+ * for byte, what makes it loadable last. NOTFOUND; EXISTS for a directory that
+ * is not empty without `force`; CORRUPT names a tensor whose checksum does not
+ * match. Several at once are fine. */
 TV_NODISCARD enum tv_err tv_export(tv_store *s, const char *name,
                                    const char *dir, struct tv_transfer *t,
                                    struct tv_error *err);
