@@ -5,14 +5,14 @@
  * Compiled once per instruction set (TVE_ROWS names the table); model.c takes
  * the one of the kernels in use. Plain loops that compilers vectorise; sums run
  * in sixteen fp64 lanes that are added in a fixed order, so that no vector
- * width changes a bit. exp is a polynomial (Cephes' expf: reduction by ln 2 in
- * two parts, degree 5), within 2 ulp, because libm's is called one element at a
- * time.
+ * width changes a bit. exp is tv/exp_float.h's, because libm's is called one
+ * element at a time.
  */
 #include <math.h>
 #include <string.h>
 
 #include "decoder.h"
+#include "tv/exp_float.h"
 
 #ifndef TVE_ROWS
 #define TVE_ROWS tve_rows_ref
@@ -62,38 +62,10 @@ static double squares_of(const float *x, size_t n, double mean)
     return lanes_sum(sum);
 }
 
-static inline float exp_one(float x)
-{
-    /* below, the result is 0 for our purposes; above, infinity */
-    const float lo = -87.0f, hi = 88.0f;
-    const float c = x < lo ? lo : x > hi ? hi : x;
-    /* adding 1.5 * 2^23 rounds to a whole number in the low bits */
-    const float shifted = c * 1.44269504088896341f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
-    float r = c - n * 0.693359375f;
-    float p = 1.9875691500e-4f;
-    uint32_t bits = 0;
-    float scale = 0;
-
-    r = r - n * -2.12194440e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits + 127u) << 23; /* the low bits of `shifted` are n */
-    memcpy(&scale, &bits, sizeof(scale));
-    p = p * scale;
-    p = x < lo ? 0.0f : p;
-    return x > hi ? INFINITY : p;
-}
-
 static double exp_row(float *x, size_t n, float max)
 {
     for (size_t i = 0; i < n; i++)
-        x[i] = exp_one(x[i] - max);
+        x[i] = tvk_exp_float(x[i] - max);
     return sum_of(x, n);
 }
 
@@ -137,7 +109,7 @@ static void norm_row(enum tve_norm_type type, float eps, const float *w,
 
 static inline float sigmoid(float x)
 {
-    return 1.0f / (1.0f + exp_one(-x));
+    return 1.0f / (1.0f + tvk_exp_float(-x));
 }
 
 static void act_row(enum tve_act act, float *x, const float *gate_by, size_t n)
@@ -188,7 +160,8 @@ static void rotate(float *x, const float *cos_row, const float *sin_row,
 static void cap_row(float *x, size_t n, float cap)
 {
     for (size_t i = 0; i < n; i++)
-        x[i] = (1.0f - 2.0f / (1.0f + exp_one(2.0f * (x[i] / cap)))) * cap;
+        x[i] =
+            (1.0f - 2.0f / (1.0f + tvk_exp_float(2.0f * (x[i] / cap)))) * cap;
 }
 
 const struct tve_row_ops TVE_ROWS = {

@@ -13,6 +13,8 @@
 
 #include "cu_ops.h"
 
+#include "tv/exp_float.h"
+
 /* Threads of a row: of reductions, of the rest. */
 #define TVK_CU_ROW_LANES 64u
 #define TVK_CU_ROW_WIDE  128u
@@ -22,36 +24,14 @@ TVK_HD float tvk_cu_infinity(void)
     return tvk_cu_float(0x7f800000u);
 }
 
-/* exp_one of eval/blocks.c. */
-TVK_HD float tvk_cu_exp(float x)
-{
-    const float lo = -87.0f, hi = 88.0f;
-    const float c = x < lo ? lo : x > hi ? hi : x;
-    const float shifted = c * 1.44269504088896341f + 12582912.0f;
-    const float n = shifted - 12582912.0f;
-    float r = c - n * 0.693359375f;
-    float p = 1.9875691500e-4f;
-
-    r = r - n * -2.12194440e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    p = p * tvk_cu_float((tvk_cu_bits(shifted) + 127u) << 23);
-    p = x < lo ? 0.0f : p;
-    return x > hi ? tvk_cu_infinity() : p;
-}
-
 TVK_HD float tvk_cu_sigmoid(float x)
 {
-    return 1.0f / (1.0f + tvk_cu_exp(-x));
+    return 1.0f / (1.0f + tvk_exp_float(-x));
 }
 
 TVK_HD float tvk_cu_cap(float x, float cap)
 {
-    return (1.0f - 2.0f / (1.0f + tvk_cu_exp(2.0f * (x / cap)))) * cap;
+    return (1.0f - 2.0f / (1.0f + tvk_exp_float(2.0f * (x / cap)))) * cap;
 }
 
 TVK_HD double tvk_cu_row_total(const double *lanes)
@@ -380,7 +360,7 @@ TVK_HD void tvk_cu_softmax1(const struct tvk_cu_place *at, double *shared,
 
     tvk_cu_seen(at, a, &from, &to);
     for (uint64_t i = from + at->thread; i < to; i += TVK_CU_ROW_LANES) {
-        s[i] = tvk_cu_exp(s[i] - max);
+        s[i] = tvk_exp_float(s[i] - max);
         sum = sum + (double)s[i];
     }
     shared[TVK_CU_ROW_LANES + at->thread] = sum;
@@ -443,7 +423,7 @@ TVK_HD void tvk_cu_losses1(const struct tvk_cu_place *at, double *shared,
     double sum = 0.0;
 
     for (uint64_t i = at->thread; i < a->n; i += TVK_CU_ROW_LANES)
-        sum = sum + (double)tvk_cu_exp(x[i] - max);
+        sum = sum + (double)tvk_exp_float(x[i] - max);
     shared[TVK_CU_ROW_LANES + at->thread] = sum;
 }
 
