@@ -377,6 +377,21 @@ static void test_factor(void **state)
     }
 }
 
+/* What is kept, beside the CPU's of the case. I2: 99.9% of the mask (a swap
+ * moves its row); all of it where `exactly`. */
+static size_t n_chosen_otherwise(const float *got, const struct layer_case *c,
+                                 bool exactly)
+{
+    const size_t n = c->rows * c->cols;
+    size_t n_other = 0;
+
+    for (size_t i = 0; i < n; i++)
+        n_other += (got[i] != 0) != (c->p[i] != 0);
+    if ((double)n_other > (exactly ? 0.0 : 1e-3 * (double)n))
+        fail_msg("%zu of %zu entries are chosen otherwise", n_other, n);
+    return n_other;
+}
+
 static void obs_case(size_t rows, size_t cols, bool identity, bool ties,
                      const struct tvk_obs *how)
 {
@@ -393,16 +408,8 @@ static void obs_case(size_t rows, size_t cols, bool identity, bool ties,
     (void)tvk_obs_prune(c.p, c.u, rows, cols, how, c.work);
     tvk_cuda_layer *const l = layer_open(d, &c);
     assert_ok(tvk_cuda_layer_obs(l, got, how, &err), &err);
-    size_t n_other = 0;
-    for (size_t i = 0; i < rows * cols; i++)
-        n_other += (got[i] != 0) != (c.p[i] != 0);
-    if (identity && n_other > 0)
-        fail_msg("%zu of %zu entries are chosen otherwise", n_other,
-                 rows * cols);
-    /* I2: 99.9% of the mask; a swap moves its row. */
-    if ((double)n_other > 1e-3 * (double)(rows * cols))
-        fail_msg("%zu entries are chosen otherwise", n_other);
-    if (n_other == 0 && difference(got, c.p, rows * cols) > 1e-4)
+    if (n_chosen_otherwise(got, &c, identity) == 0 &&
+        difference(got, c.p, rows * cols) > 1e-4)
         fail_msg("relative difference %g", difference(got, c.p, rows * cols));
     tvk_cuda_layer_close(l);
     device_close(d);
@@ -432,6 +439,37 @@ static void test_obs(void **state)
     obs_case(300, 133, true, true, &few);
 }
 
+/* Conjugate gradients on what `keep` [rows, cols] keeps of T, as the CPU's. */
+static void refines(tvk_cuda_layer *l, const struct layer_case *c,
+                    const uint8_t *keep, unsigned steps, float *got)
+{
+    struct tv_error err = {.code = TV_OK};
+    const size_t n = c->rows * c->cols;
+
+    for (size_t i = 0; i < n; i++)
+        c->p[i] = got[i] = keep[i] ? c->t[i] : 0.0f;
+    tvk_cg_rows(c->p, c->t, keep, c->h, c->rows, c->cols, steps, c->work);
+    assert_ok(tvk_cuda_layer_refine(l, got, c->t, c->rows, steps, &err), &err);
+    if (difference(got, c->p, n) > 1e-5)
+        fail_msg("%u steps: relative difference %g", steps,
+                 difference(got, c->p, n));
+}
+
+/* Traces with T and P, as the CPU's. */
+static void multiplies(tvk_cuda_layer *l, const struct layer_case *c)
+{
+    struct tv_error err = {.code = TV_OK};
+    double want[3] = {0}, sums[3] = {0};
+
+    tvk_gram_product(c->t, c->p, c->h, c->rows, c->cols, &want[0], &want[1],
+                     &want[2], c->work);
+    assert_ok(tvk_cuda_layer_product(l, c->t, c->p, c->rows, &sums[0], &sums[1],
+                                     &sums[2], &err),
+              &err);
+    for (size_t i = 0; i < 3; i++)
+        assert_true(fabs(sums[i] / want[i] - 1) < 1e-5);
+}
+
 static void test_refine(void **state)
 {
     struct tv_error err = {.code = TV_OK};
@@ -445,28 +483,12 @@ static void test_refine(void **state)
     (void)state;
     case_open(&c, ROWS, COLS, false);
     for (size_t i = 0; i < N; i++)
-        c.p[i] = got[i] = i % 3 == 0 || i / COLS == 7 ? c.t[i] : 0.0f;
-    for (size_t i = 0; i < N; i++)
-        keep[i] = c.p[i] != 0;
+        keep[i] = i % 3 == 0 || i / COLS == 7;
     assert_ok(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), &err);
     assert_ok(tvk_cuda_layer_gram(l, c.packed, c.diagonal, &err), &err);
-    for (unsigned steps = 0; steps < 5; steps++) {
-        for (size_t i = 0; i < N; i++)
-            c.p[i] = got[i] = keep[i] ? c.t[i] : 0.0f;
-        tvk_cg_rows(c.p, c.t, keep, c.h, ROWS, COLS, steps, c.work);
-        assert_ok(tvk_cuda_layer_refine(l, got, c.t, ROWS, steps, &err), &err);
-        if (difference(got, c.p, N) > 1e-5)
-            fail_msg("%u steps: relative difference %g", steps,
-                     difference(got, c.p, N));
-    }
-    double want[3] = {0}, sums[3] = {0};
-    tvk_gram_product(c.t, c.p, c.h, ROWS, COLS, &want[0], &want[1], &want[2],
-                     c.work);
-    assert_ok(tvk_cuda_layer_product(l, c.t, c.p, ROWS, &sums[0], &sums[1],
-                                     &sums[2], &err),
-              &err);
-    for (size_t i = 0; i < 3; i++)
-        assert_true(fabs(sums[i] / want[i] - 1) < 1e-5);
+    for (unsigned steps = 0; steps < 5; steps++)
+        refines(l, &c, keep, steps, got);
+    multiplies(l, &c);
     tvk_cuda_layer_close(l);
     device_close(d);
     free(keep);
@@ -591,11 +613,7 @@ static void test_obs_tiles(void **state)
 
     memcpy(c.p, c.t, bytes);
     (void)tvk_obs_prune(c.p, c.u, ROWS, COLS, &half, c.work);
-    size_t n_other = 0;
-    for (size_t i = 0; i < N; i++)
-        n_other += (got[i] != 0) != (c.p[i] != 0);
-    if ((double)n_other > 1e-3 * N)
-        fail_msg("%zu of %d entries are chosen otherwise", n_other, N);
+    (void)n_chosen_otherwise(got, &c, false);
     free(want);
     free(got);
     case_close(&c);
@@ -628,28 +646,16 @@ static void test_panels(void **state)
     obs_with(d, &c, true, 0, &two_four, got);
     memcpy(c.p, c.t, N * sizeof *c.p);
     (void)tvk_obs_prune(c.p, c.u, ROWS, COLS, &two_four, c.work);
-    for (size_t i = 0; i < N; i++)
-        assert_int_equal(got[i] != 0, c.p[i] != 0);
+    (void)n_chosen_otherwise(got, &c, true);
     assert_true(difference(got, c.p, N) < 1e-5);
 
     d = device_of(64u << 20, least);
     assert_ok(tvk_cuda_layer_open(d, ROWS, COLS, &err, &l), &err);
     layer_square(l, &c, false);
-    for (size_t i = 0; i < N; i++) {
+    for (size_t i = 0; i < N; i++)
         keep[i] = got[i] != 0;
-        c.p[i] = got[i] = keep[i] ? c.t[i] : 0.0f;
-    }
-    tvk_cg_rows(c.p, c.t, keep, c.h, ROWS, COLS, 3, c.work);
-    assert_ok(tvk_cuda_layer_refine(l, got, c.t, ROWS, 3, &err), &err);
-    assert_true(difference(got, c.p, N) < 1e-5);
-    double want[3] = {0}, sums[3] = {0};
-    tvk_gram_product(c.t, c.p, c.h, ROWS, COLS, &want[0], &want[1], &want[2],
-                     c.work);
-    assert_ok(tvk_cuda_layer_product(l, c.t, c.p, ROWS, &sums[0], &sums[1],
-                                     &sums[2], &err),
-              &err);
-    for (size_t i = 0; i < 3; i++)
-        assert_true(fabs(sums[i] / want[i] - 1) < 1e-5);
+    refines(l, &c, keep, 3, got);
+    multiplies(l, &c);
     tvk_cuda_layer_close(l);
     device_close(d);
     free(keep);
