@@ -11,7 +11,7 @@
  *   linear_cuda.c      the same tiles on a CUDA device
  *   attention.c  scores, softmax
  *   blocks.c     norms, activations, exp
- *   forward.c    the order of it all, over a batch of windows
+ *   forward*.c   the order of it all, over a batch of windows
  *   forward_cuda.c     its steps on a CUDA device
  */
 #ifndef TVE_MODEL_H
