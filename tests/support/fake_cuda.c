@@ -28,6 +28,7 @@
  *   FAKE_CUDA_FULL     the N-th allocation of memory finds none,
  *   FAKE_CUDA_FULL_FOR and so do this many from it on (default all)
  *   FAKE_CUDA_EAGER    1: work is done when it is asked for
+ *   FAKE_CUDA_MAJOR    of the compute capability (default 7)
  */
 #include <pthread.h>
 #include <signal.h>
@@ -167,7 +168,7 @@ struct stream {
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct range *memory, *pinned;
-static size_t n_devices = 1, total_bytes = 64u << 20;
+static size_t n_devices = 1, total_bytes = 64u << 20, major = 7;
 static size_t used_bytes, most_bytes, n_pinned;
 static size_t pinned_bytes, most_pinned_bytes, uploaded_bytes;
 static unsigned long lose_at, kill_at, n_launches;
@@ -420,6 +421,7 @@ tvk_cu_result cuInit(unsigned flags)
     full_at = number("FAKE_CUDA_FULL", full_at);
     full_for = number("FAKE_CUDA_FULL_FOR", SIZE_MAX);
     is_eager = number("FAKE_CUDA_EAGER", 0) != 0;
+    major = number("FAKE_CUDA_MAJOR", major);
     return n_devices > 0 ? TVK_CU_OK : TVK_CU_NO_DEVICE;
 }
 
@@ -459,7 +461,7 @@ tvk_cu_result cuDeviceGetAttribute(int *value, tvk_cu_attribute which,
                                    tvk_cu_device d)
 {
     (void)d;
-    *value = which == TVK_CU_ATTR_MAJOR ? 7 : 5;
+    *value = which == TVK_CU_ATTR_MAJOR ? (int)major : major >= 9 ? 0 : 5;
     return TVK_CU_OK;
 }
 

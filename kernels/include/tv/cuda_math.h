@@ -40,7 +40,8 @@ tvk_cuda_stream *tvk_cuda_math_stream(const tvk_cuda_math *m);
 tvk_cuda_stream *tvk_cuda_math_copies(const tvk_cuda_math *m);
 /* Waits for both, whatever their state: before memory that they use goes. */
 void tvk_cuda_math_settle(tvk_cuda_math *m);
-/* What results depend on: the GPU's name. Filled, returns dst. */
+/* What results depend on: the GPU's name, and from Hopper on whether
+ * factor_bytes are 512 MiB. Filled, returns dst. */
 const char *tvk_cuda_math_core(const tvk_cuda *d, char *dst, size_t cap);
 
 /* Small problems with known answers: products, a factor, the loop, attention,
