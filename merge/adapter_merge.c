@@ -224,7 +224,8 @@ static enum tv_err check_room(struct tvm_adapters *a, struct tv_error *err)
     place = tv_path_existing(a->options.out_dir);
     if (!place)
         return am_no_memory(err);
-    if (tv_disk_free(place, &disk, NULL) == TV_OK && disk_of(a) > disk)
+    if (tv_dir_check_writable(place, NULL) == TV_OK &&
+        tv_disk_free(place, &disk, NULL) == TV_OK && disk_of(a) > disk)
         too_little(a, "disk", disk);
     tv_free(place);
     return TV_OK;

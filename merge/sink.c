@@ -92,10 +92,14 @@ static enum tv_err judge_record(const struct sink_dir *s,
 
     if (!tv_hash_equal(r->plan_hash, p->hash) &&
         !tvm_identity_accept(p, r->plan_hash, r->identity, &numerics)) {
-        rc = tv_error_set(
-            err, TV_E_CHANGED, "%s holds the result of another merge: %s",
-            s->out,
-            tvm_identity_difference(r->identity, p->identity, why, sizeof why));
+        /* Adapters say nothing of what they were made of. */
+        const bool said = r->identity && strncmp(r->identity, "{}", 2) != 0;
+        rc = tv_error_set(err, TV_E_CHANGED,
+                          "%s holds the result of another merge%s%s", s->out,
+                          said ? ": " : ", an adapter",
+                          said ? tvm_identity_difference(
+                                     r->identity, p->identity, why, sizeof why)
+                               : "");
         tv_error_hint(err, numerics ? "--force replaces it, --accept-numerics "
                                       "takes it as it is"
                                     : "--force replaces it");

@@ -38,6 +38,25 @@ static enum tv_err refuse(const char *dir, const char *name, const char *what,
     return rc;
 }
 
+/* A store's directory is its own, with all that is below. */
+static enum tv_err refuse_inside(const char *dir, bool exists,
+                                 struct tv_error *err)
+{
+    char *above = exists ? tv_path_join(dir, "..") : tv_path_existing(dir);
+    char *data = above ? tv_path_join(above, "data.mdb") : NULL;
+    enum tv_err rc = TV_OK;
+
+    if (!data)
+        rc = no_memory(err);
+    else if (tv_path_exists(data))
+        rc = tv_error_set(err, TV_E_EXISTS, "%s lies inside a store", dir);
+    if (rc == TV_E_EXISTS)
+        tv_error_hint(err, "give another directory");
+    tv_free(data);
+    tv_free(above);
+    return rc;
+}
+
 enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
                              bool *exists)
 {
@@ -57,13 +76,14 @@ enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
                                 "%s is a symbolic link that leads nowhere",
                                 dir);
         return errno == ENOENT
-                   ? TV_OK
+                   ? refuse_inside(dir, false, err)
                    : tv_error_sys(err, errno, "cannot look at %s", dir);
     }
     if (!S_ISDIR(st.st_mode))
         return tv_error_set(err, TV_E_EXISTS, "%s is not a directory", dir);
     TV_TRY(refuse(dir, "data.mdb", "a store", err));
     TV_TRY(refuse(dir, ".tvcompare", "a comparison of 'tvmerge compare'", err));
+    TV_TRY(refuse_inside(dir, true, err));
     *exists = true;
 out:
     return rc;

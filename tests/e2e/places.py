@@ -90,8 +90,11 @@ for recipe in RECIPES:
                 "comparison", "hint:", options=force)
         refused(f"{n} over a file", recipe, "file", "not a directory",
                 options=force)
+        refused(f"{n} in a store", recipe, "store/new/out", "inside a store",
+                options=force)
         refused(f"{n} below a file", recipe, "file/out", "not a directory",
                 options=force)
+    refused(f"{kind} where no files are kept", recipe, "/proc/x", "keeps no")
     refused(f"{kind} over other files", recipe, "foreign", "mine.txt",
             "--force")
     accepted(f"{kind} --force over other files", recipe, "foreign", "--force")
@@ -135,7 +138,8 @@ check(set(listed) == set(ADAPTER) - {"tvmerge.json"} and
       all(os.path.getsize(f"adapter/{k}") == v for k, v in listed.items()),
       f"record of an adapter lists {listed}")
 refused("adapter over a model", "adapter.yml", "model", "another", "--force")
-refused("model over an adapter", "model.yml", "adapter", "another", "--force")
+refused("model over an adapter", "model.yml", "adapter",
+        "the result of another merge, an adapter\n", "--force")
 refused("adapter over another", "other.yml", "adapter", "another", "--force")
 accepted("the same adapter again", "adapter.yml", "adapter")
 accepted("the same model again", "model.yml", "model")

@@ -286,8 +286,8 @@ TV_NODISCARD enum tv_err tv_json_edit(const char *data, size_t n,
 
 /* ---- output directories --------------------------------------------------
  * May an output go to `dir`, whatever --force says? EXISTS when it is no
- * directory, or lies below a file, or is a store or a comparison. *exists: it
- * is there. */
+ * directory, or lies below a file, or is a store, or in one, or a comparison.
+ * *exists: it is there. */
 TV_NODISCARD enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
                                           bool *exists);
 /* INPUT when tensors of the store (NULL: none) lie in files of `dir`. */
