@@ -8,9 +8,11 @@
  *            cols                 L = B,   R = A     stored [out, in]
  *      +------------+             L = A^T, R = B^T   stored [in, out]
  *      |            | rows
- *      +------------+  x experts  R is used in place when it lies in the file
- * as aligned fp32 in this order, else it is converted once; of L only the rows
- * under a block are converted, into the caller's scratch.
+ *      +------------+  x experts
+ *
+ * R is used in place when it lies in the file as aligned fp32 in this order,
+ * else it is converted once; of L only the rows under a block are converted,
+ * into the caller's scratch.
  *
  * DoRA (Liu et al., arXiv 2402.09353): after the sum every output row i is
  * multiplied by m_i / ||V_i||, V = W + s B A. The norms need one pass over the

@@ -25,11 +25,14 @@
  *
  * The way there and back moves floats inside the square:
  *
- *      +---+---+   A  rows below k           there: C and B go straight to
- * their | A |   |   B  k x k, column c of U   columns, A waits in D meanwhile;
- *      +---+---+      stands in row c        back: the same the other way round
- *      | B |C\D|   C  triangle; D its rest
+ *      +---+---+   A  rows below k
+ *      | A |   |   B  k x k, column c of U stands in row c
+ *      +---+---+   C  triangle; D its rest
+ *      | B |C\D|
  *      +---+---+
+ *
+ * There: C and B go straight to their columns, A waits in D meanwhile. Back:
+ * the same the other way round.
  */
 #include "tv/layer.h"
 

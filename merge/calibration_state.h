@@ -6,9 +6,11 @@
  * A member "calibration" of the journal's state while a merge is unfinished,
  * and of tvmerge.json afterwards:
  *
- *   {"masks": n, "made": n, "random": bool, "damped": [{"tensor", "donor",
- * "damping" (null: none was enough), "raised", "unseen_inputs"}], "kept":
- * [{"entry", ...}]}
+ *   {"masks": n, "made": n, "random": bool,
+ *    "damped": [{"tensor", "donor", "damping", "raised", "unseen_inputs"}],
+ *    "kept": [{"entry", ...}]}
+ *
+ * "damping" null: none was enough.
  *
  * `kept` (journal only) are masks and values in OUT/.tvmerge/calibrated, with a
  * checksum: a run that goes on need not make them again.

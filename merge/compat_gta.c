@@ -3,9 +3,9 @@
  * compat_gta.c - the steps of mergekit's generalised task arithmetic, each
  * rounded to the compute dtype:
  *
- *   d_i = x_i - b;  dropped entries times 0;  times the L1 factor;  D_i = d_i
- * w_i elected sign: that of sum D_i, zero counts as + mixed = sum D_i M_i;  /
- * sum w_i M_i;  * lambda;  y = b + mixed
+ *   d_i = x_i - b;  dropped entries times 0;  times the L1 factor
+ *   D_i = d_i w_i;  elected sign: that of sum D_i, zero counts as +
+ *   mixed = sum D_i M_i;  / sum w_i M_i;  * lambda;  y = b + mixed
  *
  * Sums over the models are carried in fp32 in recipe order and rounded once,
  * as torch does for up to four models; with more it adds a few elements at the

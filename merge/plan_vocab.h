@@ -3,9 +3,9 @@
  * plan_vocab.h - what is decided about the vocabulary (private to the planner).
  *
  *   plan_vocab.c   reads the tokenizers, decides the tokens of the output,
- * their ids, the number of rows; chat template plan_rows.c    which row of
- * which model every output row comes from vocab_files.c  tokenizer.json and
- * what stands beside it; ids of config.json
+ *                  their ids, the number of rows; chat template
+ *   plan_rows.c    which row of which model every output row comes from
+ *   vocab_files.c  tokenizer.json and what stands beside it; ids of config.json
  */
 #ifndef TVM_PLAN_VOCAB_H
 #define TVM_PLAN_VOCAB_H

@@ -2,13 +2,17 @@
 /*
  * store_priv.h - handles and the calls between the files of this folder.
  *
- *   store.c    create, open, close, writer lock        quota.c    room, stat
- *   txn.c      reads, batches, get/put/walk            source_file.c linked
- * files object.c   objects and side files                  catalog.c  tensors
- *   payload.c  chunks, sharing, views                  copy.c     copy_in
- *   trash.c    bounded removal, gc                     journal.c  runs
- *   validate.c verify                                  record.c   bytes
- *   pieces.c   long values
+ *   store.c       create, open, close, writer lock
+ *   session.c     who has it open             hold.c        what they read
+ *   txn.c         reads, batches, walks       lmdb_seam.c   LMDB itself
+ *   record.c      records as bytes            pieces.c      long values
+ *   catalog.c     tensors                     object.c      objects, side files
+ *   payload.c     chunks, sharing, views      view.c        bytes over chunks
+ *   copy.c        copying tensors in          source_file.c linked files
+ *   journal.c     runs of merges              quota.c       room, stat
+ *   trash.c       bounded removal, gc         compact.c     free pages go back
+ *   tree_check.c  LMDB's trees, at opening    validate*.c   verify
+ *   derive.c, derived.c, evict.c, mask*.c     derived data (derived_priv.h)
  */
 #ifndef TV_STORE_PRIV_H
 #define TV_STORE_PRIV_H

@@ -3,16 +3,19 @@
  * cuda_obs.c - SparseGPT's loop on the device: see tv/cuda_math.h and
  * kernels/layer.c.
  *
- *           g     g_end                 With all of T on the device, `group` is
- *   T  +----+-----+-----------+         a part of it. Else T stays on the host,
- *      |    |     | tile 0    |         and 512 columns of it come and go as a
- *      |done|group+-----------+         whole: the limit of a block is over all
- *      |    |     | tile 1 ...|         rows, so all of them are needed at
- * once.
- *      +----+-----+-----------+         What is right of them gets the errors
- * of the group in tiles of 512 rows: one goes up while another is multiplied
- * and a third comes back. In a group the host is asked for nothing: limits are
- * searched, ties are counted and strips are corrected by kernels.
+ *           g     g_end
+ *   T  +----+-----+-----------+
+ *      |    |     | tile 0    |
+ *      |done|group+-----------+
+ *      |    |     | tile 1 ...|
+ *      +----+-----+-----------+
+ *
+ * With all of T on the device, `group` is a part of it. Else T stays on the
+ * host, and 512 columns of it come and go as a whole: the limit of a block is
+ * over all rows, so all of them are needed at once. What is right of them gets
+ * the errors of the group in tiles of 512 rows: one goes up while another is
+ * multiplied and a third comes back. In a group the host is asked for nothing:
+ * limits are searched, ties are counted and strips are corrected by kernels.
  */
 #include "cuda/cuda_layer_parts.h"
 

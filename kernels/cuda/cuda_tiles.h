@@ -3,13 +3,17 @@
  * cuda_tiles.h - runs an operation on host memory through the device, tile by
  * tile (private to kernels/cuda).
  *
- *   host      [x0 .....|.....|.....]          tile k of every operand is packed
- *               \pack                         into a slot of pinned memory,
- * goes pinned    [fixed|x0|x1|mask|..|out]       up in one copy, and what comes
- * out |upload         ^download     goes down in one; two slots with a device
- * [fixed|x0|x1|mask|..|out]       stream each, so that packing and
- *               '---kernels-----'             copies of one tile run beside the
- *                                             kernels of the other
+ *   host      [x0 .....|.....|.....]
+ *               \ pack
+ *   pinned    [fixed|x0|x1|mask|..|out]
+ *               | upload         ^ download
+ *   device    [fixed|x0|x1|mask|..|out]
+ *               '--- kernels ----'
+ *
+ * Tile k of every operand is packed into a slot of pinned memory, goes up in
+ * one copy, and what comes out goes down in one. There are two slots with a
+ * stream each, so that packing and copies of one tile run beside the kernels of
+ * the other.
  *
  * A lane is two slots. A call takes a free lane, or waits for one. Slots grow
  * to what a call needs, within the staging limit and the device's budget; when
