@@ -77,7 +77,8 @@ static enum tv_err add_part(struct tvc *c, tv_read *read, const char *part,
         } else if (rc == TV_E_NOTFOUND && !strchr(name, '/') &&
                    !strchr(name, '@') && !tv_path_exists(name)) {
             tv_free(name);
-            return rc;
+            c->err.code = TV_E_INPUT; /* a path could have stood there too */
+            return TV_E_INPUT;
         }
         rc = TV_OK;
         tv_error_clear(&c->err);

@@ -531,8 +531,8 @@ enum tv_err tve_tokenizer_of(tv_input *model, const char *path, int32_t *bos,
         goto out;
     }
     rc = tve_tokenizer_open(data, n, err, &t);
-    if (rc != TV_OK && path && !tv_path_is_dir(path))
-        tv_error_context(err, "%s", path);
+    if (rc != TV_OK)
+        tv_error_context(err, "%s", path ? path : tv_input_label(model));
     TV_TRY(rc);
     tv_free(data);
     data = NULL;

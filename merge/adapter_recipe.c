@@ -42,16 +42,20 @@ static const struct tvm_node *model_of(const struct tvm_node *entry)
     return m && m->kind == TVM_NODE_SCALAR ? m : NULL;
 }
 
-static bool is_adapter(const char *ref, tv_store *store)
+/* Is it one? What cannot be opened is as `unopened` says. */
+static bool is_adapter(const char *ref, tv_store *store, bool unopened)
 {
     struct tv_ref *parsed = NULL;
     tv_input *in = NULL;
     struct tv_error e;
-    bool yes = false;
+    bool yes = unopened;
 
-    if (tv_ref_resolve(ref, &e, &parsed) == TV_OK && parsed->n_adapters == 0 &&
-        tv_input_open(&parsed->model, store, &e, &in) == TV_OK)
-        yes = tv_input_kind(in) == TV_KIND_ADAPTER;
+    if (tv_ref_resolve(ref, &e, &parsed) == TV_OK) {
+        if (parsed->n_adapters > 0)
+            yes = false;
+        else if (tv_input_open(&parsed->model, store, &e, &in) == TV_OK)
+            yes = tv_input_kind(in) == TV_KIND_ADAPTER;
+    }
     tv_input_close(in);
     tv_ref_free(parsed);
     return yes;
@@ -76,6 +80,7 @@ enum tv_err tvm_adapters_wanted(const char *path, const struct tvm_options *o,
     struct tvm_arena arena = {.used = 0};
     struct tvm_problems ignored;
     const struct tvm_node *root = NULL, *models = NULL, *output = NULL;
+    const struct tvm_node *method = NULL;
     char *text = NULL;
     size_t n = 0;
     enum tv_err rc = TV_OK;
@@ -100,10 +105,15 @@ enum tv_err tvm_adapters_wanted(const char *path, const struct tvm_options *o,
     if (!models || models->kind != TVM_NODE_LIST || models->n == 0 ||
         !tvm_node_is_null(tvm_node_find(root, "base_model")))
         goto out;
+    /* With a method that only adapters have, what is damaged or missing is an
+     * adapter: as such it is complained of. */
+    method = tvm_node_find(root, "merge_method");
+    const bool only = method && method->kind == TVM_NODE_SCALAR &&
+                      tvm_adapter_method_find(method->text) != NULL;
     *yes = true;
     for (const struct tvm_node *e = models->first; e && *yes; e = e->next) {
         const struct tvm_node *m = model_of(e);
-        *yes = m && is_adapter(m->text, o->store);
+        *yes = m && is_adapter(m->text, o->store, only);
     }
 out:
     tvm_problems_free(&ignored);
@@ -392,8 +402,13 @@ enum tv_err am_open_inputs(struct tvm_adapters *a, const struct tvm_node *root,
         rc = open_input(a, in, m->text, &why);
         if (rc == TV_E_NOMEM)
             return am_no_memory(err);
-        if (rc != TV_OK)
-            am_problem(a, m, rc == TV_E_NOTFOUND ? TV_E_INPUT : rc, why.msg);
+        if (rc != TV_OK) {
+            char text[sizeof why.msg + sizeof why.hint + 4];
+            (void)snprintf(text, sizeof text, "%s%s%s%s", why.msg,
+                           why.hint[0] ? " (" : "", why.hint,
+                           why.hint[0] ? ")" : "");
+            am_problem(a, m, rc == TV_E_NOTFOUND ? TV_E_INPUT : rc, text);
+        }
     }
     return TV_OK;
 }

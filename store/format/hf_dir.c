@@ -202,7 +202,7 @@ out:
     return rc;
 }
 
-/* Shards that no index speaks of. */
+/* Shards that no index speaks of, an adapter without its configuration. */
 static void hint_shards(const struct tv_model_files *f, struct tv_error *err)
 {
     char **names = NULL;
@@ -212,12 +212,14 @@ static void hint_shards(const struct tv_model_files *f, struct tv_error *err)
         return;
     for (size_t i = 0; i < n; i++) {
         struct tv_shown shown;
-        if (strncmp(names[i], "model-", 6) != 0 || !tv_out_is_weights(names[i]))
+        const bool shard = strncmp(names[i], "model-", 6) == 0;
+        const bool adapter = strncmp(names[i], "adapter_model.", 14) == 0;
+        if ((!shard && !adapter) || !tv_out_is_weights(names[i]))
             continue;
-        tv_error_hint(err,
-                      "%s is there, but no model.safetensors.index.json, which "
-                      "says what is in it",
-                      tv_show(names[i], &shown));
+        tv_error_hint(err, "%s is there, but no %s, which says what is in it",
+                      tv_show(names[i], &shown),
+                      shard ? "model.safetensors.index.json"
+                            : "adapter_config.json");
         break;
     }
     tv_dir_list_free(names, n);

@@ -94,5 +94,18 @@ $ ls s | grep -c npy
 $ tvstore import s lora lora -q && tvstore export s base+loar out9
 2> tvstore: error: store s has no object 'loar'
 2>   hint: did you mean 'lora'?
-=> 10
+=> 4
 $ tvstore export s base+./lora out9 -q && tvstore export s base+lora out10 -q && cmp out9/model.safetensors out10/model.safetensors
+# A damaged adapter is what is wrong, not the method that merges it.
+$ cp -r $DATA/lora-jargon cut && truncate -s 5000 cut/adapter_model.safetensors && printf 'merge_method: cat\nmodels: [{model: cut, parameters: {weight: 1}}]\n' > cut.yml && tvmerge plan cut.yml
+2> cut.yml:2:18: error: cut/adapter_model.safetensors: header length <*>
+=> 12
+$ cp -r $DATA/lora-jargon bare2 && rm bare2/adapter_config.json && sed 's/cut/bare2/' cut.yml > bare2.yml && tvmerge plan bare2.yml
+2> bare2.yml:2:18: error: bare2: no model here (looked for <*>) (adapter_model.safetensors is there, but no adapter_config.json, which says what is in it)
+=> 4
+$ sed 's/cut/lroa/' cut.yml > typo.yml && tvmerge plan typo.yml
+2> typo.yml:2:18: error: model 'lroa' not found: <*> (did you mean 'lora'?)
+=> 4
+$ cp -r base/. broken && echo '{' > broken/tokenizer.json && tveval ppl broken --text text/code.val.txt
+2> tveval: error: broken: tokenizer.json<*>
+=> 12
