@@ -51,8 +51,7 @@ static __attribute__((noinline)) void lanes_init(struct lanes *c,
     c->odd = _mm256_set1_epi32(1);
     c->half = _mm256_set1_epi32(0x7fff);
     /* Above 2^-100, also where nobody agrees, and finite, by one signed
-     * comparison: from bits of 2^-100
-     * on moved to the least integer on. */
+     * comparison: bits from LEAST_SIZE on are moved to the least integer on. */
     c->from_least = _mm256_set1_epi32((int)(0x80000000u - LEAST_SIZE));
     c->most = _mm256_set1_epi32((int)(0xff800000u - LEAST_SIZE));
     for (int v = 0; v < 4; v++)
