@@ -85,10 +85,10 @@ void tvk_quick_doubt(struct tvk_quick *q, unsigned which, size_t i);
 void tvk_quick_settle(struct tvk_quick *q);
 
 /* Is fp64 for all better, as n elements have shown? One in doubt costs some
- * twelve times what a sure one does. */
+ * forty times what a sure one does, and fp64 twice. */
 static inline int tvk_quick_is_slow(const struct tvk_quick *q, size_t n)
 {
-    return q->n_doubts > 16 + n / 32;
+    return q->n_doubts > 16 + n / 48;
 }
 
 /* How many elements, a multiple of 64, the row did; the rest is left. */

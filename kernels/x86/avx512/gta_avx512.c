@@ -276,6 +276,9 @@ static uint64_t by_pieces(void *TVK_RESTRICT dst, const void *b,
     g.each = 2;
     for (size_t i = from; i < n; i += each) {
         const size_t some = n - i < each ? n - i : each;
+        /* What is written only is read before, line by line. */
+        for (size_t k = i; k < i + some; k += 32)
+            tvk_read_ahead((const unsigned char *)dst + 2 * k);
         g.from_b = (const unsigned char *)b + 2 * i;
         widen_piece(in, g.from_b, some);
         for (size_t j = 0; j < p->n_donors; j++) {
