@@ -10,7 +10,9 @@
  *   plan_vocab.c     tokens, ids and rows of the output (plan_vocab.h)
  *   plan_layout.c    experts stored in another way than the output's
  *   plan_ties.c      does the output have a head of its own?
- *   plan_tensors.c   output tensors: sources, parameters, dtype, copy or merge
+ *   plan_tensors.c   output tensors and their sources (plan_build.h)
+ *   plan_shapes.c    ... their shapes, dtype, copy or merge
+ *   plan_values.c    ... their parameters
  *   plan_calibration.c  texts for methods that look at the inputs of layers
  *   plan_files.c     side files, config.json edits
  *   plan_stack.c     what config.json says about layers by number
