@@ -3,7 +3,9 @@
  * plan_parts.h - what the files of the planner share (private to plan*.c and
  * card.c).
  *
- *   plan.c           order of work, slices, totals, space and memory checks
+ *   plan.c           order of work
+ *   plan_slices.c    inputs, slices and their layers
+ *   plan_space.c     shards; memory, disk, quotas; the place of OUT
  *   plan_report.c    problems with a limit per cause
  *   plan_modules.c   slices of the modules of the output
  *   plan_inputs.c    references -> opened models, adapters, fingerprints
@@ -145,6 +147,21 @@ const char *plan_where(struct planner *pl, const struct tvm_recipe_ref *ref);
 /* ---- the steps ------------------------------------------------------------
  */
 
+/* Opens what the recipe names. */
+TV_NODISCARD enum tv_err plan_add_inputs(struct planner *pl);
+/* Index of the input that a reference was opened as. */
+size_t plan_input_index(const struct planner *pl, const char *ref);
+/* Slices of the output with their sources and layers. */
+TV_NODISCARD enum tv_err plan_make_slices(struct planner *pl);
+/* Required parameters of sources that no tensor can be asked about, because the
+ * models do not open or do not fit together. */
+void plan_check_required(struct planner *pl);
+/* Shards of the output, or nothing for one into a store. */
+TV_NODISCARD enum tv_err plan_lay_out(struct planner *pl);
+/* Writing into an input, or replacing what holds it, would destroy it. */
+TV_NODISCARD enum tv_err plan_check_out_place(struct planner *pl);
+/* Memory, disk and quotas, from the tensors that are planned. */
+TV_NODISCARD enum tv_err plan_check_room(struct planner *pl);
 /* Index of the input for a reference, opened at its first use; problems are
  * reported and leave it unusable. */
 TV_NODISCARD enum tv_err plan_input_add(struct planner *pl,
