@@ -162,6 +162,7 @@ static uint64_t f32_to_bf16(void *TVK_RESTRICT dst,
     for (; i + 16 <= n; i += 16) {
         const __m256i u = _mm256_castps_si256(load8(8, src + i));
         const __m256i v = _mm256_castps_si256(load8(8, src + i + 8));
+        tvk_read_ahead(src + i);
         const __m256i any = _mm256_or_si256(over_bf16(u), over_bf16(v));
         if (!_mm256_testz_si256(any, any)) {
             bad += narrow_any(dst, src, i, i + 16);
@@ -185,6 +186,7 @@ static uint64_t f32_to_f16(void *TVK_RESTRICT dst,
         const size_t count = n - i < 8 ? n - i : 8;
         const __m128i h =
             _mm256_cvtps_ph(load8(count, src + i), _MM_FROUND_TO_NEAREST_INT);
+        tvk_read_ahead(src + i);
         store_half(dst, i, count, h);
         bad += count_half(h, 0x7c00);
     }

@@ -139,6 +139,8 @@ TVK_INLINE void merge_all(float *TVK_RESTRICT dst, const struct job *g,
     for (; i + 4 * BLOCK <= n; i += 4 * BLOCK) {
         if (i % 16 == 0) {
             tvk_read_ahead(g->b + i);
+            /* What is written only is read before, line by line. */
+            tvk_read_ahead(dst + i);
             for (size_t j = 0; j < n_donors; j++)
                 tvk_read_ahead(g->x[j] + i);
         }
