@@ -30,6 +30,9 @@ uint64_t tvk_gta_by_pieces(enum tvk_isa row, void *TVK_RESTRICT dst,
         donors[j] = in + (j + 1) * each;
     for (size_t i = 0; i < n; i += each) {
         const size_t some = n - i < each ? n - i : each;
+        /* What is written only is read before, line by line. */
+        for (size_t at = i; at < i + some; at += 32)
+            __builtin_prefetch((const unsigned char *)dst + 2 * at);
         (void)k->bf16_to_f32(in, (const unsigned char *)b + 2 * i, some);
         for (size_t j = 0; j < p->n_donors; j++) {
             (void)k->bf16_to_f32(in + (j + 1) * each,

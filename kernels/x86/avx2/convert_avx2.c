@@ -117,6 +117,7 @@ static uint64_t f16_to_f32(float *TVK_RESTRICT dst,
         const size_t count = n - i < 8 ? n - i : 8;
         const __m128i h = load_half(count, src, i);
         tvk_read_ahead((const unsigned char *)src + 2 * i);
+        tvk_read_ahead(dst + i);
         store8(dst + i, count, _mm256_cvtph_ps(h));
         bad += count_half(h, 0x7c00);
     }
