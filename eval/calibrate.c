@@ -286,7 +286,7 @@ static enum tv_err admit(const struct run *r, struct tv_error *err)
         goto out;
     if (!tv_add_u64(bytes, r->c->keep_free, &bytes))
         bytes = UINT64_MAX / 2;
-    rc = tv_derived_reserve(r->c->store, bytes, err);
+    rc = tv_derived_reserve(r->c->store, bytes, bytes / 64, err);
 out:
     return rc;
 }

@@ -134,13 +134,24 @@ static uint64_t files_bytes(const struct tvm_plan *p)
     return n;
 }
 
+/* What the store's admission does not know (space_loss): a tensor that must go
+ * on where chunks have to be cut has them cut from its beginning, at worst to a
+ * page each, with a header and an entry of the tree. One at a time does so. */
+static uint64_t cut_bytes(const struct tvm_plan *p)
+{
+    uint64_t most = 0;
+    for (size_t i = 0; i < p->n_tensors; i++)
+        most = p->tensors[i].bytes > most ? p->tensors[i].bytes : most;
+    return most / 40;
+}
+
 uint64_t tvm_room_output(const struct tvm_plan *p)
 {
     uint64_t n = add_capped(journal_bytes(p), files_bytes(p));
 
     if (!p->shards) {
         /* Chunks in LMDB end on whole pages, with a header each. */
-        n = add_capped(n, record_bytes(p));
+        n = add_capped(n, add_capped(record_bytes(p), cut_bytes(p)));
         n = add_capped(n, p->bytes_written);
         n = add_capped(n, p->bytes_written / TV_CHUNK_BYTES * 4096 +
                               (TENSOR_BYTES - JOURNAL_BYTES) * p->n_tensors);
@@ -221,10 +232,6 @@ enum tv_err tvm_room_into(const struct tvm_plan *p, struct tv_error *err)
 
     if (bytes == 0)
         return TV_OK;
-    /* With room to spare, since values want pages in a row; without, when that
-     * is all there is. */
-    if (tv_derived_reserve(p->options.store, bytes + bytes / 16 + SPARE_BYTES,
-                           NULL) == TV_OK)
-        return TV_OK;
-    return tv_derived_reserve(p->options.store, bytes, err);
+    return tv_derived_reserve(p->options.store, bytes, bytes / 16 + SPARE_BYTES,
+                              err);
 }

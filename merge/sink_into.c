@@ -494,7 +494,7 @@ static enum tv_err start(struct into_sink *s, bool resume, bool stale,
     }
     /* Derived data make room for the state; where that does not do, putting it
      * says so. What follows has its own admission (room.h). */
-    if (tv_derived_reserve(s->store, tv_derived_long(strlen(text)), NULL) ==
+    if (tv_derived_reserve(s->store, tv_derived_long(strlen(text)), 0, NULL) ==
         TV_E_NOMEM) {
         rc = tv_error_set(err, TV_E_NOMEM, "out of memory");
         goto out;

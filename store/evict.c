@@ -22,7 +22,6 @@
 #include "tv/checked.h"
 
 #define EVICT_CHUNKS  256u
-#define CHUNK_SHARE   64u
 #define DISK_LEAST    ((uint64_t)64 << 20)
 #define IN_LEAF_BYTES 1900u /* larger values get pages of their own */
 
@@ -534,7 +533,14 @@ struct want { /* what shall fit */
     const uint64_t *pages;
     size_t n;
     uint64_t n_single, keep;
+    uint64_t spare; /* of keep: what can be done without */
 };
+
+/* How many of so many missing pages there must be. */
+static uint64_t least(const struct want *w, uint64_t pages)
+{
+    return pages > w->spare ? pages - w->spare : 0;
+}
 
 /* By how many pages it does not fit; when it does, takes it out of the space.
  */
@@ -582,6 +588,50 @@ out:
     return rc;
 }
 
+/* Pages that eviction could give back, at most. */
+struct reach {
+    const tv_store *s;
+    const struct evict *e;
+    const struct derived_pins *pins;
+    uint64_t pages;
+};
+
+static enum tv_err add_reach(void *arg, enum tv_derived_kind kind,
+                             const struct rec_key *k,
+                             const struct rec_derived *r, const char *why,
+                             struct tv_error *err)
+{
+    struct reach *a = (struct reach *)arg;
+    (void)kind;
+    (void)k;
+    (void)why;
+    (void)err;
+    /* A last page, a header and entries of the tree for every chunk. */
+    if (r != NULL && may_go(a->s, a->e, a->pins, r))
+        a->pages += r->bytes / a->s->page_bytes + 2 * (derived_chunks(r) + 1);
+    return TV_OK;
+}
+
+/* May eviction do, when so many pages are missing? What cannot help is not
+ * dropped. Of rows nobody can tell: gaps that close make longer ones. */
+static enum tv_err can_do(tv_batch *b, const struct evict *e,
+                          const struct want *w, uint64_t more, bool *yes,
+                          struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    struct derived_pins pins = {.ids = NULL};
+    struct reach a = {.s = b->t.s, .e = e, .pins = &pins, .pages = more};
+    *yes = true;
+    if (w->n > 0)
+        return TV_OK;
+    TV_TRY(derived_pins_read(&b->t, &pins, err));
+    TV_TRY(derived_each_kind(&b->t, add_reach, &a, err));
+    *yes = a.pages >= least(w, e->pages_wanted);
+out:
+    derived_pins_free(&pins);
+    return rc;
+}
+
 /* Begins a batch in which it fits; *missing pages when there is none. */
 static enum tv_err make_room(tv_store *s, const struct want *w, bool spare_own,
                              tv_batch **out, struct space *space,
@@ -597,7 +647,7 @@ static enum tv_err make_room(tv_store *s, const struct want *w, bool spare_own,
         struct evict e = {.spare_own = spare_own};
         TV_TRY(tv_batch_begin(s, true, err, &b));
         TV_TRY(read_space(b, &sp, err));
-        const uint64_t later = sp.later;
+        const uint64_t later = sp.later, lost = space_loss(&sp);
         e.pages_wanted = shortage(b, &sp, w);
         if (e.pages_wanted == 0) {
             *out = b;
@@ -607,8 +657,10 @@ static enum tv_err make_room(tv_store *s, const struct want *w, bool spare_own,
             goto out;
         }
         space_free(&sp);
-        *missing = e.pages_wanted;
-        if (later >= e.pages_wanted && bumps < 3) {
+        *missing = least(w, e.pages_wanted);
+        if (dry || later >= e.pages_wanted) {
+            if (later == 0 || bumps == 3)
+                break; /* readers hold what is free already */
             /* Freed, but maybe by the last commit only. */
             tv_batch_abort(b);
             b = NULL;
@@ -616,12 +668,17 @@ static enum tv_err make_room(tv_store *s, const struct want *w, bool spare_own,
             bumps++;
             continue;
         }
-        if (dry || later >= e.pages_wanted)
-            break; /* or: readers hold what is free already */
-        TV_TRY(evict_some(b, &e, err));
-        dry = e.n_items == 0;
-        if (dry)
+        bool can = true;
+        TV_TRY(can_do(b, &e, w, lost + later, &can, err));
+        if (!can)
             break;
+        TV_TRY(evict_some(b, &e, err));
+        if (e.n_items == 0) {
+            dry = true;
+            tv_batch_abort(b);
+            b = NULL;
+            continue;
+        }
         rc = tv_batch_commit(b, err);
         b = NULL;
         TV_TRY(rc);
@@ -675,18 +732,14 @@ static enum tv_err add_room(void *arg, enum tv_derived_kind kind,
         return TV_OK;
     }
     a->out->evictable += r->bytes;
-    a->pages += r->bytes / a->s->page_bytes;
+    /* Of several chunks, and of those that share pages, at least. */
+    a->pages += derived_chunks(r) == 1 && r->bytes >= IN_LEAF_BYTES
+                    ? value_pages(r->bytes - TV_CHUNK_HEADER, a->s->page_bytes)
+                    : r->bytes / a->s->page_bytes;
     return TV_OK;
 }
 
-/* Of user data, with a share for chunks that are cut. */
-static uint64_t reserve_pages(const tv_store *s, uint64_t bytes)
-{
-    return bytes / s->page_bytes + bytes / (CHUNK_SHARE * s->page_bytes) + 1;
-}
-
-/* The counterpart of shortage(): the limit, less what stays. What fits here has
- * its reserve_pages(). */
+/* The counterpart of shortage(): the limit, less what stays. */
 static enum tv_err user_room(const struct txn *t, uint64_t gone, uint64_t dead,
                              uint64_t *bytes, struct tv_error *err)
 {
@@ -701,14 +754,16 @@ static enum tv_err user_room(const struct txn *t, uint64_t gone, uint64_t dead,
     TV_TRY(space_read(t->s, t->mdb, &end, &unused, err));
     const uint64_t limit = quota_limit(quota, bound, page_bytes);
     const uint64_t full = (end - (unused < end ? unused : end)) / page_bytes;
-    const uint64_t go = gone + dead;
+    /* LMDB lists what is freed on pages, too. */
+    const uint64_t list = gone / 512 + 8;
+    const uint64_t go = dead + (gone > list ? gone - list : 0);
     TV_TRY(space_runs(t->s, t->mdb, true, &sp, err));
     /* What is evicted may lie in pieces, too; trash is cut already. */
     const uint64_t stays =
         (full > go ? full - go : 0) + TREE_PAGES + space_loss(&sp) + gone / 40;
     const uint64_t room = limit > stays ? limit - stays : 0;
-    const uint64_t extra = room / (CHUNK_SHARE + 1) + 2; /* reserve_pages */
-    *bytes = room > extra ? (room - extra) * page_bytes : 0;
+    /* One more, since a reserve begins a page with its last byte. */
+    *bytes = room > 1 ? (room - 1) * page_bytes : 0;
 out:
     space_free(&sp);
     return rc;
@@ -743,7 +798,13 @@ static enum tv_err no_room(tv_store *s, uint64_t missing, struct tv_error *err)
     rc = tv_error_set(err, TV_E_NOSPACE,
                       "store %s: %s are missing to stay within its quota",
                       s->path, tv_format_bytes(missing, a, sizeof a));
-    if (room.pinned > 0)
+    if (room.evictable > 0)
+        tv_error_hint(err,
+                      "the %s of derived data that could go would not make it: "
+                      "remove an object ('tvstore rm') or raise the quota "
+                      "('tvstore quota')",
+                      tv_format_bytes(room.evictable, b, sizeof b));
+    else if (room.pinned > 0)
         tv_error_hint(err,
                       "%s of derived data are in use by running merges and "
                       "could go when these end; else remove an object "
@@ -763,7 +824,7 @@ uint64_t tv_derived_long(uint64_t bytes)
     return long_bytes(bytes);
 }
 
-enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
+enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes, uint64_t spare,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
@@ -772,11 +833,12 @@ enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
     uint64_t missing = 0;
     /* Chunks find room in what runs there are (quota_chunks), other values in
      * pieces: what counts is the number of pages. */
-    const struct want w = {.keep = reserve_pages(s, bytes)};
+    struct want w = {.keep = (bytes + spare) / s->page_bytes + 1};
+    w.spare = w.keep - (bytes / s->page_bytes + 1);
     if (s->read_only)
         return TV_OK;
     TV_TRY(make_room(s, &w, false, &b, &sp, &missing, err));
-    if (b == NULL)
+    if (b == NULL && missing > 0)
         rc = no_room(s, missing * s->page_bytes, err);
 out:
     space_free(&sp);

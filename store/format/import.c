@@ -595,11 +595,10 @@ static enum tv_err admit(struct import *m, const struct tv_store_stat *st)
         rc = too_big(m, st);
         goto out;
     }
-    if (need == 0 ||
-        tv_derived_reserve(m->store, need + need / 16 + ADMIT_SLACK, NULL) ==
-            TV_OK)
+    if (need == 0)
         goto out;
-    rc = tv_derived_reserve(m->store, need, m->err);
+    rc = tv_derived_reserve(m->store, need + need / 64, need / 16 + ADMIT_SLACK,
+                            m->err);
     if (rc == TV_E_NOSPACE && m->enough > st->quota_bytes)
         rc = too_big(m, st);
 out:
@@ -634,7 +633,7 @@ static enum tv_err admit_sides(struct import *m, const struct tv_store_stat *st)
     }
     tv_read_end(r);
     r = NULL;
-    if (bytes > 0 && tv_derived_reserve(m->store, bytes, NULL) == TV_E_NOMEM)
+    if (bytes > 0 && tv_derived_reserve(m->store, bytes, 0, NULL) == TV_E_NOMEM)
         rc = no_memory(m->err);
 out:
     tv_read_end(r);

@@ -355,7 +355,7 @@ static void statistics_are_evicted_in_turn(void **state)
     assert_ok(tv_derived_pin(f->s, &pin, 1, &f->err), &f->err);
     const struct tv_derived_key touched = {TV_STAT, score_of(0), "w"};
     assert_ok(tv_derived_used(f->s, &touched, 1, &f->err), &f->err);
-    assert_ok(tv_derived_reserve(f->s, 10u << 17, &f->err), &f->err);
+    assert_ok(tv_derived_reserve(f->s, 10u << 17, 0, &f->err), &f->err);
     assert_ok(tv_disk_used(f->path, &used, &f->err), &f->err);
     assert_true(used <= quota);
     assert_false(has(f, TV_MASK, 1, "w"));
@@ -423,12 +423,12 @@ static void user_data_push_derived_data_out(void **state)
     assert_true(n > 8 && n < 64);
     assert_code(fx_object(f->s, "m", 1, 6000, &f->err), TV_E_NOSPACE, &f->err);
     (void)fx_remove(f->s, "m", NULL);
-    assert_ok(tv_derived_reserve(f->s, 900000, &f->err), &f->err);
+    assert_ok(tv_derived_reserve(f->s, 900000, 0, &f->err), &f->err);
     assert_ok(fx_object(f->s, "m", 1, 6000, &f->err), &f->err);
     assert_true(has(f, TV_MASK, n - 1, "w"));
     assert_false(has(f, TV_MASK, 0, "w"));
     assert_ok(fx_object_compare(f->s, "m", 1, &f->err), &f->err);
-    assert_code(tv_derived_reserve(f->s, 10u << 20, &f->err), TV_E_NOSPACE,
+    assert_code(tv_derived_reserve(f->s, 10u << 20, 0, &f->err), TV_E_NOSPACE,
                 &f->err);
     assert_message(&f->err, "missing");
     assert_ok(fx_object_compare(f->s, "m", 1, &f->err), &f->err);
@@ -444,11 +444,25 @@ static void a_reserve_spares_what_is_pinned(void **state)
     struct tv_derived_key pins[2] = {{TV_MASK, score_of(0), "w"},
                                      {TV_MASK, score_of(4), "w"}};
     assert_ok(tv_derived_pin(f->s, pins, 2, &f->err), &f->err);
-    assert_code(tv_derived_reserve(f->s, 10u << 20, &f->err), TV_E_NOSPACE,
+    assert_code(tv_derived_reserve(f->s, 10u << 20, 0, &f->err), TV_E_NOSPACE,
                 &f->err);
-    assert_non_null(strstr(f->err.hint, "in use"));
+    assert_non_null(strstr(f->err.hint, "would not make it"));
+    /* Nothing went for what does not fit anyway. */
+    for (uint64_t i = 0; i < 6; i++)
+        assert_true(has(f, TV_MASK, i, "w"));
+    /* What can be had is: all that is not pinned. */
+    uint64_t room = 2u << 20;
+    while (tv_derived_reserve(f->s, room, 0, NULL) != TV_OK) {
+        room -= 16u << 10;
+        assert_true(room > 900u << 10);
+    }
     for (uint64_t i = 0; i < 6; i++)
         assert_int_equal(has(f, TV_MASK, i, "w"), i == 0 || i == 4);
+    /* What can be spared is no reason to refuse. */
+    assert_ok(tv_derived_reserve(f->s, 1000, 10u << 20, &f->err), &f->err);
+    assert_code(tv_derived_reserve(f->s, 10u << 20, 0, &f->err), TV_E_NOSPACE,
+                &f->err);
+    assert_non_null(strstr(f->err.hint, "in use"));
     assert_ok(tv_derived_release(f->s, pins, 1, &f->err), &f->err);
     uint64_t n = 0;
     assert_ok(tv_derived_evict_all(f->s, &n, &f->err), &f->err);

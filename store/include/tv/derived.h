@@ -184,9 +184,11 @@ TV_NODISCARD enum tv_err
 tv_derived_room(tv_read *r, struct tv_derived_room *out, struct tv_error *err);
 /* Bytes of pages that a side file or the state of a run takes at most. */
 uint64_t tv_derived_long(uint64_t bytes);
-/* Evicts, oldest use first, until `bytes` more of user data fit the quota.
- * NOSPACE says how much is missing and what could go. */
+/* Evicts, oldest use first, until `bytes` more of user data fit the quota, and
+ * as much of `spare` more as there is. NOSPACE says how much is missing and
+ * what could go; then nothing has gone in vain. */
 TV_NODISCARD enum tv_err tv_derived_reserve(tv_store *s, uint64_t bytes,
+                                            uint64_t spare,
                                             struct tv_error *err);
 /* Drops everything that is not pinned. */
 TV_NODISCARD enum tv_err tv_derived_evict_all(tv_store *s, uint64_t *n_items,
