@@ -54,6 +54,23 @@ size_t piece_owner(size_t key_bytes)
     return key_bytes - KEY_SUFFIX;
 }
 
+static uint64_t pieces_of(const struct rec_pieces *p)
+{
+    return (p->bytes + p->piece_bytes - 1) / p->piece_bytes;
+}
+
+bool piece_belongs(const struct rec_key *owner, const MDB_val *head,
+                   const void *key, size_t n)
+{
+    struct rec_pieces p;
+    struct rec_body body;
+    const char *why = NULL;
+    return rec_open(REC_PIECES, owner->b, owner->n, head->mv_data,
+                    head->mv_size, &body, &why) &&
+           rec_pieces_get(body, &p, &why) &&
+           tv_get_be32((const unsigned char *)key + n - 4) < pieces_of(&p);
+}
+
 static size_t piece_bytes(const tv_store *s)
 {
     return s->page_bytes - ROW_HEAD - TV_REC_HEAD;
@@ -124,19 +141,15 @@ out:
     return rc;
 }
 
-/* Pieces of the value under a key, if it lies in pieces. */
+/* All pieces under a key, whatever its head says: one that is damaged must not
+ * leave them to the value that takes its place. */
 static enum tv_err drop_pieces(tv_batch *b, enum db db, const struct rec_key *k,
                                struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
-    MDB_val val = {0, NULL};
     struct walk w = {0};
     struct rec_key prefix = *k, piece;
-    bool found = false, more = true;
-    TV_TRY(db_get(&b->t, db, k, &found, &val, err));
-    if (!found || val.mv_size < 1 ||
-        *(const unsigned char *)val.mv_data != REC_PIECES)
-        goto out;
+    bool more = true;
     prefix.b[prefix.n++] = 0;
     while (more) {
         TV_TRY(walk_begin(&w, &b->t, db, &prefix, err));
@@ -197,7 +210,7 @@ static enum tv_err join(const struct txn *t, enum db db,
     struct walk w = {0};
     struct rec_key prefix = *k, pk;
     MDB_val last = {0, NULL};
-    const uint64_t n = (p->bytes + p->piece_bytes - 1) / p->piece_bytes;
+    const uint64_t n = pieces_of(p);
     bool more = false;
     key_piece(&pk, k, n > 0 ? (uint32_t)(n - 1) : 0);
     /* Asked before the memory: a damaged length is not believed. */
@@ -253,6 +266,8 @@ enum tv_err long_open(const struct txn *t, enum db db, enum rec_type type,
         return rec_damaged(t->s, what, why, err);
     if (p.type != (uint8_t)type)
         return rec_damaged(t->s, what, "record of another type", err);
+    if (k->n > TV_REC_KEY_MAX - KEY_SUFFIX)
+        return rec_damaged(t->s, what, "its key is too long for pieces", err);
     return join(t, db, k, &p, a, what, body, err);
 }
 

@@ -270,6 +270,9 @@ TV_NODISCARD enum tv_err long_open(const struct txn *t, enum db db,
  * the key of the value. */
 bool piece_key(enum db db, const void *key, size_t n);
 size_t piece_owner(size_t key_bytes);
+/* Is the value of its owner one of pieces, and not too short for this one? */
+bool piece_belongs(const struct rec_key *owner, const MDB_val *head,
+                   const void *key, size_t n);
 /* Pages of a value in pieces, and their entries in the tree. */
 uint64_t long_bytes(uint64_t bytes);
 

@@ -319,8 +319,8 @@ static enum tv_err piece_entry(struct verify *v, const struct walk *w,
         return verify_note(v, rc, "", "", err);
     memcpy(k.b, w->key.mv_data, k.n);
     const enum tv_err seen = db_get(&v->t, w->db, &k, &found, &val, err);
-    if (seen == TV_OK && (!found || val.mv_size == 0 ||
-                          *(const unsigned char *)val.mv_data != REC_PIECES))
+    if (seen == TV_OK &&
+        (!found || !piece_belongs(&k, &val, w->key.mv_data, w->key.mv_size)))
         verify_problem(v, "", "", "a piece of '%s' belongs to nothing",
                        db_name(w->db));
     return verify_note(v, seen, "", "", err);

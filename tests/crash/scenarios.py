@@ -7,7 +7,7 @@ import os
 import shutil
 
 from crashlib import (GROUP, SHARD, calibrated, check, copy_tree, make_models,
-                      objects, recipe, run, weights_of)
+                      objects, recipe, run, weights_of, write_safetensors)
 
 ENV = {"TV_GROUP_BYTES": GROUP, "TV_PROGRESS": "none"}
 SMALL = ["--memory", "256KiB"]  # of import: a batch is at least 64 KiB
@@ -33,6 +33,17 @@ class World:
         self.masks = calibrated(os.path.join(work, "masks.yml"), self.models)
         self.merged = calibrated(os.path.join(work, "merged.yml"), self.models,
                                  "merged")
+        # With tokenizers of several pages: long values.
+        for i, path in enumerate(("long", "shorter")):
+            path = os.path.join(work, path)
+            setattr(self, os.path.basename(path), make_models(path))
+            for m in ("base", "ft1", "ft2"):
+                with open(os.path.join(path, m, "tokenizer.json"), "w") as f:
+                    json.dump({"version": "1.0", "words": "word " *
+                               (9000 - 4000 * i)}, f)
+        os.makedirs(os.path.join(work, "gone"))
+        write_safetensors(os.path.join(work, "gone", "model.safetensors"), {
+            f"t{i}": ("U8", (60000,), bytes([i]) * 60000) for i in range(24)})
         self.scenarios = self.make_scenarios()
 
     # ---- commands ----
@@ -72,6 +83,15 @@ class World:
         return [self.init()] + [self.imported(m, "--link")
                                 for m in ("base", "ft1", "ft2")]
 
+    def all_tight(self):
+        """Many free pages, and a quota that lets the file grow no more: long
+        values are put in pieces."""
+        return self.all_linked() + [
+            self.imported("gone", models=self.work),
+            self.tvstore("rm", self.store, "gone"),
+            self.tvstore("gc", self.store),
+            self.tvstore("quota", self.store, "1MiB")]
+
     def make_scenarios(self):
         """name: (commands that prepare, commands to interrupt)"""
         out = {
@@ -92,6 +112,12 @@ class World:
                 self.tvstore("rm", self.store, "base"),
                 self.tvstore("gc", self.store)]),
         }
+        out["tight"] = (self.all_tight(), [
+            self.imported("base", "--link", "--force", models=self.long),
+            self.run_into(),
+            self.imported("base", "--link", "--force", models=self.shorter),
+            self.tvstore("rm", self.store, "m"),
+            self.tvstore("gc", self.store)])
         if os.path.exists(self.tools.tveval):
             out["calibrate"] = ([self.init()], [self.calibrate()])
             out["masks"] = ([], [self.merge(self.masks, self.out, *SHARD)])

@@ -239,26 +239,34 @@ static void lose_piece(struct fx *f, struct tv_hash digest)
                 TV_E_CORRUPT, &f->err);
 }
 
-/* Side files and the state of a run are cut where no run of free pages is long
- * enough for them and the file may not grow. */
-static void long_values_are_cut(void **state)
+/* Room for long values in pieces alone. */
+static void shred(struct fx *f)
 {
-    struct fx *f = (struct fx *)*state;
     const uint64_t q = 4u << 20;
-    const size_t most = 400000;
     char name[32];
-    uint64_t freed = 0, full = 0, used = 0;
-    unsigned char *doc = (unsigned char *)tv_alloc(most);
+    uint64_t bytes = 0;
     assert_ok(tv_store_quota_set(f->s, q, &f->err), &f->err);
     const unsigned n = fill(f, q, 450); /* about 60 KB each */
     for (unsigned i = 0; i < n; i += 2) {
         (void)snprintf(name, sizeof name, "m%u", i);
         assert_ok(fx_remove(f->s, name, &f->err), &f->err);
     }
-    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
-    assert_ok(tv_disk_used(f->path, &full, &f->err), &f->err);
+    assert_ok(tv_store_gc(f->s, &bytes, &f->err), &f->err);
+    assert_ok(tv_disk_used(f->path, &bytes, &f->err), &f->err);
     /* A quota of what is there: LMDB itself would go on growing. */
-    assert_ok(tv_store_quota_set(f->s, full - (64u << 10), &f->err), &f->err);
+    assert_ok(tv_store_quota_set(f->s, bytes - (64u << 10), &f->err), &f->err);
+}
+
+/* Side files and the state of a run are cut where no run of free pages is long
+ * enough for them and the file may not grow. */
+static void long_values_are_cut(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const size_t most = 400000;
+    uint64_t freed = 0, full = 0, used = 0;
+    unsigned char *doc = (unsigned char *)tv_alloc(most);
+    shred(f);
+    assert_ok(tv_disk_used(f->path, &full, &f->err), &f->err);
     for (unsigned i = 0; i < 6; i++) {
         static const size_t sizes[] = {399999, 8128, 4063, 8127, 0, 250000};
         fx_bytes(i, doc, sizes[i]);
@@ -287,6 +295,135 @@ static void long_values_are_cut(void **state)
     assert_true(used <= full);
     lose_piece(f, tv_hash128(doc, most));
     tv_free(doc);
+}
+
+/* Overwrites the head of a value in pieces, or removes it (NULL). */
+static void spoil_head(struct fx *f, enum db db, const struct rec_key *k,
+                       const void *data, size_t n)
+{
+    tv_batch *b = NULL;
+    MDB_val val = {0, NULL};
+    bool found = false;
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(db_get(&b->t, db, k, &found, &val, &f->err), &f->err);
+    assert_true(found);
+    assert_int_equal(*(const unsigned char *)val.mv_data, REC_PIECES);
+    if (data == NULL)
+        assert_ok(db_del(b, db, k, NULL, &f->err), &f->err);
+    else
+        assert_ok(db_put(b, db, k, data, n, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+    assert_code(tv_store_verify(f->s, 1, NULL, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
+}
+
+/* Whoever puts or drops a value whose head is damaged takes all of its pieces
+ * along: else what was mended would stay damaged for verify. */
+static void pieces_go_without_their_head(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    unsigned char doc[100000];
+    struct rec_key run, words;
+    uint64_t freed = 0;
+    shred(f);
+    fx_bytes(1, doc, sizeof doc);
+    key_str(&run, "run");
+    key_digest(&words, tv_hash128(doc, sizeof doc));
+    for (unsigned i = 0; i < 3; i++) {
+        const char *spoilt = i == 0 ? "\x53" : i == 1 ? "" : NULL;
+        put_state(f, doc, sizeof doc);
+        spoil_head(f, DB_RUN, &run, spoilt, i == 0);
+        put_state(f, doc, 9000); /* fewer pieces */
+        state_is(f, doc, 9000);
+        fx_verify(f);
+        spoil_head(f, DB_RUN, &run, spoilt, i == 0);
+        put_state(f, doc, 5); /* none */
+        state_is(f, doc, 5);
+        fx_verify(f);
+
+        put_file(f, "words", doc, sizeof doc);
+        spoil_head(f, DB_BLOB, &words, spoilt, i == 0);
+        assert_ok(fx_remove(f->s, "words", &f->err), &f->err);
+        fx_verify(f);
+    }
+    put_file(f, "words", doc, sizeof doc);
+    spoil_head(f, DB_BLOB, &words, "\x53", 1);
+    assert_ok(tv_store_quota_set(f->s, 64u << 20, &f->err), &f->err);
+    put_file(f, "again", doc, sizeof doc); /* in a row, and mended */
+    file_is(f, "words", doc, sizeof doc);
+    fx_verify(f);
+    assert_ok(tv_store_gc(f->s, &freed, &f->err), &f->err);
+    fx_verify(f);
+}
+
+static void add_piece(struct fx *f, enum db db, const struct rec_key *owner,
+                      unsigned char number)
+{
+    tv_batch *b = NULL;
+    struct tv_buf buf;
+    struct rec_key k = *owner;
+    memcpy(k.b + k.n, "\0\0\0\0", 4);
+    k.b[k.n + 4] = number;
+    k.n += 5;
+    rec_begin(&buf);
+    tv_buf_add(&buf, "more", 4);
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(db_put_rec(b, db, REC_PIECE, &k, &buf, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+}
+
+/* A piece behind the last one is read by nobody, but it is there: verify says
+ * so, and it goes with the others. */
+static void a_piece_too_many_is_noticed(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    unsigned char doc[100000];
+    struct rec_key run, words;
+    shred(f);
+    fx_bytes(1, doc, sizeof doc);
+    key_str(&run, "run");
+    key_digest(&words, tv_hash128(doc, sizeof doc));
+    put_state(f, doc, sizeof doc);
+    add_piece(f, DB_RUN, &run, 25); /* of 0 to 24 */
+    assert_code(tv_store_verify(f->s, 1, NULL, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
+    put_state(f, doc, sizeof doc);
+    fx_verify(f);
+    put_file(f, "words", doc, sizeof doc);
+    add_piece(f, DB_BLOB, &words, 25);
+    assert_code(tv_store_verify(f->s, 1, NULL, NULL, NULL, &f->err),
+                TV_E_CORRUPT, &f->err);
+    assert_ok(fx_remove(f->s, "words", &f->err), &f->err);
+    fx_verify(f);
+}
+
+static void says_long_key(void *arg, const char *object, const char *tensor,
+                          const char *what)
+{
+    (void)object;
+    (void)tensor;
+    *(bool *)arg = strstr(what, "its key is too long") != NULL;
+}
+
+/* A key that leaves no room for the number of a piece, as no run has one. */
+static void a_long_key_has_no_pieces(void **state)
+{
+    struct fx *f = (struct fx *)*state;
+    const struct rec_pieces head = {
+        .type = REC_RUN, .piece_bytes = 1, .bytes = 1u << 30};
+    bool said = false;
+    tv_batch *b = NULL;
+    struct tv_buf buf;
+    struct rec_key k = {.n = TV_REC_KEY_MAX};
+    memset(k.b, 'a', k.n);
+    rec_begin(&buf);
+    rec_pieces_put(&buf, &head);
+    assert_ok(tv_batch_begin(f->s, false, &f->err, &b), &f->err);
+    assert_ok(db_put_rec(b, DB_RUN, REC_PIECES, &k, &buf, &f->err), &f->err);
+    assert_ok(tv_batch_commit(b, &f->err), &f->err);
+    assert_code(tv_store_verify(f->s, 1, says_long_key, NULL, &said, &f->err),
+                TV_E_CORRUPT, &f->err);
+    assert_true(said);
 }
 
 /* Filled to the brim with odd sizes and tiny records: only LMDB's own fence is
@@ -384,6 +521,9 @@ int main(void)
         T(never_passed),
         T(pieces_are_used),
         T(long_values_are_cut),
+        T(pieces_go_without_their_head),
+        T(a_piece_too_many_is_noticed),
+        T(a_long_key_has_no_pieces),
         cmocka_unit_test(runs_are_taken_first_fit),
         T(the_second_fence_holds),
         T(raising_it_makes_room),
