@@ -159,7 +159,7 @@ struct action { /* not done yet */
     struct grid grid;
     uint64_t check; /* of what a copy from pinned memory reads */
     bool is_checked;
-    unsigned char args[ARGS_MAX];
+    _Alignas(16) unsigned char args[ARGS_MAX];
 };
 struct stream {
     struct stream *next;
