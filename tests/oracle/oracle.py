@@ -321,6 +321,8 @@ def outliers(d, density, gamma):
 
 
 def della_mask(d, density, eps, seed, donor, name):
+    if density <= 0:
+        return np.zeros(d.shape, bool)
     m = np.abs(f32(d)).reshape(-1, d.shape[-1])
     n = m.shape[1]
     rank = np.empty(m.shape)
@@ -445,6 +447,8 @@ def multislerp(w, xs, b, normalize, eps):
 def karcher(xs, max_iter, tol):
     lengths = [norm(x) for x in xs]
     u = [x / n for x, n in zip(xs, lengths) if n > tol]
+    if not u:
+        return np.zeros_like(xs[0])
     m = sum(u) / len(u)
     m = u[0] if norm(m) < tol else m / norm(m)
     for _ in range(max_iter):
