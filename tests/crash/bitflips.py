@@ -22,7 +22,8 @@ import subprocess
 import crashlib
 from crashlib import (GROUP, SHARD, Recorder, Table, arguments, check,
                       copy_tree, finish, make_models, read_safetensors, recipe,
-                      run, run_json, weights_of, work_dir)
+                      run, run_json, tree_of, weights_of, work_dir)
+from scenarios import World
 
 A = arguments(__doc__, 150)
 WORK = work_dir()
@@ -107,7 +108,7 @@ def in_payload(name, tensor, data, at, bit, want):
         code, out, err = merge(COPY, "--no-verify-reads")
         check(code == 0, f"{what}: not skipped: exit {code}: {err[-300:]}")
     code, out, err = attempt(A.tvstore, "export", COPY, name,
-                             os.path.join(COPY, "x"))
+                             os.path.join(WORK, "x"))
     check(code == 12, f"{what}: export exits {code}: {err[-200:]}")
     good = crashlib.failures_now() == failed
     table.add("bit flip, payload", "named by verify, merge refused"
@@ -286,6 +287,52 @@ def resumed_flips(count):
     check(fired == count, f"only {fired} of {count} merges to go on with")
 
 
+def piece_flips(count):
+    """Flips in side files that lie in pieces, and in what leads to them. Bytes
+    of pages that were freed may be hit as well, without any effect."""
+    w = World(A, os.path.join(WORK, "world"))
+    w.clear()
+    for c in w.scenarios["tight"][0] + w.scenarios["tight"][1][:2]:
+        run(*c, code=0)
+    path = os.path.join(w.store, "data.mdb")
+    out = os.path.join(WORK, "exported")
+    with open(path, "rb") as f:
+        raw = f.read()
+    want = {}
+    for m in ("base", "m"):
+        run(A.tvstore, "export", w.store, m, out, code=0)
+        want[m] = tree_of(out)
+        shutil.rmtree(out)
+    heads = [at for kind in (19, 20) for at in range(0, len(raw), 2)
+             if raw[at:at + 4] == bytes((kind, 1, 0, 0))]
+    # Pieces that fill a page; heads and last pieces lie in many older leaves.
+    full = [at for at in heads if at % 4096 == 16]
+    found = 0
+    for i in range(count):
+        failed = crashlib.failures_now()
+        head = rng.choice(heads if i % 4 == 0 else full)
+        n = 16 + int.from_bytes(raw[head + 4:head + 8], "little")
+        at, bit = head + rng.randrange(min(n, 4080)), rng.randrange(8)
+        what = f"piece, byte {at} bit {bit}"
+        flip(path, at, bit)
+        vcode, problems = verify(w.store)
+        check(vcode in (0, 12), f"{what}: verify exits {vcode}: {problems}")
+        for m in want:
+            code, text, err = attempt(A.tvstore, "export", w.store, m, out)
+            check(code == 0 or code == 12 == vcode,
+                  f"{what}: export exits {code}, verify {vcode}: {err[-200:]}")
+            check(code != 0 or tree_of(out) == want[m],
+                  f"{what}: other bytes with exit 0")
+            shutil.rmtree(out, True)
+        found += vcode == 12
+        with open(path, "r+b") as f:
+            f.write(raw)
+        good = crashlib.failures_now() == failed
+        table.add("bit flip, pieces", "bad" if not good else
+                  "found" if vcode == 12 else "no effect")
+    check(found >= count // 4, f"{found} of {count} flips in use")
+
+
 def extents(path):
     """[(offset, bytes)] of the tensors of a file."""
     with open(path, "rb") as f:
@@ -329,6 +376,7 @@ def main():
             rng.randrange(4096)
         anywhere(page * 4096 + inside, rng.randrange(8), want)
     linked_flips(A.count // 3)
+    piece_flips(A.count // 6)
     resumed_flips(max(2, A.count // 20))
     table.close()
     finish("bitflips")

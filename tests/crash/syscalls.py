@@ -67,12 +67,16 @@ FAULTS = [
 
 def commands():
     """[(name, commands that prepare, command)]"""
+    tight = W.scenarios["tight"][1]
     return [("init", [], W.init()),
             ("import", [W.init()], W.imported("base")),
             ("link", [W.init()], W.imported("base", "--link")),
             ("run", [], W.run_out()),
             ("run-store", W.all_linked(), W.run_stored()),
-            ("into", W.all_linked(), W.run_into())]
+            ("into", W.all_linked(), W.run_into()),
+            # Long values in pieces: put, and replaced by one that is shorter.
+            ("tight", W.all_tight(), tight[0]),
+            ("again-tight", W.all_tight() + tight[:2], tight[2])]
 
 
 def inject(name, command, before, after, saved, fault, k):
