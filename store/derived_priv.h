@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * derived_priv.h - between derived.c (reading), derive.c (writing) and evict.c
- * (pins, room, eviction).
+ * derived_priv.h - between derived.c (reading), derive.c (writing), evict.c
+ * (room, eviction), derived_pins.c (who uses what) and derived_gc.c (what
+ * killed writers left).
  */
 #ifndef TV_DERIVED_PRIV_H
 #define TV_DERIVED_PRIV_H
@@ -59,18 +60,13 @@ TV_NODISCARD enum tv_err derived_each_kind(const struct txn *t, derived_fn fn,
 /* ---- evict.c --------------------------------------------------------------
  */
 
-struct derived_pins { /* ids that living sessions have pinned, sorted */
-    uint64_t *ids;
-    size_t n, cap;
-};
-TV_NODISCARD enum tv_err derived_pins_read(const struct txn *t,
-                                           struct derived_pins *out,
-                                           struct tv_error *err);
-bool derived_pinned(const struct derived_pins *p, uint64_t id);
-void derived_pins_free(struct derived_pins *p);
-
 TV_NODISCARD enum tv_err derived_group_get(const struct txn *t, uint64_t id,
                                            bool *found, struct rec_group *g,
+                                           struct tv_error *err);
+/* Writes the record of a group; about [n]. */
+TV_NODISCARD enum tv_err derived_group_put(tv_batch *b, uint64_t id,
+                                           const char *about, size_t n,
+                                           uint64_t n_items,
                                            struct tv_error *err);
 /* One more item of a document; *id names the group. */
 TV_NODISCARD enum tv_err derived_group_join(tv_batch *b, const char *about,
@@ -83,6 +79,12 @@ TV_NODISCARD enum tv_err derived_touch(tv_batch *b, enum tv_derived_kind kind,
                                        struct rec_derived *r,
                                        struct tv_error *err);
 /* Removes an item, its chunks and what points to it. */
+TV_NODISCARD enum tv_err derived_drop_one(tv_batch *b,
+                                          enum tv_derived_kind kind,
+                                          const struct rec_key *k,
+                                          const struct rec_derived *r,
+                                          struct tv_error *err);
+/* The same, and of a mask the delta that is noise without it. */
 TV_NODISCARD enum tv_err derived_drop(tv_batch *b, enum tv_derived_kind kind,
                                       const struct rec_key *k,
                                       const struct rec_derived *r,
@@ -98,5 +100,21 @@ TV_NODISCARD enum tv_err derived_batch(tv_store *s, const uint64_t *pages,
 #define TREE_PAGES 24u /* copied by any commit of ours */
 /* Pages of a value of `bytes` behind a chunk's header. */
 uint64_t value_pages(uint64_t bytes, size_t page_bytes);
+
+/* ---- derived_pins.c -------------------------------------------------------
+ */
+
+struct derived_pins { /* ids that living sessions have pinned, sorted */
+    uint64_t *ids;
+    size_t n, cap;
+};
+TV_NODISCARD enum tv_err derived_pins_read(const struct txn *t,
+                                           struct derived_pins *out,
+                                           struct tv_error *err);
+bool derived_pinned(const struct derived_pins *p, uint64_t id);
+void derived_pins_free(struct derived_pins *p);
+/* Pins of this session (own), or of sessions that are gone. */
+TV_NODISCARD enum tv_err derived_drop_pins(tv_batch *b, bool own,
+                                           struct tv_error *err);
 
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * evict.c - pins, ticks, and making room by dropping derived data.
+ * evict.c - ticks, groups, and making room by dropping derived data.
  *
  * The file must not grow past the quota, and LMDB grows it whenever it finds no
  * run of free pages that is long enough for a value. So before anything is put,
@@ -8,9 +8,6 @@
  * reader can see any more, joined to runs, used up first fit like LMDB does.
  * Pages freed by one commit can be used by the commit after the next; so
  * eviction is followed by a commit that changes nothing but a counter.
- *
- * Pins of a handle are records '@' session 0 item id; they count as long as the
- * session lives (session.c).
  */
 #include "derived_priv.h"
 
@@ -103,8 +100,8 @@ out:
     return rc;
 }
 
-static enum tv_err group_put(tv_batch *b, uint64_t id, const char *about,
-                             size_t n, uint64_t n_items, struct tv_error *err)
+enum tv_err derived_group_put(tv_batch *b, uint64_t id, const char *about,
+                              size_t n, uint64_t n_items, struct tv_error *err)
 {
     struct rec_key k;
     struct tv_buf buf;
@@ -130,7 +127,7 @@ enum tv_err derived_group_join(tv_batch *b, const char *about, uint64_t *id,
         if (!found || (g.about.n == n && memcmp(g.about.s, about, n) == 0))
             break;
     }
-    TV_TRY(group_put(b, at, about, n, found ? g.n_items + 1 : 1, err));
+    TV_TRY(derived_group_put(b, at, about, n, found ? g.n_items + 1 : 1, err));
     *id = at;
 out:
     return rc;
@@ -161,7 +158,7 @@ static enum tv_err group_leave(tv_batch *b, uint64_t id, struct tv_error *err)
         rc = tv_error_set(err, TV_E_NOMEM, "no memory for a description");
         goto out;
     }
-    rc = group_put(b, id, about, strlen(about), g.n_items - 1, err);
+    rc = derived_group_put(b, id, about, strlen(about), g.n_items - 1, err);
 out:
     tv_free(about);
     return rc;
@@ -170,9 +167,9 @@ out:
 /* ---- dropping -------------------------------------------------------------
  */
 
-static enum tv_err drop_one(tv_batch *b, enum tv_derived_kind kind,
-                            const struct rec_key *k,
-                            const struct rec_derived *r, struct tv_error *err)
+enum tv_err derived_drop_one(tv_batch *b, enum tv_derived_kind kind,
+                             const struct rec_key *k,
+                             const struct rec_derived *r, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
     struct rec_key key;
@@ -204,209 +201,11 @@ enum tv_err derived_drop(tv_batch *b, enum tv_derived_kind kind,
         else
             TV_TRY(rc);
         if (found)
-            TV_TRY(drop_one(b, TV_DELTA, k, &delta, err));
+            TV_TRY(derived_drop_one(b, TV_DELTA, k, &delta, err));
     }
-    rc = drop_one(b, kind, k, r, err);
+    rc = derived_drop_one(b, kind, k, r, err);
 out:
     return rc;
-}
-
-/* ---- pins -----------------------------------------------------------------
- */
-
-void derived_pin_name(uint64_t session, char name[PIN_HEAD + 1])
-{
-    (void)snprintf(name, PIN_HEAD + 1, "@%016" PRIx64, session);
-}
-
-bool session_named(const char *name, size_t n, uint64_t *session)
-{
-    char digits[17];
-    if (n != PIN_HEAD || name[0] != '@')
-        return false;
-    memcpy(digits, name + 1, 16);
-    digits[16] = '\0';
-    char *end = NULL;
-    *session = strtoull(digits, &end, 16);
-    return *end == '\0';
-}
-
-bool derived_pin_session(const MDB_val *key, uint64_t *session)
-{
-    const char *s = (const char *)key->mv_data;
-    return key->mv_size == PIN_HEAD + 9 && s[PIN_HEAD] == '\0' &&
-           session_named(s, PIN_HEAD, session);
-}
-
-static int id_compare(const void *x, const void *y)
-{
-    const uint64_t a = *(const uint64_t *)x, b = *(const uint64_t *)y;
-    return (a > b) - (a < b);
-}
-
-void derived_pins_free(struct derived_pins *p)
-{
-    tv_free(p->ids);
-    *p = (struct derived_pins){.ids = NULL};
-}
-
-enum tv_err derived_pins_read(const struct txn *t, struct derived_pins *out,
-                              struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct walk w = {0};
-    struct rec_key prefix;
-    uint64_t last = 0;
-    bool more = false, alive = false, asked = false;
-    *out = (struct derived_pins){.ids = NULL};
-    key_str(&prefix, "@");
-    TV_TRY(walk_begin(&w, t, DB_PIN, &prefix, err));
-    for (;;) {
-        uint64_t session = 0;
-        TV_TRY(walk_next(&w, &more, err));
-        if (!more)
-            break;
-        if (!derived_pin_session(&w.key, &session))
-            continue;
-        if (!asked || session != last)
-            alive = session_alive(t->s, session);
-        asked = true;
-        last = session;
-        if (!alive)
-            continue;
-        if (out->n == out->cap) {
-            const size_t cap = out->cap == 0 ? 64 : out->cap * 2;
-            uint64_t *p = (uint64_t *)tv_realloc(out->ids, cap * sizeof *p);
-            if (p == NULL) {
-                rc = tv_error_set(err, TV_E_NOMEM, "no memory for a list");
-                goto out;
-            }
-            out->ids = p;
-            out->cap = cap;
-        }
-        out->ids[out->n++] = key_get_id(&w.key, PIN_HEAD + 1);
-    }
-    if (out->n > 0)
-        qsort(out->ids, out->n, sizeof *out->ids, id_compare);
-out:
-    walk_end(&w);
-    if (rc != TV_OK)
-        derived_pins_free(out);
-    return rc;
-}
-
-bool derived_pinned(const struct derived_pins *p, uint64_t id)
-{
-    return p->n > 0 &&
-           bsearch(&id, p->ids, p->n, sizeof *p->ids, id_compare) != NULL;
-}
-
-enum tv_err tv_derived_pin(tv_store *s, const struct tv_derived_key *keys,
-                           size_t n, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    tv_batch *b = NULL;
-    char name[PIN_HEAD + 1];
-    if (n == 0 || s->read_only || !session_hold(s))
-        return TV_OK;
-    derived_pin_name(s->session, name);
-    TV_TRY(tv_batch_begin(s, true, err, &b));
-    for (size_t i = 0; i < n; i++) {
-        struct rec_key k;
-        struct rec_derived r;
-        struct tv_buf buf;
-        bool found = false;
-        key_derived(&k, keys[i].score, keys[i].tensor);
-        TV_TRY(derived_get(&b->t, keys[i].kind, &k, &found, &r, err));
-        if (!found || r.state != REC_COMPLETE)
-            continue;
-        key_pin(&k, name, r.id);
-        rec_begin(&buf);
-        TV_TRY(db_put_rec(b, DB_PIN, REC_PIN, &k, &buf, err));
-    }
-    rc = tv_batch_commit(b, err);
-    b = NULL;
-out:
-    tv_batch_abort(b);
-    return rc;
-}
-
-/* Pins of this session, or of sessions that are gone. */
-static enum tv_err drop_pins(tv_batch *b, bool own, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct walk w = {0};
-    struct rec_key prefix;
-    struct tv_buf keys;
-    bool more = false;
-    tv_buf_init(&keys, (size_t)1 << 30);
-    key_str(&prefix, "@");
-    TV_TRY(walk_begin(&w, &b->t, DB_PIN, &prefix, err));
-    for (;;) {
-        uint64_t session = 0;
-        TV_TRY(walk_next(&w, &more, err));
-        if (!more)
-            break;
-        if (w.key.mv_size == PIN_HEAD + 9 &&
-            derived_pin_session(&w.key, &session) &&
-            (own ? session == b->t.s->session
-                 : !session_alive(b->t.s, session)))
-            tv_buf_add(&keys, w.key.mv_data, w.key.mv_size);
-    }
-    walk_end(&w);
-    TV_TRY(tv_buf_ok(&keys, err));
-    for (size_t at = 0; at < keys.n_bytes; at += PIN_HEAD + 9) {
-        struct rec_key k = {.n = PIN_HEAD + 9};
-        memcpy(k.b, keys.data + at, k.n);
-        TV_TRY(db_del(b, DB_PIN, &k, NULL, err));
-    }
-out:
-    walk_end(&w);
-    tv_buf_free(&keys);
-    return rc;
-}
-
-static enum tv_err note_use(tv_store *s, const struct tv_derived_key *keys,
-                            size_t n, bool unpin, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    tv_batch *b = NULL;
-    if (s->read_only || (n == 0 && !unpin))
-        return TV_OK;
-    TV_TRY(tv_batch_begin(s, false, err, &b));
-    if (unpin)
-        TV_TRY(drop_pins(b, true, err));
-    for (size_t i = 0; i < n; i++) {
-        struct rec_key k;
-        struct rec_derived r;
-        bool found = false;
-        key_derived(&k, keys[i].score, keys[i].tensor);
-        TV_TRY(derived_get(&b->t, keys[i].kind, &k, &found, &r, err));
-        if (found && r.state == REC_COMPLETE) {
-            char name[TV_NAME_MAX + 1];
-            /* The record is rewritten: its text must not lie in it. */
-            memcpy(name, r.name.s, r.name.n);
-            r.name.s = name;
-            TV_TRY(derived_touch(b, keys[i].kind, &k, &r, err));
-        }
-    }
-    rc = tv_batch_commit(b, err);
-    b = NULL;
-out:
-    tv_batch_abort(b);
-    return rc;
-}
-
-enum tv_err tv_derived_used(tv_store *s, const struct tv_derived_key *keys,
-                            size_t n, struct tv_error *err)
-{
-    return note_use(s, keys, n, false, err);
-}
-
-enum tv_err tv_derived_release(tv_store *s, const struct tv_derived_key *keys,
-                               size_t n, struct tv_error *err)
-{
-    return note_use(s, keys, n, true, err);
 }
 
 /* ---- eviction -------------------------------------------------------------
@@ -902,199 +701,5 @@ enum tv_err derived_free(tv_store *s, uint64_t bytes, struct tv_error *err)
     }
 out:
     tv_batch_abort(b);
-    return rc;
-}
-
-/* ---- gc -------------------------------------------------------------------
- */
-
-struct leftovers {      /* keys of what nothing needs, one list per kind */
-    struct tv_buf keys; /* u32 length, key */
-    const tv_batch *b;
-    uint64_t n;
-};
-
-static enum tv_err find_leftover(void *arg, enum tv_derived_kind kind,
-                                 const struct rec_key *k,
-                                 const struct rec_derived *r, const char *why,
-                                 struct tv_error *err)
-{
-    struct leftovers *l = (struct leftovers *)arg;
-    const tv_store *s = l->b->t.s;
-    bool keep = r != NULL;
-    (void)why;
-    if (keep && r->state != REC_COMPLETE)
-        keep = session_alive(s, r->session);
-    else if (keep && kind == TV_DELTA) {
-        struct rec_derived mask;
-        const enum tv_err rc =
-            derived_get(&l->b->t, TV_MASK, k, &keep, &mask, err);
-        if (rc == TV_E_CORRUPT)
-            tv_error_clear(err);
-        else if (rc != TV_OK)
-            return rc;
-    }
-    if (keep)
-        return TV_OK;
-    tv_buf_le32(&l->keys, (uint32_t)k->n);
-    tv_buf_add(&l->keys, k->b, k->n);
-    l->n++;
-    return TV_OK;
-}
-
-static enum tv_err drop_leftovers(tv_batch *b, enum tv_derived_kind kind,
-                                  struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct leftovers l = {.b = b};
-    tv_buf_init(&l.keys, (size_t)1 << 30);
-    TV_TRY(derived_each(&b->t, kind, find_leftover, &l, err));
-    TV_TRY(tv_buf_ok(&l.keys, err));
-    for (size_t at = 0; at + 4 <= l.keys.n_bytes;) {
-        struct rec_key k;
-        struct rec_derived r;
-        bool found = false;
-        k.n = tv_get_le32(l.keys.data + at);
-        memcpy(k.b, l.keys.data + at + 4, k.n);
-        at += 4 + k.n;
-        const enum tv_err seen = derived_get(&b->t, kind, &k, &found, &r, err);
-        if (seen == TV_OK && found) {
-            TV_TRY(drop_one(b, kind, &k, &r, err));
-            continue;
-        }
-        if (seen != TV_E_CORRUPT)
-            TV_TRY(seen);
-        tv_error_clear(err);
-        /* A record that says nothing, or a chunk without one. */
-        TV_TRY(db_del(b, derived_db(kind), &k, NULL, err));
-    }
-out:
-    tv_buf_free(&l.keys);
-    return rc;
-}
-
-struct counts { /* items per group */
-    uint64_t id, n;
-};
-
-static enum tv_err count_item(void *arg, enum tv_derived_kind kind,
-                              const struct rec_key *k,
-                              const struct rec_derived *r, const char *why,
-                              struct tv_error *err)
-{
-    struct counts *c = (struct counts *)arg;
-    (void)kind;
-    (void)k;
-    (void)why;
-    (void)err;
-    c->n += r != NULL && r->group == c->id;
-    return TV_OK;
-}
-
-/* Documents without items go, the others get their count. */
-static enum tv_err mend_groups(tv_batch *b, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct walk w = {0};
-    uint64_t after = 0;
-    bool first = true;
-    for (;;) {
-        struct counts c = {.n = 0};
-        struct rec_group g = {.n_items = 0};
-        struct rec_key k;
-        bool more = false, found = false;
-        TV_TRY(walk_begin(&w, &b->t, DB_GROUP, NULL, err));
-        do {
-            TV_TRY(walk_next(&w, &more, err));
-            c.id = more ? key_get_id(&w.key, 0) : 0;
-        } while (more && !first && c.id <= after);
-        walk_end(&w);
-        if (!more)
-            break;
-        first = false;
-        after = c.id;
-        TV_TRY(derived_each_kind(&b->t, count_item, &c, err));
-        rc = derived_group_get(&b->t, c.id, &found, &g, err);
-        if (rc == TV_E_CORRUPT)
-            tv_error_clear(err);
-        else
-            TV_TRY(rc);
-        if (c.n == 0 || rc == TV_E_CORRUPT) {
-            key_id(&k, c.id);
-            TV_TRY(db_del(b, DB_GROUP, &k, NULL, err));
-        } else if (g.n_items != c.n) {
-            char *about = tv_strndup(g.about.s, g.about.n);
-            if (about == NULL) {
-                rc = tv_error_set(err, TV_E_NOMEM, "no memory for a text");
-                goto out;
-            }
-            rc = group_put(b, c.id, about, strlen(about), c.n, err);
-            tv_free(about);
-            TV_TRY(rc);
-        }
-        rc = TV_OK;
-    }
-out:
-    walk_end(&w);
-    return rc;
-}
-
-/* Entries of `use` whose item says another tick. */
-static enum tv_err mend_uses(tv_batch *b, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    struct walk w = {0};
-    struct tv_buf keys;
-    bool more = false;
-    tv_buf_init(&keys, (size_t)1 << 30);
-    TV_TRY(walk_begin(&w, &b->t, DB_USE, NULL, err));
-    for (;;) {
-        struct rec_body body;
-        struct rec_use u;
-        struct rec_derived r;
-        const char *why = NULL;
-        bool found = false;
-        TV_TRY(walk_next(&w, &more, err));
-        if (!more)
-            break;
-        if (w.key.mv_size != 8)
-            continue;
-        if (rec_open(REC_USE, w.key.mv_data, w.key.mv_size, w.val.mv_data,
-                     w.val.mv_size, &body, &why) &&
-            rec_use_get(body, &u, &why) && derived_kind_known(u.kind)) {
-            rc = derived_get(&b->t, (enum tv_derived_kind)u.kind, &u.item,
-                             &found, &r, err);
-            if (rc == TV_E_CORRUPT)
-                tv_error_clear(err);
-            else
-                TV_TRY(rc);
-            rc = TV_OK;
-            if (found && r.used == key_get_id(&w.key, 0))
-                continue;
-        }
-        tv_buf_add(&keys, w.key.mv_data, 8);
-    }
-    walk_end(&w);
-    TV_TRY(tv_buf_ok(&keys, err));
-    for (size_t at = 0; at < keys.n_bytes; at += 8) {
-        struct rec_key k = {.n = 8};
-        memcpy(k.b, keys.data + at, 8);
-        TV_TRY(db_del(b, DB_USE, &k, NULL, err));
-    }
-out:
-    walk_end(&w);
-    tv_buf_free(&keys);
-    return rc;
-}
-
-enum tv_err derived_gc(tv_batch *b, struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    for (size_t i = 0; i < DERIVED_KINDS; i++)
-        TV_TRY(drop_leftovers(b, derived_kinds[i], err));
-    TV_TRY(mend_uses(b, err));
-    TV_TRY(mend_groups(b, err));
-    TV_TRY(drop_pins(b, false, err));
-out:
     return rc;
 }

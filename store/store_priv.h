@@ -12,7 +12,7 @@
  *   journal.c     runs of merges              quota.c       room, stat
  *   trash.c       bounded removal, gc         compact.c     free pages go back
  *   tree_check.c  LMDB's trees, at opening    validate*.c   verify
- *   derive.c, derived.c, evict.c, mask*.c     derived data (derived_priv.h)
+ *   derive.c, derived*.c, evict.c, mask*.c    derived data (derived_priv.h)
  */
 #ifndef TV_STORE_PRIV_H
 #define TV_STORE_PRIV_H
