@@ -8,7 +8,7 @@
  * every five bytes are a place (24 bits, little-endian, modulo the size), what
  * to do there (0: end the file, 1: exchange a byte, 2: copy a page from the
  * page that the value names) and the value. The store has a linked and a stored
- * model, a mask, a run and free pages.
+ * model, a mask, a run whose state lies in pieces, and free pages.
  */
 #include "fuzz.h"
 
@@ -64,6 +64,7 @@ static void add_models(tv_store *s)
 /* A mask, a run with a finished tensor and a pin, and pages that are free. */
 static void add_rest(tv_store *s)
 {
+    static char state[400000];
     static const uint64_t words[2] = {0x0123456789abcdefu, 0x55u};
     struct tv_derived_new mask = {
         .key = {.kind = TV_MASK, .score = {1, 2}, .tensor = "w"},
@@ -81,11 +82,17 @@ static void add_rest(tv_store *s)
     must(tv_object_find(r, "stored", false, &err, &o), &err);
     tv_read_end(r);
     must(tv_batch_begin(s, false, &err, &b), &err);
-    must(tv_run_put(b, "run", "{}", 2, &err), &err);
+    must(tv_run_put(b, "run", state, sizeof state, &err), &err);
     must(tv_done_put(b, "run", &done, &err), &err);
     must(tv_pin_put(b, "run", o->id, &err), &err);
     must(tv_batch_commit(b, &err), &err);
     tv_object_free(o);
+    /* Its pages are free then, and the file may grow no more. */
+    must(tv_store_quota_set(s, 256u << 10, &err), &err);
+    must(tv_batch_begin(s, false, &err, &b), &err);
+    must(tv_run_put(b, "run", state, 20000, &err), &err);
+    must(tv_batch_commit(b, &err), &err);
+    must(tv_store_quota_set(s, 0, &err), &err);
     must(tv_derived_store(s, &mask, 1, 1u << 20, 0, &err), &err);
     while (more) {
         must(tv_batch_begin(s, false, &err, &b), &err);
@@ -160,9 +167,10 @@ static void read_all(tv_store *s)
     struct tv_object **objects = NULL;
     struct tv_done_list *done = NULL;
     struct tv_error err;
-    char **runs = NULL;
+    char **runs = NULL, *doc = NULL;
     tv_read *r = NULL;
     size_t n = 0;
+    bool found = false;
 
     tv_error_clear(&err);
     check(tv_store_verify(s, 0, NULL, NULL, NULL, &err), &err);
@@ -181,6 +189,8 @@ static void read_all(tv_store *s)
     }
     if (tv_run_list(r, &err, &runs, &n) == TV_OK)
         tv_dir_list_free(runs, n);
+    check(tv_run_get(r, "run", &found, &doc, &n, &err), &err);
+    tv_free(doc);
     if (tv_done_list(r, "run", &err, &done) == TV_OK)
         tv_done_list_free(done);
     tv_read_end(r);
