@@ -64,6 +64,15 @@ enum tv_err tv_out_dir_check(const char *dir, struct tv_error *err,
     enum tv_err rc = TV_OK;
 
     *exists = false;
+    if (strncmp(dir, "store:", 6) == 0) {
+        tv_error_set(err, TV_E_INPUT,
+                     "'%s' names an object of a store, no directory", dir);
+        tv_error_hint(err,
+                      "'tvmerge run --into %s --store STORE' merges into a "
+                      "store; './%s' is a directory",
+                      dir + 6, dir);
+        return TV_E_INPUT;
+    }
     if (tv_sys()->stat(dir, &st) != 0) {
         if (errno == ENOTDIR)
             return tv_error_set(err, TV_E_EXISTS,

@@ -82,6 +82,19 @@ $ tvmerge run dare.yml s -q
 2> tvmerge: error: s is a store
 2>   hint: '--into NAME --store s' in place of OUT merges into an object of it
 => 4
+$ tvmerge plan dare.yml store:dare
+2> ...
+2> tvmerge: error: 'store:dare' names an object of a store, no directory ('tvmerge run --into dare --store STORE' merges into a store; './store:dare' is a directory)
+=> 4
+$ tvmerge run dare.yml store:dare -q; ls -d store:dare
+2> tvmerge: error: 'store:dare' names an object of a store, no directory
+2> ...
+=> 2
+# An option that reads the contents of inputs does not say that they changed.
+$ tvmerge run dare.yml verified -q && tvmerge run dare.yml verified -q --verify-inputs
+2> tvmerge: error: verified holds the result of another merge: verify_inputs was not set, is true
+2>   hint: --force replaces it
+=> 4
 # mergekit takes any density; what it makes of it can be written.
 $ sed 's/density: 0.4/density: [1.2, -1]/' dare.yml > beyond.yml && tvmerge plan beyond.yml
 2> beyond.yml:4:<n>: error: parameter 'density': 1.2 is not between 0 and 1; mergekit takes it as 1: write that
