@@ -544,11 +544,40 @@ static enum tv_err write_file(const tva_out *o, const char *name,
     return rc;
 }
 
+static enum tv_err remove_file(const tva_out *o, const char *name,
+                               struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+    char *path = tv_path_join(o->dir, name);
+
+    if (!path)
+        return no_memory(err);
+    if (tv_sys()->unlink(path) != 0 && errno != ENOENT)
+        rc = tv_error_sys(err, errno, "cannot remove %s", path);
+    tv_free(path);
+    return rc;
+}
+
+/* What is there loads no more, before any of its files changes: a mixture of
+ * two outputs must not look like one. */
+static enum tv_err withdraw(const tva_out *o, struct tv_error *err)
+{
+    enum tv_err rc = TV_OK;
+
+    TV_TRY(remove_file(o, CONFIG, err));
+    TV_TRY(remove_file(o, "config.json", err));
+    if (o->sync)
+        TV_TRY(tv_dir_sync(o->dir, err));
+out:
+    return rc;
+}
+
 enum tv_err tva_out_file(tva_out *o, const char *name, const char *data,
                          size_t n, struct tv_error *err)
 {
     enum tv_err rc = TV_OK;
 
+    TV_TRY(withdraw(o, err));
     TV_TRY(add_side(o, name, n, err));
     rc = write_file(o, name, data, n, err);
 out:
@@ -689,20 +718,6 @@ static bool is_ours(const tva_out *o, const char *name)
     return strcmp(name, WEIGHTS) == 0 || strcmp(name, CONFIG) == 0;
 }
 
-static enum tv_err remove_file(const tva_out *o, const char *name,
-                               struct tv_error *err)
-{
-    enum tv_err rc = TV_OK;
-    char *path = tv_path_join(o->dir, name);
-
-    if (!path)
-        return no_memory(err);
-    if (tv_sys()->unlink(path) != 0 && errno != ENOENT)
-        rc = tv_error_sys(err, errno, "cannot remove %s", path);
-    tv_free(path);
-    return rc;
-}
-
 /* Files that an earlier merge made, as its record lists them. A damaged list is
  * no reason to stop: it only says what to tidy. */
 static enum tv_err remove_listed(const tva_out *o, const char *dir,
@@ -782,10 +797,7 @@ enum tv_err tva_out_finish(tva_out *o, const char *config, size_t n_config,
 {
     enum tv_err rc = TV_OK;
 
-    TV_TRY(remove_file(o, CONFIG, err));
-    TV_TRY(remove_file(o, "config.json", err));
-    if (o->sync)
-        TV_TRY(tv_dir_sync(o->dir, err));
+    TV_TRY(withdraw(o, err));
     done->n_tensors = o->n;
     TV_TRY(digest_of(o, &done->digest, err));
     TV_TRY(publish_weights(o, err));

@@ -260,6 +260,43 @@ def killed():
     check(status["digest"] == want["digest"], f"status: {status}")
 
 
+def replaced():
+    """Killed while --force replaces an adapter: what loads is one of the two
+    with its own recipe, and either command makes its own whole."""
+    def of(weight):
+        return recipe("cat", [(SRC["plain"], {"weight": weight})])
+
+    def whose():
+        with open("replaced/tvmerge_config.yml") as f:
+            text = f.read()
+        if not os.path.exists("replaced/adapter_config.json"):
+            return None
+        d = run_json(TVMERGE, "status", "replaced", "--json").get("digest")
+        check(("0.75" in text) == (d == want[0.75]),
+              f"the recipe of another adapter:\n{text}")
+        return d
+
+    want = {}
+    for w in (0.5, 0.75):
+        want[w] = run_json(TVMERGE, "run", of(w), "replaced", "--force",
+                           "--json")["digest"]
+    n_killed = 0
+    for call in ("unlink", "rename"):
+        for at in range(1, 5):
+            run(TVMERGE, "run", of(0.5), "replaced", "--force", "-q", code=0)
+            r = run("strace", "-f", "-o", "/dev/null", "-e", "inject=" + call +
+                    f":signal=SIGKILL:when={at}", TVMERGE, "run", of(0.75),
+                    "replaced", "--force", "-q")
+            n_killed += r.returncode in (-9, 137)
+            whose()
+            run(TVMERGE, "run", of(0.5), "replaced")
+            check(whose() in (want[0.5], want[0.75], None), f"{call} {at}")
+            got = run_json(TVMERGE, "run", of(0.75), "replaced", "--force",
+                           "--json")
+            check(got["digest"] == want[0.75], f"{call} {at}: {got}")
+    check(n_killed >= 4, f"only {n_killed} kills")
+
+
 def wrong():
     def no(code, word, method, inputs, more="", options=(), **p):
         recipe(method, inputs, more, **p)
@@ -329,6 +366,7 @@ exact()
 peft()
 again()
 killed()
+replaced()
 wrong()
 warned()
 finish("adapter_merge")
