@@ -11,6 +11,7 @@
 #include "tv/alloc.h"
 #include "tv/format.h"
 #include "tv/sys.h"
+#include "tv/text.h"
 
 static enum tv_err no_memory(struct tv_error *err)
 {
@@ -42,18 +43,32 @@ static enum tv_err refuse(const char *dir, const char *name, const char *what,
 static enum tv_err refuse_inside(const char *dir, bool exists,
                                  struct tv_error *err)
 {
-    char *above = exists ? tv_path_join(dir, "..") : tv_path_existing(dir);
-    char *data = above ? tv_path_join(above, "data.mdb") : NULL;
+    char *from = exists ? tv_path_join(dir, "..") : tv_path_existing(dir);
+    struct stat here, before = {.st_ino = 0};
+    struct tv_buf path;
     enum tv_err rc = TV_OK;
 
-    if (!data)
-        rc = no_memory(err);
-    else if (tv_path_exists(data))
-        rc = tv_error_set(err, TV_E_EXISTS, "%s lies inside a store", dir);
+    tv_buf_init(&path, 1u << 16);
+    tv_buf_str(&path, from ? from : "");
+    for (unsigned i = 0; rc == TV_OK && i < 1000; i++) {
+        char *data =
+            path.failed || !from ? NULL : tv_path_join(path.data, "data.mdb");
+        if (!data)
+            rc = no_memory(err);
+        else if (tv_path_exists(data))
+            rc = tv_error_set(err, TV_E_EXISTS, "%s lies inside a store", dir);
+        tv_free(data);
+        if (rc != TV_OK || tv_sys()->stat(path.data, &here) != 0 ||
+            (i > 0 && here.st_dev == before.st_dev &&
+             here.st_ino == before.st_ino))
+            break;
+        before = here;
+        tv_buf_str(&path, "/..");
+    }
     if (rc == TV_E_EXISTS)
         tv_error_hint(err, "give another directory");
-    tv_free(data);
-    tv_free(above);
+    tv_buf_free(&path);
+    tv_free(from);
     return rc;
 }
 

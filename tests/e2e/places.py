@@ -80,6 +80,7 @@ os.makedirs("comparison/.tvcompare")
 os.mkdir("foreign")
 open("foreign/mine.txt", "w").close()
 open("file", "w").close()
+os.makedirs("store/a/b")
 for recipe in RECIPES:
     kind = recipe.split(".")[0]
     for force in ((), ("--force",)):
@@ -92,6 +93,10 @@ for recipe in RECIPES:
                 options=force)
         refused(f"{n} in a store", recipe, "store/new/out", "inside a store",
                 options=force)
+        refused(f"{n} deep in a store", recipe, "store/a/b/c/out",
+                "inside a store", options=force)
+        refused(f"{n} over what lies deep in a store", recipe, "store/a/b",
+                "inside a store", options=force)
         refused(f"{n} below a file", recipe, "file/out", "not a directory",
                 options=force)
     # Its owner may write there, and still nothing new.
