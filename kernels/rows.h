@@ -40,7 +40,8 @@ uint64_t tvk_gta_by_pieces(enum tvk_isa row, void *TVK_RESTRICT dst,
                            const uint64_t *const *masks,
                            const struct tvk_gta *p, size_t n);
 /* Sums of weights up to this are what rounding leaves of weights that cancel
- * (0.1 + 0.2 - 0.3): they divide nothing, as 0 does. */
+ * (0.1 + 0.2 - 0.3): they divide nothing, as 0 does. Weights of one sign cancel
+ * never: 0. */
 double tvk_gta_least_divisor(const struct tvk_gta *p);
 /* Fills the whole row. */
 void tvk_row_ref(struct tvk_table *t);

@@ -31,10 +31,14 @@ static double total_weight(const struct tvk_gta *p)
 
 double tvk_gta_least_divisor(const struct tvk_gta *p)
 {
-    double sum = 0.0;
-    for (size_t j = 0; j < p->n_donors; j++)
-        sum = sum + fabs(p->weight[j]);
-    return sum * 0x1p-44;
+    double above = 0.0, below = 0.0;
+    for (size_t j = 0; j < p->n_donors; j++) {
+        if (p->weight[j] > 0.0)
+            above = above + p->weight[j];
+        else
+            below = below - p->weight[j];
+    }
+    return (above < below ? above : below) * 0x1p-44;
 }
 
 static void gta(float *TVK_RESTRICT dst, const float *TVK_RESTRICT b,

@@ -356,6 +356,23 @@ static void test_gta_cancels(void **state)
         assert_true(fabs((double)y[i] - 0.6 * (i + 1)) < 1e-4);
 }
 
+/* A tiny weight that stands alone is one: there is nothing that cancels. */
+static void test_gta_tiny_weight(void **state)
+{
+    (void)state;
+    enum { N = 37, DONORS = 2 };
+    static const double weight[DONORS] = {1.0, 5e-14};
+    static float b[N], x[DONORS][N], y[N];
+    const float *px[DONORS] = {x[0], x[1]};
+    const struct tvk_gta g = {DONORS, weight, weight, 1, 1, 1.0};
+
+    for (int i = 0; i < N; i++)
+        x[1][i] = (float)(i + 1);
+    k->gta(y, b, px, NULL, &g, N);
+    for (int i = 0; i < N; i++)
+        assert_true(fabs((double)y[i] - (i + 1)) < 1e-4);
+}
+
 /* ---- top-k ---- */
 
 struct item {
@@ -820,6 +837,7 @@ int main(void)
         cmocka_unit_test(test_gta_nan_shows),
         cmocka_unit_test(test_gta_oracle),
         cmocka_unit_test(test_gta_cancels),
+        cmocka_unit_test(test_gta_tiny_weight),
         cmocka_unit_test(test_topk_against_sort),
         cmocka_unit_test(test_topk_zeros_never_kept),
         cmocka_unit_test(test_topk_eq_limit),
