@@ -39,6 +39,20 @@ static enum tv_err refuse(const char *dir, const char *name, const char *what,
     return rc;
 }
 
+/* Others use LMDB too: a data.mdb alone is no store of ours. */
+static enum tv_err look_for_store(const char *dir, bool *is_store,
+                                  struct tv_error *err)
+{
+    char *data = tv_path_join(dir, "data.mdb");
+    char *lock = tv_path_join(dir, "open.lock");
+    const enum tv_err rc = data && lock ? TV_OK : no_memory(err);
+
+    *is_store = rc == TV_OK && tv_path_exists(data) && tv_path_exists(lock);
+    tv_free(lock);
+    tv_free(data);
+    return rc;
+}
+
 /* A store's directory is its own, with all that is below. */
 static enum tv_err refuse_inside(const char *dir, bool exists,
                                  struct tv_error *err)
@@ -47,26 +61,26 @@ static enum tv_err refuse_inside(const char *dir, bool exists,
     struct stat here, before = {.st_ino = 0};
     struct tv_buf path;
     enum tv_err rc = TV_OK;
+    bool inside = false;
 
     tv_buf_init(&path, 1u << 16);
     tv_buf_str(&path, from ? from : "");
-    for (unsigned i = 0; rc == TV_OK && i < 1000; i++) {
-        char *data =
-            path.failed || !from ? NULL : tv_path_join(path.data, "data.mdb");
-        if (!data)
+    for (unsigned i = 0; i < 1000; i++) {
+        if (!from || path.failed)
             rc = no_memory(err);
-        else if (tv_path_exists(data))
-            rc = tv_error_set(err, TV_E_EXISTS, "%s lies inside a store", dir);
-        tv_free(data);
-        if (rc != TV_OK || tv_sys()->stat(path.data, &here) != 0 ||
+        else
+            rc = look_for_store(path.data, &inside, err);
+        if (rc != TV_OK || inside || tv_sys()->stat(path.data, &here) != 0 ||
             (i > 0 && here.st_dev == before.st_dev &&
              here.st_ino == before.st_ino))
             break;
         before = here;
         tv_buf_str(&path, "/..");
     }
-    if (rc == TV_E_EXISTS)
+    if (inside) {
+        rc = tv_error_set(err, TV_E_EXISTS, "%s lies inside a store", dir);
         tv_error_hint(err, "give another directory");
+    }
     tv_buf_free(&path);
     tv_free(from);
     return rc;

@@ -81,6 +81,8 @@ os.mkdir("foreign")
 open("foreign/mine.txt", "w").close()
 open("file", "w").close()
 os.makedirs("store/a/b")
+os.makedirs("lmdb/deep")
+open("lmdb/data.mdb", "w").close()
 for recipe in RECIPES:
     kind = recipe.split(".")[0]
     for force in ((), ("--force",)):
@@ -99,6 +101,9 @@ for recipe in RECIPES:
                 "inside a store", options=force)
         refused(f"{n} below a file", recipe, "file/out", "not a directory",
                 options=force)
+    # Others use LMDB too: what only has a data.mdb is no store.
+    accepted(f"{kind} below a database of another program", recipe,
+             "lmdb/deep/out")
     # Its owner may write there, and still nothing new.
     refused(f"{kind} where no files are kept", recipe, "/proc/x", "/proc")
     refused(f"{kind} over other files", recipe, "foreign", "mine.txt",
