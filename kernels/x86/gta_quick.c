@@ -24,8 +24,9 @@ static void sum_weights(double sum[TVK_QUICK_SETS], const struct tvk_gta *p)
             sum[set | (size_t)1 << j] = sum[set] + p->weight[j];
 }
 
-int tvk_quick_begin(struct tvk_quick *q, struct tvk_doubts *doubts,
-                    size_t most_donors)
+/* Is this a call for fp32? Then it has begun. */
+static int begin(struct tvk_quick *q, struct tvk_doubts *doubts,
+                 size_t most_donors)
 {
     const struct tvk_gta *const p = q->p;
     const double by = TVK_QUICK_ULPS(p->n_donors) * 0x1p-24;
@@ -117,4 +118,25 @@ void tvk_quick_settle(struct tvk_quick *q)
         memcpy(q->dst + 2 * d->at[k], &half[k], sizeof(half[k]));
     d->count = 0;
     memset(d->kept, 0, sizeof(d->kept));
+}
+
+uint64_t tvk_quick_gta(const struct tvk_quick_row *row, void *TVK_RESTRICT dst,
+                       const void *b, const void *const *x,
+                       const uint64_t *const *masks, const struct tvk_gta *p,
+                       size_t n)
+{
+    struct tvk_quick q = {.row = row->isa,
+                          .dst = dst,
+                          .b = b,
+                          .x = (const unsigned char *const *)(const void *)x,
+                          .masks = masks,
+                          .p = p};
+    struct tvk_doubts doubts;
+    size_t done = 0;
+
+    if (n >= 64 && begin(&q, &doubts, row->most_donors))
+        done = row->quick(&q, n);
+    if (done < n)
+        q.bad += row->in_fp64(dst, b, x, masks, p, done, n);
+    return q.bad;
 }

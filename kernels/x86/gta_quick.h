@@ -66,7 +66,7 @@ struct tvk_quick {
     const unsigned char *const *x;
     const uint64_t *const *masks;
     const struct tvk_gta *p;
-    /* Of tvk_quick_begin; factors by who agrees, donor j being bit j. */
+    /* Factors by who agrees, donor j being bit j. */
     float coef[TVK_QUICK_DONORS];
     float low[TVK_QUICK_SETS], high[TVK_QUICK_SETS];
     struct tvk_doubts *doubts;
@@ -74,9 +74,24 @@ struct tvk_quick {
     uint64_t bad;    /* of those settled: NaN or infinite */
 };
 
-/* Is this a call for fp32, of at most so many donors? Then it has begun. */
-int tvk_quick_begin(struct tvk_quick *q, struct tvk_doubts *doubts,
-                    size_t most_donors);
+/* What a row brings along. */
+struct tvk_quick_row {
+    enum tvk_isa isa;
+    size_t most_donors;
+    /* How many elements, a multiple of 64, it did; the rest is left. */
+    size_t (*quick)(struct tvk_quick *q, size_t n);
+    /* In fp64, elements from `from`, a multiple of 64, to n; how many results
+     * are NaN or infinite. */
+    uint64_t (*in_fp64)(void *TVK_RESTRICT dst, const void *b,
+                        const void *const *x, const uint64_t *const *masks,
+                        const struct tvk_gta *p, size_t from, size_t n);
+};
+
+/* gta_bf16 of a row: quick where that can be, in fp64 else. */
+uint64_t tvk_quick_gta(const struct tvk_quick_row *row, void *TVK_RESTRICT dst,
+                       const void *b, const void *const *x,
+                       const uint64_t *const *masks, const struct tvk_gta *p,
+                       size_t n);
 
 /* Those of elements i .. i+15 are in doubt whose bit is set. */
 void tvk_quick_doubt(struct tvk_quick *q, unsigned which, size_t i);
@@ -91,9 +106,8 @@ static inline int tvk_quick_is_slow(const struct tvk_quick *q, size_t n)
     return q->n_doubts > 16 + n / 48;
 }
 
-/* How many elements, a multiple of 64, the row did; the rest is left. */
+/* `quick` of the rows. */
 size_t tvk_avx512_quick(struct tvk_quick *q, size_t n);
-/* With TVK_QUICK_DONORS_AVX2 donors at most. */
 size_t tvk_avx2_quick(struct tvk_quick *q, size_t n);
 
 #endif

@@ -299,20 +299,9 @@ static uint64_t gta_bf16(void *TVK_RESTRICT dst, const void *b,
                          const void *const *x, const uint64_t *const *masks,
                          const struct tvk_gta *p, size_t n)
 {
-    struct tvk_quick q = {.row = TVK_AVX512,
-                          .dst = dst,
-                          .b = b,
-                          .x = (const unsigned char *const *)(const void *)x,
-                          .masks = masks,
-                          .p = p};
-    struct tvk_doubts doubts;
-    size_t done = 0;
-
-    if (n >= 64 && tvk_quick_begin(&q, &doubts, TVK_QUICK_DONORS))
-        done = tvk_avx512_quick(&q, n);
-    if (done < n)
-        q.bad += by_pieces(dst, b, x, masks, p, done, n);
-    return q.bad;
+    static const struct tvk_quick_row row = {TVK_AVX512, TVK_QUICK_DONORS,
+                                             tvk_avx512_quick, by_pieces};
+    return tvk_quick_gta(&row, dst, b, x, masks, p, n);
 }
 
 void tvk_avx512_gta(struct tvk_table *t)
